@@ -1,0 +1,63 @@
+"""Exceptions. Every message says what failed, where, what was expected, what was found and what to do."""
+
+
+class MoecaError(Exception):
+    """Base of every error that this package raises on purpose; the command line turns it into exit code 2."""
+
+
+class ConfigError(MoecaError, ValueError):
+    """A policy or option field is out of range."""
+
+
+class InputError(MoecaError, ValueError):
+    """Example or run-time inputs do not fit the model (wrong shape, dtype, count, or not finite)."""
+
+
+class NoMoEFoundError(MoecaError):
+    """The model holds no mixture-of-experts layer, or none that could be proven."""
+
+
+class UnprovenRegionError(MoecaError):
+    """A candidate mixture-of-experts region failed its numerical proof."""
+
+
+class UnsupportedModelError(MoecaError):
+    """The model is in a state that cannot be transformed (training mode, hooks, quantised experts, ...)."""
+
+
+class CaptureError(MoecaError):
+    """Tracing the model failed, or the captured graph differs from the model."""
+
+
+class PassError(MoecaError):
+    """A graph pass failed or left an illegal graph; names the pass and the passes before it."""
+
+
+class WeightsError(MoecaError):
+    """A weights file or hub entry is missing, corrupt or does not fit the model."""
+
+
+class TargetError(MoecaError):
+    """A command-line TARGET names neither a zoo model nor an importable factory."""
+
+
+class MissingExtraError(MoecaError, ImportError):
+    """An optional dependency is not installed; names the extra that brings it."""
+
+
+def require(module: str, extra: str) -> None:
+    """Raise `MissingExtraError` unless `module` can be imported.
+
+    Args:
+        module: the importable name, e.g. ``"safetensors.torch"``.
+        extra: the extra of this package that installs it, e.g. ``"demo"``.
+    """
+    import importlib
+
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"this needs the package {module.split('.')[0]!r}, which is not installed; "
+            f"run: pip install 'moeca_fx[{extra}]'"
+        ) from error
