@@ -1,0 +1,61 @@
+# Two commands for a fresh machine with Python 3.11 or newer: `make demo` and `make test`.
+# Each sets up a virtual environment in .venv the first time; nothing outside this folder is changed.
+#
+#   PYTHON=python3.12 make test              another interpreter for the virtual environment
+#   PIP_INSTALL_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" make demo
+#                                            the small CPU build of torch where pip's default is the CUDA one
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_INSTALL_FLAGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_INSTALL_FLAGS)
+
+.DEFAULT_GOAL := help
+.PHONY: demo test slow lint format clean help
+
+help:
+	@echo "make demo    set up, then sample digits with the original, vectorised and cached model"
+	@echo "make test    set up, then run the fast test suite"
+	@echo "make slow    the slow tests"
+	@echo "make lint    ruff (lint, format) and mypy"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make clean   remove the virtual environment, caches and outputs"
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/moeca-fx demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A sentinel is touched only when everything before it succeeded, so an interrupted set-up starts again.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: moeca_fx needs Python 3.11 or newer, found $$($(PYTHON) --version 2>&1); run: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV), once: installing torch (a large download, a few minutes)"
+	@$(PIP) torch
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.torch pyproject.toml
+	@echo "setting up $(VENV), once: installing moeca_fx[$*]"
+	@$(PIP) -e '.[$*]'
+	@touch $@
+
+.PRECIOUS: $(VENV)/.torch $(VENV)/.installed-%
