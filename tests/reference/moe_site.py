@@ -1,7 +1,7 @@
 """MoECa at one mixture-of-experts site and for one sample: a few obvious lines for each rule of the method.
 
-Equation numbers are those of arXiv 2606.15615. Scalars are Python floats, a feature is one tensor [H]; lists run
-over tokens, slots or experts. A "slot" is one cached branch of a token, a "branch" one that the router selects now.
+Equation numbers are those of arXiv 2606.15615. Scalars are Python floats, a feature is one tensor [H]; lists
+run over tokens, slots or experts. A "slot" is one cached branch of a token, a "branch" one selected now.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass
 class Slot:
-    """One cached branch of a token (Eq. 7): the expert, its weight when the feature was computed, the feature."""
+    """One cached branch of a token (Eq. 7): expert, weight when the feature was computed, feature."""
 
     expert: int
     weight: float
@@ -32,7 +32,7 @@ class SiteState:
 
 
 def match(experts: Sequence[int], cached: Sequence[int]) -> list[int | None]:
-    """q(p) of section 4.2: for every branch p the slot that holds the same expert, None when there is none."""
+    """q(p) of section 4.2: for every branch p the slot that holds the same expert, or None."""
     found: list[int | None] = []
     for expert in experts:
         slot = None
@@ -74,7 +74,7 @@ def update_activation(
 
 
 def entropy(row: Sequence[float]) -> float:
-    """H = -sum_i P(i) log P(i) with P = C / sum C and 0 log 0 = 0 (Eq. 11); 0 for an expert never selected."""
+    """H = -sum_i P(i) log P(i) with P = C / sum C and 0 log 0 = 0 (Eq. 11); 0 if never selected."""
     total = math.fsum(row)
     if total == 0.0:
         return 0.0
@@ -82,9 +82,9 @@ def entropy(row: Sequence[float]) -> float:
 
 
 def normalized_entropies(activation: Sequence[Sequence[float]], entropy_norm: str) -> list[float]:
-    """Entropies mapped to [0, 1]: over the experts of the site ("minmax"), or by the largest possible ("log").
+    """Entropies mapped to [0, 1]: over the site's experts ("minmax"), or by the largest possible ("log").
 
-    Both fall back to 0.5, the neutral value, when nothing can be told apart: all experts equal, or one token.
+    Both fall back to 0.5, the neutral value, when nothing can be told apart: all experts alike, one token.
     """
     entropies = [entropy(row) for row in activation]
     if entropy_norm == "minmax":
@@ -126,7 +126,7 @@ def decide(
 ) -> list[bool]:
     """The recomputation set R of one token (section 4.2): unmatched branches, and those with s > tau_e.
 
-    `experts` and `values` (see `score_values`) are the token's current branches, `tau` holds one entry per expert.
+    `experts` and `values` (see `score_values`) are the token's branches, `tau` has one entry per expert.
     """
     contributed = contribution([slot.feature for slot in slots])
     recompute = []
@@ -140,7 +140,7 @@ def decide(
 
 
 def assign_slots(experts: Sequence[int], cached: Sequence[int]) -> list[int]:
-    """The slot of every branch after the update: a matched one stays, the i-th unmatched takes the i-th free slot."""
+    """The slot of each branch after the update: matched ones stay, the i-th unmatched takes the i-th gap."""
     found = match(experts, cached)
     free = [q for q in range(len(cached)) if q not in found]
     assigned = []
@@ -152,7 +152,7 @@ def assign_slots(experts: Sequence[int], cached: Sequence[int]) -> list[int]:
 def update_slots(
     slots: Sequence[Slot], experts: Sequence[int], values: Sequence[float], computed: Sequence[Tensor | None]
 ) -> list[Slot]:
-    """The token's slots after the step; `computed[p]` is the new feature of branch p, None when it was reused."""
+    """The token's slots after the step; `computed[p]` is branch p's new feature, None if reused."""
     updated = list(slots)
     for p, q in enumerate(assign_slots(experts, [slot.expert for slot in slots])):
         feature = computed[p]

@@ -35,7 +35,7 @@ def test_score_adds_weight_drift_and_contribution() -> None:
 
 
 def test_activation_is_a_moving_average_of_selection() -> None:
-    # expert 0: token 0 not selected 0.75 * 0.5; token 1 selected 0.75 * 0 + 0.25. Expert 1 the other way round.
+    # expert 0: token 0 not selected 0.75 * 0.5; token 1 selected 0.75 * 0 + 0.25. Expert 1 the other way.
     assert moe_site.update_activation([[0.5, 0.0], [0.0, 1.0]], [[1], [0]], 0.75) == [
         [0.375, 0.25],
         [0.25, 0.75],
@@ -51,7 +51,7 @@ def test_entropy_by_hand() -> None:
 
 
 def test_thresholds_minmax() -> None:
-    # entropies 0 (concentrated), log 4 (uniform), log 2 (half way): tau = 0.8 * (1 -/+ 0.6), and 0.8 in the middle
+    # entropies 0 (concentrated), log 4 (uniform), log 2 (half way): tau = 0.8 * (1 -/+ 0.6), 0.8 half way
     activation = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0]]
     assert moe_site.thresholds(activation, 0.8, 0.6, "minmax") == pytest.approx([0.32, 1.28, 0.8])
 
