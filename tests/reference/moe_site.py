@@ -44,8 +44,10 @@ def match(experts: Sequence[int], cached: Sequence[int]) -> list[int | None]:
 
 
 def share(weights: Sequence[float]) -> list[float]:
-    """share(w)_p = w_p / sum_p w_p, so that one threshold serves routers with any scale."""
+    """share(w)_p = w_p / sum_p w_p, so one threshold serves routers with any scale; 0 if the sum is 0."""
     total = math.fsum(weights)
+    if total == 0.0:
+        return [0.0 for _ in weights]
     return [weight / total for weight in weights]
 
 

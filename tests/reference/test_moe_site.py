@@ -20,6 +20,7 @@ def test_match_finds_the_slot_of_each_expert() -> None:
 def test_share_ignores_the_routers_scale() -> None:
     assert moe_site.share([0.5, 1.5]) == [0.25, 0.75]
     assert moe_site.share([5.0, 15.0]) == [0.25, 0.75]
+    assert moe_site.share([0.0, 0.0]) == [0.0, 0.0]
 
 
 def test_contribution_compares_norms() -> None:
