@@ -11,12 +11,13 @@ from torch import Tensor
 from moeca_fx.ops import branch_plan, grouped_linear
 from moeca_fx.policies.branch import (
     branch_score,
+    decide,
     expert_threshold,
     match_branches,
     routing_share,
     update_activation,
 )
-from moeca_fx.policies.moeca import EntropyNorm
+from moeca_fx.policies.moeca import EntropyNorm, ScoreWeight
 from tests.reference import moe_site
 
 settings.register_profile("branch", max_examples=60, deadline=None, derandomize=True)
@@ -218,3 +219,35 @@ def test_grouped_linear_of_no_rows_is_empty(seed: int) -> None:
         torch.zeros(0, 4, dtype=torch.float64), weight, None, torch.zeros(3, dtype=torch.int64)
     )
     assert result.shape == (0, 2)
+
+
+@given(
+    routings(),
+    seeds,
+    st.floats(0, 1.5, width=32),
+    st.sampled_from(["share", "raw"]),
+)
+def test_decision_equals_the_reference(
+    case: tuple[Tensor, Tensor, int], seed: int, tau0: float, kind: ScoreWeight
+) -> None:
+    """Codes in slot order: 0 reused, 1 matched and over the threshold, 2 unmatched."""
+    now, cached, num_experts = case
+    shape = tuple(now.shape)
+    weight, then, norm = _random(shape, seed), _random(shape, seed + 1), _random(shape, seed + 2)
+    threshold = tau0 * 2 * _random((shape[0], num_experts), seed + 3)
+    slot, held, value, code = decide(now, weight, cached, then, norm, threshold, 1.1, 0.6, kind)
+    for b in range(shape[0]):
+        for i in range(shape[1]):
+            experts, old = now[b, i].tolist(), cached[b, i].tolist()
+            slots = [
+                moe_site.Slot(e, w, h.reshape(1))
+                for e, w, h in zip(old, then[b, i].tolist(), norm[b, i], strict=True)
+            ]
+            values = moe_site.score_values(weight[b, i].tolist(), kind)
+            again = moe_site.decide(experts, values, slots, threshold[b].tolist(), 1.1, 0.6)
+            for p, q in enumerate(moe_site.assign_slots(experts, old)):
+                assert slot[b, i, p] == q
+                assert held[b, i, q] == experts[p]
+                assert abs(float(value[b, i, q]) - values[p]) < 1e-6
+                expected = 2 if experts[p] not in old else int(again[p])
+                assert code[b, i, q] == expected
