@@ -1,0 +1,34 @@
+"""Find the mixture-of-experts regions of an unmodified model by structure, a probe run and a numerical proof.
+
+No class or attribute name is looked at: candidates come from the module tree (`candidates`), the region that dispatches
+to them from the live Python frames of one probe run (`probe`), and the roles of its arguments from comparing
+``sum_k weight_k * expert_k(x)`` with what the region returned (`prove`). What is not proven is refused with its reason.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from moeca_fx.discover.candidates import find_candidates
+from moeca_fx.discover.probe import probe
+from moeca_fx.discover.prove import prove
+from moeca_fx.discover.records import Discovery, MoERegion, Refusal
+
+__all__ = ["Discovery", "MoERegion", "Refusal", "discover"]
+
+
+def discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Discovery:
+    """Find and prove every token-level MoE region; runs the model twice.
+
+    Args:
+        model: a model in eval mode; left as it was.
+        args, kwargs: example inputs of its forward.
+
+    Returns:
+        The proven regions and the refused candidates, each with its reason.
+    """
+    candidates = find_candidates(model)
+    traced, refusals = probe(model, candidates, args, kwargs)
+    regions, unproven = prove(model, traced, args, kwargs)
+    return Discovery(regions=tuple(regions), refused=(*refusals, *unproven))

@@ -1,0 +1,56 @@
+"""What discovery returns."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MoERegion:
+    """A method of a module that is proven to compute ``sum_k weight_k * expert_k(x)``.
+
+    Attributes:
+        path: module path of the region's owner, e.g. ``blocks.1.mlp.experts``.
+        method: the method that dispatches to the experts, e.g. ``forward``.
+        block: smallest enclosing module that also holds the router's top-k, e.g. ``blocks.1.mlp``.
+        experts: module path of each expert, in order of expert id.
+        top_k: branches a token.
+        x, expert, weight: parameter names of the method that carry the token rows, expert ids and routing weights.
+        error: largest absolute difference of the proof, relative to the largest output.
+    """
+
+    path: str
+    method: str
+    block: str
+    experts: tuple[str, ...]
+    top_k: int
+    x: str
+    expert: str
+    weight: str
+    error: float
+
+    @property
+    def num_experts(self) -> int:
+        """Number of routed experts E."""
+        return len(self.experts)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A candidate that is not rewritten.
+
+    Attributes:
+        path: module path of the candidate.
+        reason: why, and what could be done.
+        is_moe: whether it ran under a router (a top-k): then the model cannot be transformed without it.
+    """
+
+    path: str
+    reason: str
+    is_moe: bool
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """Proven regions and refused candidates, in module order."""
+
+    regions: tuple[MoERegion, ...]
+    refused: tuple[Refusal, ...]

@@ -1,0 +1,122 @@
+"""The one engine that edits graphs: insert, replace, sort, clean up. Passes only decide."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from moeca_fx.errors import PassError
+
+
+def call(graph: fx.Graph, target: Callable[..., Any], *args: Any, name: str, like: fx.Node | None = None) -> fx.Node:
+    """Append a call of `target` at the current insertion point.
+
+    Args:
+        name: readable base name of the new node.
+        like: a node whose metadata (value, module stack) describes the result too.
+    """
+    node = graph.create_node("call_function", target, args, {}, name=name)
+    if like is not None:
+        copy_meta(like, node)
+    return node
+
+
+def copy_meta(source: fx.Node, target: fx.Node) -> None:
+    """Give `target` the value and the module stack of `source`, for reports and later passes."""
+    for key in ("val", "nn_module_stack"):
+        if key in source.meta:
+            target.meta[key] = source.meta[key]
+
+
+def clone_nodes(
+    graph: fx.Graph, nodes: Iterable[fx.Node], replace: Mapping[fx.Node, fx.Node], prefix: str
+) -> dict[fx.Node, fx.Node]:
+    """Copy `nodes` (given in order) at the insertion point, reading `replace` instead of its keys."""
+    copies: dict[fx.Node, fx.Node] = dict(replace)
+    for node in nodes:
+        copy = graph.node_copy(node, lambda old: copies.get(old, old))
+        copy.name = graph._graph_namespace.create_name(f"{prefix}_{node.name}", copy)
+        copies[node] = copy
+    return copies
+
+
+def sort_stably(graph: fx.Graph) -> None:
+    """Order nodes so that inputs come first, otherwise as they are; the output node stays last."""
+    seen: set[fx.Node] = set()
+    ordered: list[fx.Node] = []
+
+    def place(root: fx.Node) -> None:
+        stack = [(root, iter(root.all_input_nodes))]
+        while stack:
+            node, inputs = stack[-1]
+            pending = next((i for i in inputs if i not in seen), None)
+            if pending is not None:
+                stack.append((pending, iter(pending.all_input_nodes)))
+                continue
+            stack.pop()
+            if node not in seen:
+                seen.add(node)
+                ordered.append(node)
+
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in [*placeholders, *(n for n in graph.nodes if n.op not in ("placeholder", "output"))]:
+        if node not in seen:
+            place(node)
+    ordered.append(graph.output_node())
+    anchor = ordered[0]
+    graph._root.append(anchor)
+    for node in ordered[1:]:
+        anchor.append(node)
+        anchor = node
+
+
+def finish(module: fx.GraphModule, name: str) -> fx.GraphModule:
+    """Sort, drop dead nodes and attributes, check and recompile.
+
+    Raises:
+        PassError: the pass `name` left an illegal graph.
+    """
+    sort_stably(module.graph)
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    drop_unused_attributes(module)
+    try:
+        module.graph.lint()
+    except RuntimeError as error:
+        raise PassError(f"pass {name!r} left an illegal graph: {error}; please report this model") from error
+    module.recompile()
+    return module
+
+
+def drop_unused_attributes(module: fx.GraphModule) -> None:
+    """Delete parameters, buffers and constants that no node reads, so that they do not stay in memory."""
+    read = {node.target for node in module.graph.nodes if node.op == "get_attr"}
+    tensors = [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
+    called = tuple(f"{node.target}." for node in module.graph.nodes if node.op == "call_module")
+    for name in tensors:
+        if name not in read and not name.startswith(called):
+            owner_path, _, leaf = name.rpartition(".")
+            delattr(module.get_submodule(owner_path), leaf)
+
+
+def attribute(module: torch.nn.Module, path: str) -> Any:
+    """The value of a dotted attribute path, e.g. a ``get_attr`` target."""
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def example_value(node: fx.Node) -> Any:
+    """The fake value that capture recorded for a node; None where there is none."""
+    return node.meta.get("val")
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module of the original model whose forward made this node; "" at the top."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    if not stack:
+        return ""
+    path = str(stack[-1][0])
+    return path.removeprefix("L['self']").removeprefix(".")

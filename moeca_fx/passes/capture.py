@@ -1,0 +1,188 @@
+"""capture: trace the unmodified model into an FX graph of ATen nodes, batch size left open.
+
+    nn.Module                                  x = placeholder; ...
+      blocks.1.mlp.experts(x, ids, w)    -->   experts = moeca.experts(view, ids, w, 'blocks.1.mlp.experts')
+        (a Python loop that cannot be traced)  ...
+
+Each proven region is swapped, on the instance and only for the time of tracing, for the marker op `moeca::experts`.
+`torch.fx.symbolic_trace` fails on every DiT-MoE; `make_fx` on real tensors bakes one input's routing in without a word.
+Non-strict `torch.export` does neither, and the result is compared with the model bit for bit, on a second input too.
+"""
+
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from moeca_fx.discover import MoERegion
+from moeca_fx.discover.prove import replaced_method
+from moeca_fx.errors import CaptureError, InputError
+from moeca_fx.ops.experts import live_regions
+
+_unique = itertools.count()
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A traced model.
+
+    Attributes:
+        module: graph over the flat inputs; its output is the tuple of flat outputs.
+        in_spec, out_spec: how (args, kwargs) and the result unfold into flat lists.
+        regions: marker key in the graph -> the region it stands for.
+    """
+
+    module: fx.GraphModule
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    regions: dict[str, MoERegion]
+
+
+def capture(
+    model: nn.Module, regions: tuple[MoERegion, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Captured:
+    """Trace `model` on example inputs and prove the trace equal to it, bit for bit.
+
+    Args:
+        model: in eval mode; unchanged afterwards.
+        regions: proven regions (`moeca_fx.discover`).
+        args, kwargs: example inputs. A batch of one is doubled for tracing, so that the batch stays dynamic.
+
+    Raises:
+        CaptureError: torch.export cannot trace the model, or the trace does not reproduce it.
+    """
+    args, kwargs = at_least_two(args, kwargs)
+    keyed = {f"{region.path}.{region.method}#{next(_unique)}": region for region in regions}
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_regions_as_markers(model, keyed))
+        try:
+            program = torch.export.export(
+                model, args, dict(kwargs), dynamic_shapes=_dynamic_batch(model, args, kwargs), strict=False
+            )
+            program = program.run_decompositions({})
+        except Exception as error:  # torch.export raises many unrelated types; each becomes one clear error
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CaptureError(
+                f"torch.export could not trace {type(model).__name__}: {first_line}; data-dependent Python outside a "
+                "proven mixture-of-experts region is the usual cause"
+            ) from error
+    module = program.module(check_guards=False)
+    in_spec, out_spec = module._in_spec, module._out_spec
+    module.graph.set_codegen(fx.graph.CodeGen())
+    _flatten_output(module)
+    captured = Captured(module, in_spec, out_spec, keyed)
+    with live_regions({key: _region_call(model, region) for key, region in keyed.items()}):
+        for example in ((args, kwargs), _second_input(args, kwargs)):
+            _check_bit_equal(model, captured, *example)
+    return captured
+
+
+def at_least_two(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Repeat a batch of one: torch.export would fix a batch size of 1 in the graph."""
+    size = batch_size(args, kwargs)
+    if size != 1:
+        return args, dict(kwargs)
+
+    def double(leaf: Any) -> Any:
+        return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == 1 else leaf
+
+    return pytree.tree_map(double, args), pytree.tree_map(double, dict(kwargs))
+
+
+def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Leading size of the first tensor input that has one.
+
+    Raises:
+        InputError: no tensor with a batch dimension among the inputs.
+    """
+    for leaf in pytree.tree_leaves((args, dict(kwargs))):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return int(leaf.shape[0])
+    raise InputError(
+        "example inputs: expected at least one tensor with a leading batch dimension, found none; "
+        "pass example_inputs=(x, t, ...) as the model's forward takes them"
+    )
+
+
+def _dynamic_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Per parameter of forward: which dimensions torch.export keeps open."""
+    size = batch_size(args, kwargs)
+
+    def mark(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return {0: torch.export.Dim.AUTO} if leaf.dim() and leaf.shape[0] == size else {}
+        return None
+
+    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    return {name: pytree.tree_map(mark, value) for name, value in given.items()}
+
+
+@contextmanager
+def _regions_as_markers(model: nn.Module, keyed: Mapping[str, MoERegion]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for key, region in keyed.items():
+            owner = model.get_submodule(region.path)
+            stack.enter_context(replaced_method(owner, region.method, _marker(owner, region, key)))
+        yield
+
+
+def _marker(owner: nn.Module, region: MoERegion, key: str) -> Any:
+    signature = inspect.signature(getattr(owner, region.method))
+
+    def call_marker(*args: Any, **kwargs: Any) -> Tensor:
+        given = signature.bind(*args, **kwargs).arguments
+        marked: Tensor = torch.ops.moeca.experts(
+            given[region.x], given[region.expert], given[region.weight], key
+        )
+        return marked
+
+    return call_marker
+
+
+def _region_call(model: nn.Module, region: MoERegion) -> Any:
+    method = getattr(model.get_submodule(region.path), region.method)
+
+    def run(x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        result: Tensor = method(**{region.x: x, region.expert: expert, region.weight: weight})
+        return result
+
+    return run
+
+
+def _flatten_output(module: fx.GraphModule) -> None:
+    output = module.graph.output_node()
+    output.args = (tuple(pytree.tree_leaves(output.args[0])),)
+    module.recompile()
+
+
+def _second_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Another input of the same shapes: floats scaled and mirrored, integers in another order."""
+
+    def change(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim():
+            return leaf
+        return leaf.flip(0) * 0.75 if leaf.is_floating_point() else leaf.flip(0)
+
+    return pytree.tree_map(change, args), pytree.tree_map(change, dict(kwargs))
+
+
+def _check_bit_equal(
+    model: nn.Module, captured: Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    with torch.no_grad():
+        expected = pytree.tree_leaves(model(*args, **kwargs))
+        found = captured.module(*pytree.tree_leaves((args, dict(kwargs))))
+    for index, (want, have) in enumerate(zip(expected, found, strict=True)):
+        if isinstance(want, Tensor) and not torch.equal(want, have):
+            error = float((want - have).abs().max())
+            raise CaptureError(
+                f"output {index} of the captured graph differs from {type(model).__name__} by {error:.1e}, expected "
+                "equality bit for bit; the model may hold state, dropout or data-dependent Python"
+            )
