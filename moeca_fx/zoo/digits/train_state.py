@@ -26,7 +26,7 @@ class TrainOptions:
     """
 
     steps: int = 5000
-    batch: int = 128
+    batch: int = 64
     seed: int = 0
     learning_rate: float = 1e-3
     warmup: int = 200
