@@ -118,6 +118,13 @@ def test_share_and_score_equal_the_reference(
             torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-6, atol=1e-7)
 
 
+def test_a_score_equal_to_the_threshold_is_reused() -> None:
+    now, one = torch.tensor([[[3]]]), torch.ones(1, 1, 1)
+    for tau, code in ((1.5, 0), (1.4999, 1)):  # 1.0 + 1.1 * 0 + 0.5 * 1
+        threshold = torch.full((1, 4), tau)
+        assert decide(now, one, now, one, one, threshold, 1.1, 0.5, "raw")[3].item() == code
+
+
 @given(seeds)
 def test_a_token_of_zero_features_has_no_contribution(seed: int) -> None:
     weight = _random((2, 3, 2), seed)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from moeca_fx.zoo.attention import Attention, PackedAttention, rotate
+from moeca_fx.zoo.dit_moe import DiTMoE, DiTMoEBlock, SparseMoE
 from moeca_fx.zoo.dsmoe import DSMoE, MoELayer
 
 
-def embed(model: DSMoE, image: Tensor) -> Tensor:
+def embed(model: DSMoE | DiTMoE, image: Tensor) -> Tensor:
     """The tokens [T, H] that enter the first block, from one image [C, S, S]."""
     tokens: Tensor = model.x_embedder(image[None])[0]
-    return tokens
+    return tokens + model.pos_embed[0] if isinstance(model, DiTMoE) else tokens
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,11 @@ class MoEParts:
 
     def route(self, inputs: Tensor) -> tuple[list[list[int]], list[list[float]]]:
         """Experts [T][k] and the router's own weights [T][k] of the rows [T, H]."""
-        assert isinstance(self.layer, MoELayer)
-        ids, weights = self.layer.route(self.layer.gate(inputs))
+        if isinstance(self.layer, MoELayer):
+            ids, weights = self.layer.route(self.layer.gate(inputs))
+        else:
+            assert isinstance(self.layer, SparseMoE)
+            ids, weights = self.layer.gate(inputs)
         return ids.tolist(), weights.tolist()
 
     def expert(self, index: int, row: Tensor) -> Tensor:
@@ -114,7 +118,9 @@ class MoEParts:
 
 def moe_parts(block: nn.Module) -> MoEParts | None:
     """The block's MoE layer, or None when its feed-forward is dense."""
-    layer = block.get_submodule("mlp")
+    layer = block.get_submodule("moe" if isinstance(block, DiTMoEBlock) else "mlp")
+    if isinstance(layer, SparseMoE):
+        return MoEParts(layer, list(layer.experts), layer.shared_experts)
     if isinstance(layer, MoELayer):
         return MoEParts(layer, list(layer.experts.blocks), layer.shared_experts)
     return None

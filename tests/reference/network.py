@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeca_fx.zoo.dsmoe import DSMoE
+from moeca_fx.zoo import DiTMoE, DSMoE
 from moeca_fx.zoo.layers import unpatchify
 from tests.reference import blocks
 from tests.reference.block_step import BlockState, BlockStep, Config, Counts
@@ -19,11 +19,11 @@ class ReferenceMoECa:
     """A zoo model under MoECa, one call of `step` for each denoising step of one trajectory.
 
     Args:
-        model: a `DSMoE` in evaluation mode; it is only read.
+        model: a `DSMoE` or `DiTMoE` in evaluation mode; it is only read.
         config: the policy's fields; `interval` is the caller's business (see `step`).
     """
 
-    def __init__(self, model: DSMoE, config: Config) -> None:
+    def __init__(self, model: DSMoE | DiTMoE, config: Config) -> None:
         self.model, self.config = model, config
         self.samples: list[list[BlockState]] = []  # [B][depth]
         self.counts: list[Counts] = []  # [depth], of the last step
