@@ -1,4 +1,4 @@
-"""Self-attention of the zoo: the timm layout with optional 2-D RoPE, and the packed layout with query/key norms."""
+"""Self-attention of the zoo: the timm layout with 2-D RoPE, and the packed layout with query/key norms."""
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,9 @@ from torch import Tensor, nn
 def rope_tables(side: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine tables [T, head_dim] of 2-D rotary embedding on a `side` x `side` row-major grid.
 
-    The first half of a head turns with the row, the second with the column. Each half has head_dim/4 frequencies
-    10000^(-i/(head_dim/4)), and its phases are laid out twice so that rotation pairs i with i + head_dim/4.
+    The first half of a head turns with the row, the second with the column. Each half has head_dim/4
+    frequencies 10000^(-i/(head_dim/4)), and its phases are laid out twice, so that rotation
+    pairs i with i + head_dim/4.
     """
     quarter = head_dim // 4
     frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float32) / quarter)
@@ -34,7 +35,8 @@ class Attention(nn.Module):
     Args:
         hidden_size: H, divisible by `num_heads`.
         num_heads: h.
-        grid: side of the token grid for 2-D RoPE; None for no rotary embedding. The tables are not in the state dict.
+        grid: side of the token grid for 2-D RoPE; None for no rotary embedding. The tables are not in the
+            state dict.
     """
 
     rope_cos: Tensor
@@ -53,6 +55,7 @@ class Attention(nn.Module):
             self.register_buffer("rope_sin", sin, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Attend from every token to every token: [B, T, H] -> [B, T, H]."""
         batch, tokens, _ = x.shape
         packed = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, h, T, d]
@@ -64,9 +67,9 @@ class Attention(nn.Module):
 
 
 class PackedAttention(nn.Module):
-    """Multi-head self-attention with the names of the flash-attention layout: `Wqkv`, `out_proj`, `q_norm`, `k_norm`.
+    """Multi-head self-attention [B, T, H] -> [B, T, H] in the flash-attention layout: `Wqkv`, `out_proj`.
 
-    Queries and keys pass an affine LayerNorm over the head width before the product.
+    Queries and keys pass an affine LayerNorm (`q_norm`, `k_norm`) over the head width before the product.
     """
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
@@ -79,6 +82,7 @@ class PackedAttention(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Attend from every token to every token: [B, T, H] -> [B, T, H]."""
         batch, tokens, _ = x.shape
         packed = self.Wqkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
         q, k, v = packed.unbind(2)  # each [B, T, h, d]

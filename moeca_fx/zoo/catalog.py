@@ -39,9 +39,10 @@ def build(name: str, *, weights: str | PathLike[str] | None = None, seed: int = 
 
     Args:
         name: one of `names()`.
-        weights: a local file or a hub id, see `moeca_fx.zoo.load_weights`. Without it, ``digits`` gets its shipped
-            trained weights; every other model gets seeded random weights. Unlike a published start of training, those
-            do *not* zero the adaLN gates and the final layer, so that attention and experts reach the output.
+        weights: a local file or a hub id, see `moeca_fx.zoo.load_weights`. Without it, ``digits`` gets its
+            shipped trained weights; every other model gets seeded random weights. Unlike a published start of
+            training, those do *not* zero the adaLN gates and the final layer, so that attention and experts
+            reach the output.
         seed: of the random weights.
 
     Raises:
@@ -70,7 +71,8 @@ def example_inputs(model: nn.Module | str, batch: int = 2, seed: int = 0) -> tup
         seed: of a private generator.
 
     Returns:
-        x [B, C, S, S] standard normal; t [B]: in [0, 1) for DSMoE, whole steps in [0, 1000) for DiT-MoE; y [B] int64.
+        x [B, C, S, S] standard normal; t [B]: in [0, 1) for DSMoE, whole steps in [0, 1000) for DiT-MoE; y
+        [B] int64.
     """
     if batch < 1:
         raise InputError(f"example_inputs: batch must be at least 1, got {batch}")

@@ -1,10 +1,9 @@
 """DiT-MoE (arXiv 2407.11633): a DiT whose every block holds a softmax top-2 mixture of experts.
 
-The parameter names are the published ones. Inference runs through `moe_infer`, which sorts the branches by expert,
-reads the counts on the host and loops over the experts: the baseline users have, and a form no exporter can follow.
+The parameter names are the published ones. Inference runs through `moe_infer`, which sorts the branches by
+expert, reads the counts on the host and loops over the experts: the baseline users have, and a form no
+exporter can follow.
 """
-
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,8 @@ __all__ = ["DIT_MOE_CONFIGS", "DiTMoE", "DiTMoEConfig"]
 def sincos_table(side: int, width: int) -> Tensor:
     """The fixed 2-D position table [1, side*side, width], row-major.
 
-    The first half of `width` encodes the column, the second the row; each as [sin | cos] of position * 10000^(-i/n)
-    with n = width / 4 frequencies.
+    The first half of `width` encodes the column, the second the row; each as [sin | cos] of position *
+    10000^(-i/n) with n = width / 4 frequencies.
     """
     quarter = width // 4
     frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -42,7 +41,7 @@ def sincos_table(side: int, width: int) -> Tensor:
 
 
 class SlicedSwiGLU(nn.Module):
-    """A gated expert [M, H] -> [M, H] whose matrices are multiplied in slices of the inner width, then summed."""
+    """A gated expert [M, H] -> [M, H] whose matrices are multiplied in slices of the inner width."""
 
     def __init__(self, hidden_size: int, width: int, slices: int) -> None:
         super().__init__()
@@ -53,16 +52,22 @@ class SlicedSwiGLU(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Rows [..., H] -> [..., H]."""
         if self.slices == 1:
             out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
             return out
         size = self.slice_width
-        gate = torch.cat([F.linear(x, part) for part in self.gate_proj.weight.split(size, dim=0)], dim=-1)
-        up = torch.cat([F.linear(x, part) for part in self.up_proj.weight.split(size, dim=0)], dim=-1)
-        inner = (F.silu(gate) * up).split(size, dim=-1)
-        down = self.down_proj.weight.split(size, dim=1)
+        gate = torch.cat(
+            [F.linear(x, part) for part in torch.split(self.gate_proj.weight, size, dim=0)], dim=-1
+        )
+        up = torch.cat([F.linear(x, part) for part in torch.split(self.up_proj.weight, size, dim=0)], dim=-1)
+        inner = torch.split(F.silu(gate) * up, size, dim=-1)
+        down = torch.split(self.down_proj.weight, size, dim=1)
         partial = [F.linear(a, part) for a, part in zip(inner, down, strict=True)]
-        return torch.stack(partial).sum(0) if len(partial) > 2 else partial[0] + partial[1]
+        total = partial[0]
+        for part in partial[1:]:
+            total = total + part
+        return total
 
 
 class SoftmaxGate(nn.Module):
@@ -95,6 +100,7 @@ class SparseMoE(nn.Module):
         self.shared_experts = SlicedSwiGLU(width, config.shared_width, config.slices)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Tokens [B, T, H] -> [B, T, H]."""
         index, weight = self.gate(hidden)
         rows = hidden.reshape(-1, hidden.shape[-1])
         if self.training:
@@ -156,9 +162,11 @@ class DiTMoEBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Tokens [B, T, H] and condition [B, H] -> tokens [B, T, H]."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
         x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        return x + gate_m.unsqueeze(1) * self.moe(modulate(self.norm2(x), shift_m, scale_m))
+        x = x + gate_m.unsqueeze(1) * self.moe(modulate(self.norm2(x), shift_m, scale_m))
+        return x
 
 
 class DiTMoE(nn.Module):
@@ -209,5 +217,5 @@ class DiTMoE(nn.Module):
             [2B, out channels, S, S].
         """
         half = x[: len(x) // 2]
-        output = cast(Tensor, self.forward(torch.cat([half, half], dim=0), t, y))
-        return guide(output, cfg_scale)
+        prediction = self.forward(torch.cat([half, half], dim=0), t, y)
+        return guide(prediction, cfg_scale)

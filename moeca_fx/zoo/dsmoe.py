@@ -1,10 +1,9 @@
 """DSMoE (arXiv 2512.01252): even blocks dense, odd blocks a DeepSeek-V3 style mixture of experts.
 
-The parameter names are the published ones, so a published state dict loads with ``strict=True``. The expert loop is
-written the way users have it, one Python iteration per expert that was hit: it is the baseline this package speeds up.
+The parameter names are the published ones, so a published state dict loads with ``strict=True``. The expert
+loop is written the way users have it, one Python iteration per expert that was hit: it is the baseline this
+package speeds up.
 """
-
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +37,13 @@ class DenseMlp(nn.Module):
         self.fc2 = nn.Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, T, H] -> [B, T, H]."""
         out: Tensor = self.fc2(F.silu(self.fc1(x)))
         return out
 
 
 class RouterGate(nn.Module):
-    """Router logits [B*T, E] in fp32 from tokens of any floating dtype; also owns the selection's correction bias."""
+    """Router logits in fp32 from tokens of any floating dtype; also owns the selection's correction bias."""
 
     e_score_correction_bias: Tensor
 
@@ -54,8 +54,10 @@ class RouterGate(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(num_experts))
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Tokens [B, T, H] -> logits [B*T, E] in fp32."""
         rows, weight = hidden.reshape(-1, hidden.shape[-1]).float(), self.weight.float()
-        if torch.is_autocast_enabled(hidden.device.type):  # mixed-precision training must not round the router
+        if torch.is_autocast_enabled(hidden.device.type):
+            # Mixed-precision training must not round the router.
             with torch.autocast(hidden.device.type, enabled=False):
                 return F.linear(rows, weight)
         return F.linear(rows, weight)
@@ -103,8 +105,9 @@ class MoELayer(nn.Module):
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Experts and weights of every token.
 
-        The choice goes by sigmoid score plus correction bias, inside the best `topk_group` groups; the weights are the
-        *unbiased* scores of the chosen, renormalised to sum 1 and multiplied by the routed scale.
+        The choice goes by sigmoid score plus correction bias, inside the best `topk_group` groups; the
+        weights are the *unbiased* scores of the chosen, renormalised to sum 1 and multiplied by the routed
+        scale.
 
         Args:
             logits: [M, E] fp32.
@@ -133,6 +136,7 @@ class MoELayer(nn.Module):
         return grouped.masked_fill(~kept.unsqueeze(-1), 0.0).flatten(1)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Tokens [B, T, H] -> [B, T, H]."""
         index, weight = self.route(self.gate(hidden))
         routed = self.experts(hidden.reshape(-1, hidden.shape[-1]), index, weight)
         out: Tensor = routed.view(hidden.shape) + self.shared_experts(hidden)
@@ -152,9 +156,11 @@ class DSMoEBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Tokens [B, T, H] and condition [B, H] -> tokens [B, T, H]."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
         x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        return x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        x = x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        return x
 
 
 class DSMoE(nn.Module):
@@ -182,8 +188,8 @@ class DSMoE(nn.Module):
             y: class labels [B] int64; `num_classes` is the null class.
 
         Returns:
-            The published six-tuple. Item 0 is the prediction [B, 2C, S, S] (C channels without `learn_sigma`; rectified
-            flow uses the first C); the others are constants that the published training loop reads.
+            The published six-tuple. Item 0 is the prediction [B, 2C, S, S] (C channels without `learn_sigma`;
+            rectified flow uses the first C); the others are constants that the published training loop reads.
         """
         tokens = self.x_embedder(x)  # [B, T, H]
         condition = self.t_embedder(t) + self.y_embedder(y)  # [B, H]
@@ -206,5 +212,5 @@ class DSMoE(nn.Module):
             [2B, out channels, S, S].
         """
         half = x[: len(x) // 2]
-        output = cast(DSMoEOutput, self.forward(torch.cat([half, half], dim=0), t, y))
-        return guide(output[0], cfg_scale)
+        prediction = self.forward(torch.cat([half, half], dim=0), t, y)[0]
+        return guide(prediction, cfg_scale)

@@ -1,4 +1,4 @@
-"""Initial weights: the published zero-gated start for training, and a lively random one for tests and inspection."""
+"""Initial weights: the published zero-gated start for training, and a lively random one for tests."""
 
 import math
 
@@ -17,8 +17,8 @@ CORRECTION_SPREAD = 0.05
 def publish_init_(model: nn.Module) -> None:
     """Initialise for training the way DiT does, in place: adaLN gates and the final layer start at zero.
 
-    Linear weights are Xavier-uniform with zero biases, label and timestep embeddings normal(0, 0.02). Draws from the
-    global generator: seed it first.
+    Linear weights are Xavier-uniform with zero biases, label and timestep embeddings normal(0, 0.02). Draws
+    from the global generator: seed it first.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -32,8 +32,9 @@ def publish_init_(model: nn.Module) -> None:
         elif isinstance(module, LabelEmbedder):
             nn.init.normal_(module.embedding_table.weight, std=0.02)
         elif isinstance(module, TimestepEmbedder):
-            nn.init.normal_(module.mlp[0].weight, std=0.02)
-            nn.init.normal_(module.mlp[2].weight, std=0.02)
+            for layer in module.mlp.modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.02)
     for name, parameter in model.named_parameters():
         if "adaLN_modulation" in name or name.startswith("final_layer.linear"):
             nn.init.zeros_(parameter)
@@ -43,9 +44,9 @@ def publish_init_(model: nn.Module) -> None:
 def randomize_(model: nn.Module, seed: int = 0) -> nn.Module:
     """Fill a zoo model with seeded random weights under which every part does something, in place.
 
-    Published models start with adaLN gates and final layer at zero, so a fresh one returns zeros whatever its experts
-    do. Here gates are about 0.3, router logits spread about 1, and the correction bias is non-zero. Fixed tables
-    (position embedding, RoPE) are kept.
+    Published models start with adaLN gates and final layer at zero, so a fresh one returns zeros whatever its
+    experts do. Here gates are about 0.3, router logits spread about 1, and the correction bias is non-zero.
+    Fixed tables (position embedding, RoPE) are kept.
 
     Args:
         model: any zoo model, also a tiny configuration.

@@ -1,7 +1,7 @@
 """Layers that DSMoE and DiT-MoE share, with the parameter names of the published checkpoints.
 
-Both families descend from DiT (arXiv 2212.09748): a patch embedding, a sinusoidal timestep embedding and a label
-embedding feed adaLN-Zero blocks. The layers are written here so that the zoo needs torch alone.
+Both families descend from DiT (arXiv 2212.09748): a patch embedding, a sinusoidal timestep embedding and a
+label embedding feed adaLN-Zero blocks. The layers are written here so that the zoo needs torch alone.
 """
 
 import math
@@ -37,6 +37,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Image [B, C, S, S] -> tokens [B, T, H]."""
         patches: Tensor = self.proj(x)  # [B, H, S/p, S/p]
         return patches.flatten(2).transpose(1, 2)
 
@@ -51,17 +52,18 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
+        """Timesteps [B] -> [B, H]."""
         half = TIMESTEP_WIDTH // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         frequency = torch.exp(steps * (-math.log(MAX_PERIOD) / half))
         phase = t[:, None].float() * frequency[None]  # [B, half]
-        waves = torch.cat([phase.cos(), phase.sin()], dim=-1).to(self.mlp[0].weight.dtype)
+        waves = torch.cat([phase.cos(), phase.sin()], dim=-1).to(next(self.mlp.parameters()).dtype)
         embedding: Tensor = self.mlp(waves)
         return embedding
 
 
 class LabelEmbedder(nn.Module):
-    """Embed class labels [B] as [B, H]; in training a label becomes the null class with probability `dropout`."""
+    """Embed class labels [B] as [B, H]; training drops a label to the null class at rate `dropout`."""
 
     def __init__(self, num_classes: int, hidden_size: int, dropout: float) -> None:
         super().__init__()
@@ -71,6 +73,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + null_rows, hidden_size)
 
     def forward(self, labels: Tensor) -> Tensor:
+        """Labels [B] int64 -> [B, H]."""
         if self.training and self.dropout > 0:
             dropped = torch.rand(labels.shape[0], device=labels.device) < self.dropout
             labels = torch.where(dropped, self.num_classes, labels)
@@ -88,6 +91,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Rows [..., H] -> [..., H]."""
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
@@ -102,6 +106,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Tokens [B, T, H] and condition [B, H] -> patches [B, T, p*p*C]."""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
         out: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
         return out

@@ -22,8 +22,9 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str], strict: bool 
     Args:
         model: receives the weights in its own dtype and device.
         source: a local ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file, or a hub id ``org/name`` or
-            ``org/name:filename`` (default file ``model.safetensors``). Torch files are read with ``weights_only=True``
-            and may wrap the state dict under "ema" (preferred, as published samplers do), "model" or "state_dict".
+            ``org/name:filename`` (default file ``model.safetensors``). Torch files are read with
+            ``weights_only=True`` and may wrap the state dict under "ema" (preferred, as published samplers
+            do), "model" or "state_dict".
         strict: also refuse missing and unexpected keys; shapes must always fit.
 
     Raises:
@@ -62,10 +63,10 @@ def _download(repo: str, filename: str) -> Path:
 
     try:
         return Path(huggingface_hub.hf_hub_download(repo_id=repo, filename=filename))
-    except Exception as error:  # the client raises many kinds: offline, no such repository, no such file, no access
+    except Exception as error:  # the client has many: offline, no such repository or file, no access
         raise WeightsError(
-            f"could not fetch {filename!r} from hub repository {repo!r} ({type(error).__name__}: {error}); check the "
-            "name and the connection, or download the file and pass its path"
+            f"could not fetch {filename!r} from hub repository {repo!r} ({type(error).__name__}: {error}); "
+            "check the name and the connection, or download the file and pass its path"
         ) from error
 
 
@@ -88,8 +89,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # corrupt archives and refused pickles surface as many unrelated types
         first_line = str(error).strip().split("\n")[0]
         raise WeightsError(
-            f"{path} is no readable torch weights file ({type(error).__name__}: {first_line}); fetch it again, and "
-            "note that files with arbitrary Python objects are refused"
+            f"{path} is no readable torch weights file ({type(error).__name__}: {first_line}); fetch it "
+            "again, and note that files with arbitrary Python objects are refused"
         ) from error
     return _unwrap(content, path)
 
@@ -100,7 +101,11 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
             if isinstance(content.get(key), Mapping):
                 content = content[key]
                 break
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(v, Tensor) for v in content.values())
+    ):
         raise WeightsError(
             f"{path} holds no state dict: expected names mapped to tensors, bare or under one of {WRAPPERS}, "
             f"found {_describe(content)}"
@@ -131,11 +136,13 @@ def _check(model: nn.Module, state: Mapping[str, Tensor], path: Path, strict: bo
     if strict and unexpected:
         problems.append(f"{len(unexpected)} unexpected keys: {_first(unexpected)}")
     if not strict and len(missing) == len(own):
-        problems.append(f"none of the model's {len(own)} keys is in the file, which has {_first(list(state))}")
+        problems.append(
+            f"none of the model's {len(own)} keys is in the file, which has {_first(list(state))}"
+        )
     if problems:
         raise WeightsError(
-            f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}. Build the model in the size the "
-            "file was saved with, or convert the names"
+            f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}. Build the "
+            "model in the size the file was saved with, or convert the names"
         )
 
 

@@ -1,7 +1,8 @@
-"""Auxiliary-loss-free load balance: nudge each router's correction bias by the sign of its experts' load error.
+"""Auxiliary-loss-free load balance: nudge each router's correction bias by the sign of the load error.
 
-The rule of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): after each step an expert that received fewer tokens than
-the mean gets a larger bias, one that received more a smaller one. The bias moves the choice, never the weights.
+The rule of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): after each step an expert that received fewer
+tokens than the mean gets a larger bias, one that received more a smaller one. The bias moves the choice,
+never the weights.
 """
 
 from typing import Any

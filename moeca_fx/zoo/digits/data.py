@@ -26,8 +26,8 @@ def load_split() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The real digits.
 
     Returns:
-        (images, labels) to learn from and (images, labels) held out, images [N, 1, 8, 8] in [-1, 1], labels [N] int64.
-        The generator and the classifier learn from the first part only.
+        (images, labels) to learn from and (images, labels) held out, images [N, 1, 8, 8] in [-1, 1], labels
+        [N] int64. The generator and the classifier learn from the first part only.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.

@@ -29,8 +29,9 @@ def sample(
     """Draw one image per row of `noise`.
 
     Args:
-        model: called as `model(x, t, y)` once a step with x [B, C, S, S], t [B] float in [0, 1), y [B]; returns the
-            velocity or a tuple that starts with it. Extra channels beyond C (learned sigma) are dropped.
+        model: called as `model(x, t, y)` once a step with x [B, C, S, S], t [B] float in [0, 1), y [B];
+            returns the velocity or a tuple that starts with it. Extra channels beyond C (learned
+            sigma) are dropped.
         noise: [B, C, S, S], the state at t = 0.
         labels: [B] int64.
         steps: equal Euler steps to t = 1.

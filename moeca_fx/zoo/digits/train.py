@@ -1,8 +1,8 @@
 """Train the digits model: ``python -m moeca_fx.zoo.digits.train --out DIR [--resume]``.
 
 Rectified flow (arXiv 2209.03003): x_t = (1 - t) * noise + t * image, and the model regresses the velocity
-image - noise at a uniform t. Images get uniform noise of half a grey level, which undoes their rounding to 17 levels.
-The weights that ship are the exponential moving average, in half precision.
+image - noise at a uniform t. Images get uniform noise of half a grey level, which undoes their rounding to 17
+levels. The weights that ship are the exponential moving average, in half precision.
 """
 
 import argparse
@@ -51,7 +51,8 @@ def flow_batch(images: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tens
         batch: B.
 
     Returns:
-        x_t [B, C, S, S], t [B] (one draw in each of B equal intervals of [0, 1)), labels [B], velocity [B, C, S, S].
+        x_t [B, C, S, S], t [B] (one draw in each of B equal intervals of [0, 1)), labels [B], and the
+        velocity [B, C, S, S].
     """
     pick = torch.randint(len(images), (batch,))
     half_level = 1 / PIXEL_MAX
@@ -144,7 +145,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    options = TrainOptions(**{option.name: getattr(arguments, option.name) for option in fields(TrainOptions)})
+    options = TrainOptions(**{field.name: getattr(arguments, field.name) for field in fields(TrainOptions)})
     arguments.out.mkdir(parents=True, exist_ok=True)
     checkpoint, weights = arguments.out / CHECKPOINT, arguments.out / WEIGHTS
     state = start(options)

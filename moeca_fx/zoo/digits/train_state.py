@@ -1,4 +1,4 @@
-"""What a training run must save to continue bit for bit: model, average, optimiser, random state, step, options."""
+"""What a training run must save to continue bit for bit: weights, average, optimiser, random state, step."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -87,8 +87,8 @@ class TrainState:
             raise WeightsError(f"cannot resume: {path} is no readable checkpoint ({error})") from error
         if saved["options"] != asdict(options):
             raise ConfigError(
-                f"cannot resume {path}: it was written with {saved['options']}, this run asks for {asdict(options)}; "
-                "repeat the same options or start in another folder"
+                f"cannot resume {path}: it was written with {saved['options']}, "
+                f"this run asks for {asdict(options)}; repeat the same options or start in another folder"
             )
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
