@@ -165,8 +165,8 @@ class DiTMoEBlock(nn.Module):
         """Tokens [B, T, H] and condition [B, H] -> tokens [B, T, H]."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition).chunk(6, dim=1)
         x = x + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        x = x + gate_m.unsqueeze(1) * self.moe(modulate(self.norm2(x), shift_m, scale_m))
-        return x
+        out: Tensor = x + gate_m.unsqueeze(1) * self.moe(modulate(self.norm2(x), shift_m, scale_m))
+        return out
 
 
 class DiTMoE(nn.Module):
