@@ -251,7 +251,8 @@ def test_decision_equals_the_reference(
                 for e, w, h in zip(old, then[b, i].tolist(), norm[b, i], strict=True)
             ]
             values = moe_site.score_values(weight[b, i].tolist(), kind)
-            again = moe_site.decide(experts, values, slots, threshold[b].tolist(), 1.1, 0.6)
+            scores = moe_site.branch_scores(experts, values, slots, 1.1, 0.6)
+            again = moe_site.decide(experts, scores, threshold[b].tolist())
             for p, q in enumerate(moe_site.assign_slots(experts, old)):
                 assert slot[b, i, p] == q
                 assert held[b, i, q] == experts[p]

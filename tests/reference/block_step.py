@@ -6,6 +6,7 @@ every branch, every shared row    refresh the attention rows of tokens with a re
 slots = the router's order        route again, decide again, compute what is left in R
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -87,6 +88,7 @@ class BlockStep:
         self.vectors = blocks.modulation(block, condition)
         self.parts = blocks.moe_parts(block)
         self.counts = Counts()
+        self.margin = math.inf  # the smallest |s - tau| decided on: how far the step is from a tie
 
     def full(self, tokens: Tensor) -> Tensor:
         """Compute everything and overwrite the cache; tokens [T, H] -> [T, H]."""
@@ -169,7 +171,11 @@ class BlockStep:
         config, decisions = self.config, []
         for experts, weights, slots in zip(*routing, self.state.site.slots, strict=True):
             values = moe_site.score_values(weights, config.score_weight)
-            decisions.append(moe_site.decide(experts, values, slots, tau, config.lambda1, config.lambda2))
+            scores = moe_site.branch_scores(experts, values, slots, config.lambda1, config.lambda2)
+            decisions.append(moe_site.decide(experts, scores, tau))
+            for e, s in zip(experts, scores, strict=True):
+                if s is not None:
+                    self.margin = min(self.margin, abs(s - tau[e]))
         return decisions
 
     def refresh_attention(self, tokens: Tensor, rows: list[int]) -> None:

@@ -118,27 +118,29 @@ def score_values(weights: Sequence[float], score_weight: str) -> list[float]:
     raise ValueError(f"score_weight: expected 'share' or 'raw', found {score_weight!r}")
 
 
-def decide(
-    experts: Sequence[int],
-    values: Sequence[float],
-    slots: Sequence[Slot],
-    tau: Sequence[float],
-    lambda1: float,
-    lambda2: float,
-) -> list[bool]:
-    """The recomputation set R of one token (section 4.2): unmatched branches, and those with s > tau_e.
+def branch_scores(
+    experts: Sequence[int], values: Sequence[float], slots: Sequence[Slot], lambda1: float, lambda2: float
+) -> list[float | None]:
+    """The score of each of a token's branches (Eq. 9), None when its expert is not in the cache.
 
-    `experts` and `values` (see `score_values`) are the token's branches, `tau` has one entry per expert.
+    `values` are the branches' weights as the score sees them (`score_values`).
     """
     contributed = contribution([slot.feature for slot in slots])
-    recompute = []
+    scores: list[float | None] = []
     for p, q in enumerate(match(experts, [slot.expert for slot in slots])):
         if q is None:
-            recompute.append(True)
+            scores.append(None)
         else:
-            s = score(values[p], slots[q].weight, contributed[q], lambda1, lambda2)
-            recompute.append(s > tau[experts[p]])
-    return recompute
+            scores.append(score(values[p], slots[q].weight, contributed[q], lambda1, lambda2))
+    return scores
+
+
+def decide(experts: Sequence[int], scores: Sequence[float | None], tau: Sequence[float]) -> list[bool]:
+    """The recomputation set R of one token (section 4.2): unmatched branches, and those with s > tau_e.
+
+    `scores` are those of `branch_scores`, `tau` has one entry per expert.
+    """
+    return [s is None or s > tau[e] for e, s in zip(experts, scores, strict=True)]
 
 
 def assign_slots(experts: Sequence[int], cached: Sequence[int]) -> list[int]:

@@ -4,6 +4,7 @@ A sample never sees another one: a step loops over the batch and keeps one cache
 sample's result does not depend on its batch by construction.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class ReferenceMoECa:
         self.samples: list[list[BlockState]] = []  # [B][depth]
         self.counts: list[Counts] = []  # [depth], of the last step
         self.cached_totals = [Counts() for _ in model.blocks]  # [depth], summed over cached steps
+        self.margin = math.inf  # the smallest |s - tau| of the trajectory so far
 
     @torch.no_grad()
     def step(self, x: Tensor, t: Tensor, y: Tensor, full: bool) -> Any:
@@ -71,6 +73,7 @@ class ReferenceMoECa:
             else:
                 tokens, inherited = step.cached_moe(tokens)
             self.counts[index].add(step.counts)
+            self.margin = min(self.margin, step.margin)
         patches = model.final_layer(tokens[None], condition[None])
         return unpatchify(patches, model.config.patch_size, model.config.out_channels)[0]
 

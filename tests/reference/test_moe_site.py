@@ -70,17 +70,19 @@ def test_thresholds_log() -> None:
     assert moe_site.thresholds([[1.0], [0.0]], 1.0, 0.5, "log") == [1.0, 1.0]
 
 
-def test_decision_recomputes_unmatched_and_over_threshold() -> None:
+def test_scores_of_matched_branches() -> None:
     slots = [_slot(3, 0.5, 3.0, 4.0), _slot(1, 0.5, 0.0, 15.0)]
     # branch 0 (expert 1): 0.25 + 2 * 0.25 + 1 * 15/20 = 1.5; branch 1 (expert 0) is not in the cache
-    experts, values = [1, 0], [0.25, 0.75]
-    assert moe_site.decide(experts, values, slots, [9.0, 1.4, 9.0, 9.0], 2.0, 1.0) == [True, True]
-    assert moe_site.decide(experts, values, slots, [9.0, 1.6, 9.0, 9.0], 2.0, 1.0) == [False, True]
+    assert moe_site.branch_scores([1, 0], [0.25, 0.75], slots, 2.0, 1.0) == [1.5, None]
+
+
+def test_decision_recomputes_unmatched_and_over_threshold() -> None:
+    assert moe_site.decide([1, 0], [1.5, None], [9.0, 1.4]) == [True, True]
+    assert moe_site.decide([1, 0], [1.5, None], [9.0, 1.6]) == [False, True]
 
 
 def test_a_score_equal_to_the_threshold_is_reused() -> None:
-    slots = [_slot(0, 1.0, 1.0)]
-    assert moe_site.decide([0], [1.0], slots, [1.5], 0.0, 0.5) == [False]
+    assert moe_site.decide([0], [1.5], [1.5]) == [False]
 
 
 def test_slots_matched_stay_and_unmatched_fill_the_gaps_in_order() -> None:
