@@ -1,0 +1,222 @@
+"""Token axes: where the sample and token dimensions of the token stream are in every tensor computed from it.
+
+Starting from roots such as the residual stream [B, T, H], each operation is followed only if it acts on every token
+alone; the first one that mixes tokens, or that is not known, stops the analysis with its name. What passes can be run
+on a few rows instead of all: that is the proof behind every row program.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from moeca_fx.graph.rewrite import example_value
+from moeca_fx.graph.slicing import RESHAPES
+
+aten = torch.ops.aten
+# A prime that stands for the open batch size wherever sizes must be compared as numbers.
+BATCH_STANDIN = 1009
+
+KEEPS_AXES = (
+    aten.clone.default,
+    aten.contiguous.default,
+    aten._to_copy.default,
+    aten.to.dtype,
+    aten.expand.default,
+)
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.slice.Tensor)
+_REMOVES_DIM = (aten.unbind.int, aten.select.int)
+_REDUCES = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
+_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten.log_softmax.int)
+_NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+
+
+class NotTokenWise(Exception):
+    """An operation mixes tokens, or is not known to act on each token alone."""
+
+
+@dataclass(frozen=True)
+class TokenAxes:
+    """Positions of the sample axis and the token axis; both are `merged` in one axis after flattening [B, T]."""
+
+    batch: int
+    token: int
+
+    @property
+    def merged(self) -> bool:
+        """Whether one axis runs over all tokens of all samples."""
+        return self.batch == self.token
+
+    def as_tuple(self) -> tuple[int, ...]:
+        """The distinct axes, sample first."""
+        return (self.batch,) if self.merged else (self.batch, self.token)
+
+
+def propagate(roots: dict[fx.Node, TokenAxes], nodes: Sequence[fx.Node]) -> dict[fx.Node, TokenAxes]:
+    """Axes of every node in `nodes` (graph order), which must all depend on `roots`.
+
+    Raises:
+        NotTokenWise: with the offending node and operation.
+    """
+    axes = dict(roots)
+    for node in nodes:
+        tokens = {source: axes[source] for source in node.all_input_nodes if source in axes}
+        if not isinstance(example_value(node), torch.SymInt | int):
+            axes[node] = _step(node, tokens)
+    return axes
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Shape with the open batch size replaced by a stand-in number; of the first tensor for multi-output nodes."""
+    value = example_value(node)
+    if isinstance(value, list | tuple):
+        value = value[0]
+    assert isinstance(value, torch.Tensor), f"{node.name} holds no tensor"
+    return tuple(_number(size) for size in value.shape)
+
+
+def _number(size: Any) -> int:
+    if isinstance(size, torch.SymInt):
+        expression = size.node.expr
+        return int(expression.subs(dict.fromkeys(expression.free_symbols, BATCH_STANDIN)))
+    return int(size)
+
+
+def _step(node: fx.Node, tokens: dict[fx.Node, TokenAxes]) -> TokenAxes:
+    target: Any = node.target
+    first = node.args[0] if node.args else None
+    if isinstance(first, fx.Node) and first in tokens:
+        source, have = first, tokens[first]
+        rank = len(shape_of(source))
+        if target is operator.getitem or target in KEEPS_AXES:
+            return have
+        if target is aten.linear.default:
+            return _keep_if_apart(node, have, [rank - 1])
+        if target in _NORMS:
+            normalized: Any = node.args[1]
+            return _keep_if_apart(node, have, range(rank - len(normalized), rank))
+        if target in _SOFTMAX or target in _SPLITS:
+            return _keep_if_apart(node, have, [_dim(node, 2 if target in _SPLITS[:3] else 1, rank)])
+        if target in _REMOVES_DIM:
+            return _without_dims(node, have, [_dim(node, 1, rank)])
+        if target in _REDUCES:
+            return _reduced(node, have, rank)
+        if target in RESHAPES:
+            return _reshaped(node, have, shape_of(source), shape_of(node))
+        if target is aten.permute.default:
+            order = [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr]
+            return TokenAxes(order.index(have.batch), order.index(have.token))
+        if target is aten.transpose.int:
+            return _transposed(have, _dim(node, 1, rank), _dim(node, 2, rank))
+        if target is aten.unsqueeze.default:
+            return _unsqueezed(have, _dim(node, 1, rank + 1))
+        if target is aten.squeeze.dim:
+            return _without_dims(node, have, [_dim(node, 1, rank)])
+    if target in (aten.cat.default, aten.stack.default):
+        return _concatenated(node, tokens)
+    if torch.Tag.pointwise in getattr(target, "tags", ()):
+        return _broadcast(node, tokens)
+    raise _refuse(node, "is not known to act on each token alone")
+
+
+def _refuse(node: fx.Node, why: str) -> NotTokenWise:
+    return NotTokenWise(f"operation {node.target} (node {node.name}) {why}")
+
+
+def _dim(node: fx.Node, position: int, rank: int) -> int:
+    value = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
+    assert isinstance(value, int), f"{node.name}: a dimension is an int"
+    return value % rank
+
+
+def _keep_if_apart(node: fx.Node, have: TokenAxes, dims: Sequence[int]) -> TokenAxes:
+    if set(have.as_tuple()) & set(dims):
+        raise _refuse(node, "works across the token or sample axis")
+    return have
+
+
+def _without_dims(node: fx.Node, have: TokenAxes, dims: Sequence[int]) -> TokenAxes:
+    _keep_if_apart(node, have, dims)
+    return TokenAxes(*(axis - sum(dim < axis for dim in dims) for axis in (have.batch, have.token)))
+
+
+def _reduced(node: fx.Node, have: TokenAxes, rank: int) -> TokenAxes:
+    given: Any = node.args[1] if len(node.args) > 1 else None
+    if not given:
+        raise _refuse(node, "reduces over all axes")
+    dims = [int(dim) % rank for dim in (given if isinstance(given, list | tuple) else [given])]
+    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    return _keep_if_apart(node, have, dims) if keep else _without_dims(node, have, dims)
+
+
+def _transposed(have: TokenAxes, left: int, right: int) -> TokenAxes:
+    swap = {left: right, right: left}
+    return TokenAxes(swap.get(have.batch, have.batch), swap.get(have.token, have.token))
+
+
+def _unsqueezed(have: TokenAxes, dim: int) -> TokenAxes:
+    return TokenAxes(*(axis + (dim <= axis) for axis in (have.batch, have.token)))
+
+
+def _concatenated(node: fx.Node, tokens: dict[fx.Node, TokenAxes]) -> TokenAxes:
+    parts: Any = node.args[0]
+    if any(part not in tokens for part in parts) or len({tokens[part] for part in parts}) != 1:
+        raise _refuse(node, "joins tensors that are not all laid out by token alike")
+    have, rank = tokens[parts[0]], len(shape_of(parts[0]))
+    if node.target is aten.stack.default:
+        return _unsqueezed(have, _dim(node, 1, rank + 1))
+    return _keep_if_apart(node, have, [_dim(node, 1, rank)])
+
+
+def _broadcast(node: fx.Node, tokens: dict[fx.Node, TokenAxes]) -> TokenAxes:
+    rank = len(shape_of(node))
+    aligned = set()
+    for source, have in tokens.items():
+        shift = rank - len(shape_of(source))
+        aligned.add(TokenAxes(have.batch + shift, have.token + shift))
+    if len(aligned) != 1:
+        raise _refuse(node, "combines tensors whose token axes differ")
+    return aligned.pop()
+
+
+def _reshaped(node: fx.Node, have: TokenAxes, old: tuple[int, ...], new: tuple[int, ...]) -> TokenAxes:
+    """Follow the axes through a reshape: kept, merged into one axis, or split again."""
+    groups = _reshape_groups(old, new)
+    place: dict[int, tuple[list[int], list[int]]] = {}
+    for before, after in groups:
+        for axis in before:
+            place[axis] = (before, after)
+    batch_group, token_group = place[have.batch], place[have.token]
+    if have.merged:
+        before, after = batch_group
+        if len(before) == 1 and len(after) == 1:
+            return TokenAxes(after[0], after[0])
+        if len(before) == 1 and len(after) == 2 and new[after[0]] == BATCH_STANDIN:
+            return TokenAxes(after[0], after[1])
+    elif batch_group[0] is token_group[0]:
+        before, after = batch_group
+        if before == [have.batch, have.token] and len(after) == 1:
+            return TokenAxes(after[0], after[0])
+    elif all(len(part) == 1 for group in (batch_group, token_group) for part in group):
+        return TokenAxes(batch_group[1][0], token_group[1][0])
+    raise _refuse(node, f"reshapes {old} to {new}, which mixes the token axis with others")
+
+
+def _reshape_groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Smallest runs of old and new axes with equal sizes; axes of size 1 belong to no run."""
+    left = [axis for axis, size in enumerate(old) if size != 1]
+    right = [axis for axis, size in enumerate(new) if size != 1]
+    groups = []
+    while left and right:
+        before, after = [left.pop(0)], [right.pop(0)]
+        while prod(old[axis] for axis in before) != prod(new[axis] for axis in after):
+            if prod(old[axis] for axis in before) < prod(new[axis] for axis in after):
+                before.append(left.pop(0))
+            else:
+                after.append(right.pop(0))
+        groups.append((before, after))
+    return groups

@@ -1,0 +1,209 @@
+"""locate: find attention, MoE and dense feed-forward sites in the graph and record them; the graph is not changed.
+
+    q, k, v = ...(x)                                     AttentionSite(core=sdpa, output=proj, gate=..,
+    sdpa = scaled_dot_product_attention(q, k, v)                       residual_in=x, residual_out=x1)
+    x1 = x + gate * proj(sdpa)                     -->
+    experts = moeca.experts(rows(x1), ids, w, ..)        MoESite(experts=experts, shared=.., residual_in=x1,
+    x2 = x1 + gate * (experts + shared(rows(x1)))                residual_out=x2, attention='blocks.1.attn')
+
+Sites are found by dataflow alone: from the core forward to the addition that closes the residual, and from there back.
+"""
+
+import torch
+from torch import fx
+
+from moeca_fx.discover import MoERegion
+from moeca_fx.errors import UnsupportedModelError
+from moeca_fx.graph.layout import NotTokenWise, TokenAxes, propagate
+from moeca_fx.graph.rewrite import example_value, module_path
+from moeca_fx.graph.sites import AttentionSite, DenseFFNSite, MoESite, Site, Sites
+from moeca_fx.graph.slicing import (
+    LINEAR,
+    Residual,
+    addends,
+    ancestors,
+    between,
+    closing_residual,
+    same_shape,
+    strip_reshapes,
+    with_gate,
+)
+from moeca_fx.passes.router_form import describe_router
+
+aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
+STREAM = TokenAxes(0, 1)
+HEADS = TokenAxes(0, 2)
+
+
+def locate(module: fx.GraphModule, regions: dict[str, MoERegion]) -> Sites:
+    """Record every site of a normalised graph.
+
+    Args:
+        module: captured and normalised; experts are still markers.
+        regions: marker key -> proven region.
+
+    Raises:
+        UnsupportedModelError: a MoE layer has no residual addition over a token stream [B, T, H].
+    """
+    left: list[tuple[str, str]] = []
+    attention = [site for node in module.graph.find_nodes(op="call_function", target=SDPA) if (site := _attention(node, left))]
+    marker = torch.ops.moeca.experts.default
+    moe = [
+        _moe(node, regions[str(node.args[3])], attention)
+        for node in module.graph.find_nodes(op="call_function", target=marker)
+    ]
+    taken = {site.residual_out for site in [*attention, *moe]}
+    dense = [site for node in module.graph.nodes if node.name not in taken and (site := _dense_ffn(node, left))]
+    order = {node.name: index for index, node in enumerate(module.graph.nodes)}
+    sites: list[Site] = [*attention, *moe, *dense]
+    return Sites(tuple(sorted(sites, key=lambda site: order[site.residual_out])), tuple(left))
+
+
+def _attention(core: fx.Node, left: list[tuple[str, str]]) -> AttentionSite | None:
+    path = module_path(core) or core.name
+    residual = closing_residual(core)
+    tokens = _stream_tokens(residual)
+    if residual is None or tokens is None:
+        left.append((path, "attention without a residual addition over a token stream [B, T, H]; computed in full"))
+        return None
+    query, key, value = (operand for operand in core.args[:3] if isinstance(operand, fx.Node))
+    return AttentionSite(
+        path=path,
+        core=core.name,
+        query=query.name,
+        key=key.name,
+        value=value.name,
+        output=residual.output.name,
+        gate=residual.gate.name if residual.gate else None,
+        residual_in=residual.residual_in.name,
+        residual_out=residual.residual_out.name,
+        tokens=tokens,
+        refused=_why_not_by_rows(core, (query, key, value), residual),
+    )
+
+
+def _why_not_by_rows(core: fx.Node, qkv: tuple[fx.Node, ...], residual: Residual) -> str | None:
+    """None when queries, keys, values and the output projection are proven to act on each token alone."""
+    masked = len(core.args) > 3 and core.args[3] is not None
+    if masked or core.kwargs.get("attn_mask") is not None or core.kwargs.get("is_causal") or len(core.args) > 4:
+        return "attention with a mask cannot be recomputed for single rows"
+    stream = residual.residual_in
+    try:
+        axes = propagate({stream: STREAM}, between([stream], qkv))
+        if any(axes.get(node) != HEADS for node in qkv):
+            return "queries, keys and values are not laid out [B, h, T, d]"
+        after = propagate({core: HEADS}, between([core], [residual.output]))
+    except NotTokenWise as problem:
+        return str(problem)
+    return None if after.get(residual.output) == STREAM else "the output is not laid out [B, T, H]"
+
+
+def _stream_tokens(residual: Residual | None) -> int | None:
+    """T when the residual runs over [B, T, H] with B open and T fixed."""
+    value = example_value(residual.residual_in) if residual else None
+    if isinstance(value, torch.Tensor) and value.dim() == 3 and isinstance(value.shape[1], int):
+        return value.shape[1]
+    return None
+
+
+def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> MoESite:
+    residual = closing_residual(marker)
+    tokens = _stream_tokens(residual)
+    if residual is None or tokens is None:
+        raise UnsupportedModelError(
+            f"{region.block}: expected a residual addition over a token stream [B, T, H] with a fixed number of tokens "
+            "after the experts, found none; write the block as x + gate * moe(x)"
+        )
+    x, expert, weight = (operand for operand in marker.args[:3] if isinstance(operand, fx.Node))
+    try:
+        axes = propagate({residual.residual_in: STREAM}, between([residual.residual_in], [x]))
+    except NotTokenWise as problem:
+        raise UnsupportedModelError(f"{region.block}: the experts' input mixes tokens: {problem}") from problem
+    if axes[x] not in (STREAM, TokenAxes(0, 0)):
+        raise UnsupportedModelError(f"{region.block}: the experts' rows are not ordered sample by sample")
+    shared = _shared_expert(marker, x, residual)
+    companion = [site.path for site in attention if site.residual_out == residual.residual_in.name]
+    return MoESite(
+        path=region.block,
+        region=f"{region.path}.{region.method}",
+        experts=marker.name,
+        x=x.name,
+        expert=expert.name,
+        weight=weight.name,
+        num_experts=region.num_experts,
+        top_k=region.top_k,
+        router=describe_router(x, expert, weight),
+        shared=shared.name if shared else None,
+        shared_root=strip_reshapes(x).name if shared else None,
+        shared_path=_common_path(_linears(strip_reshapes(x), shared)) if shared else None,
+        gate=residual.gate.name if residual.gate else None,
+        residual_in=residual.residual_in.name,
+        residual_out=residual.residual_out.name,
+        attention=companion[0] if companion else None,
+        tokens=tokens,
+    )
+
+
+def _shared_expert(marker: fx.Node, x: fx.Node, residual: Residual) -> fx.Node | None:
+    """The branch added to the routed output that is computed from the same tokens by at least two matrices."""
+    root = strip_reshapes(x)
+    reached = {marker}
+    for node in between([marker], [residual.residual_out]):
+        operands = addends(node)
+        if operands is not None and node is not residual.residual_out:
+            outside = [operand for operand in operands if operand not in reached]
+            if len(outside) == 1 and same_shape(outside[0], node) and len(_linears(root, outside[0])) >= 2:
+                return outside[0]
+        reached.add(node)
+    return None
+
+
+def _linears(root: fx.Node, output: fx.Node) -> list[fx.Node]:
+    return [node for node in between([root], [output]) if node.target in LINEAR]
+
+
+def _dense_ffn(addition: fx.Node, left: list[tuple[str, str]]) -> DenseFFNSite | None:
+    """A residual over a token-wise branch with at least two matrices and neither attention nor experts in it."""
+    operands = addends(addition)
+    if operands is None or not same_shape(*operands):
+        return None
+    for stream, branch in (operands, operands[::-1]):
+        if stream not in ancestors([branch]):
+            continue
+        inside = between([stream], [branch])
+        residual = with_gate(addition, stream, branch, set(inside))
+        tokens = _stream_tokens(residual)
+        linears = [node for node in inside if node.target in LINEAR]
+        if len(linears) < 2 or tokens is None:
+            return None
+        if any(node.target in (SDPA, torch.ops.moeca.experts.default) for node in inside):
+            return None
+        path = _common_path(linears)
+        try:
+            axes = propagate({stream: STREAM}, between([stream], [residual.output]))
+        except NotTokenWise as problem:
+            left.append((path, f"feed-forward computed in full: {problem}"))
+            return None
+        if axes[residual.output] != STREAM:
+            return None
+        return DenseFFNSite(
+            path=path,
+            output=residual.output.name,
+            gate=residual.gate.name if residual.gate else None,
+            residual_in=stream.name,
+            residual_out=addition.name,
+            tokens=tokens,
+        )
+    return None
+
+
+def _common_path(nodes: list[fx.Node]) -> str:
+    """Longest module path that all nodes share."""
+    paths = [module_path(node).split(".") for node in nodes]
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) != 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
