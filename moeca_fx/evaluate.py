@@ -1,7 +1,7 @@
 """How far cached images are from the uncached run's: PSNR and SSIM, thin wrappers over torchmetrics.
 
-Both compare raw floating-point images (nothing is clamped or rounded first), so a value outside the data range
-counts as the error it is. torchmetrics comes with the extra ``demo``.
+Both compare raw floating-point images (nothing is clamped or rounded first), so a value outside the data
+range counts as the error it is. torchmetrics comes with the extra ``demo``.
 """
 
 import torch
@@ -19,8 +19,8 @@ SSIM_WINDOW = 7
 def psnr(images: Tensor, reference: Tensor, data_range: float = IMAGE_RANGE) -> float:
     """Peak signal-to-noise ratio in dB over all values of the batch together.
 
-    The squared error is averaged over the whole batch before the logarithm, so one bad image weighs more than it
-    would in a mean of per-image values. Infinite when the images are equal.
+    The squared error is averaged over the whole batch before the logarithm, so one bad image weighs more than
+    it would in a mean of per-image values. Infinite when the images are equal.
 
     Args:
         images: the images to judge, [B, C, H, W].
@@ -52,7 +52,7 @@ def psnr_per_image(images: Tensor, reference: Tensor, data_range: float = IMAGE_
 def ssim(
     images: Tensor, reference: Tensor, data_range: float = IMAGE_RANGE, window: int = SSIM_WINDOW
 ) -> float:
-    """Structural similarity, the mean over the batch, with a uniform window (Wang et al. 2004, k1 .01, k2 .03).
+    """Structural similarity (Wang et al. 2004, k1 .01, k2 .03) with a uniform window, mean over the batch.
 
     The usual Gaussian window of 11 pixels does not fit an 8x8 image; the uniform one of 7 does.
 

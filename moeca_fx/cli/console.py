@@ -1,0 +1,75 @@
+"""Where the command writes: results to stdout, everything else (progress, warnings, errors) to stderr."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+WIDTH_OF_A_PIPE = 120
+"""Columns of a table that goes into a file or a pipe, which have no width of their own."""
+
+REFRESHES_PER_SECOND = 4
+"""Of a progress bar: seldom, because it shares the cores with what is being timed."""
+
+
+def stdout() -> Console:
+    """Console for results."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_PIPE)
+
+
+def stderr() -> Console:
+    """Console for progress, warnings and errors."""
+    return Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH_OF_A_PIPE)
+
+
+def show_error(error: Exception) -> None:
+    """One red line on stderr; the text is printed as it is, brackets included."""
+    _tell("error: ", "bold red", str(error))
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Inside the block a Python warning becomes one yellow line on stderr, without file and line."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        yield
+
+
+def step_progress() -> Progress:
+    """A progress bar over denoising steps, on stderr."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=stderr(),
+        refresh_per_second=REFRESHES_PER_SECOND,
+        transient=True,
+    )
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: str | None = None,
+) -> None:
+    _tell("warning: ", "bold yellow", str(message))
+
+
+def _tell(prefix: str, style: str, text: str) -> None:
+    stderr().print(Text.assemble((prefix, style), text), soft_wrap=True)

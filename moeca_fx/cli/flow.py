@@ -1,0 +1,64 @@
+"""Which zoo models can be sampled, and the way their time runs.
+
+DSMoE is trained with noise at t = 0 and data at t = 1 (arXiv 2512.01252). The rectified-flow checkpoints of
+DiT-MoE (XL and G, arXiv 2407.11633) run the other way, with the velocity pointing at the noise; its S and B
+are trained as DDPM, for which this command has no sampler.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from moeca_fx import zoo
+from moeca_fx.errors import TargetError
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How a zoo model is sampled.
+
+    Attributes:
+        num_classes: classes it can be asked for, 0 to one less.
+        velocity: from the model (transformed or not) to `v(x, t, y)`, [B, C, S, S], for which t = 0 is noise,
+            t = 1 is data and the velocity points at the data.
+    """
+
+    num_classes: int
+    velocity: Callable[[nn.Module], Velocity]
+
+
+def flow_of(text: str, model: nn.Module) -> Flow:
+    """The flow of a zoo model.
+
+    Args:
+        text: TARGET, for the error.
+        model: the untransformed model.
+
+    Raises:
+        TargetError: the model is not one that rectified flow trained.
+    """
+    if isinstance(model, zoo.DSMoE):
+        return Flow(model.config.num_classes, _as_it_is)
+    if isinstance(model, zoo.DiTMoE) and model.config.packed_attention:  # XL and G
+        return Flow(model.config.num_classes, _reversed)
+    raise TargetError(
+        f"TARGET {text!r}: sample knows the rectified-flow models of the zoo "
+        "(digits, dsmoe-*, dit-moe-xl, dit-moe-g); "
+        "for another sampler call moeca_fx.transform in your own loop"
+    )
+
+
+def _prediction(output: Tensor | tuple[Tensor, ...], channels: int) -> Tensor:
+    first = output if isinstance(output, Tensor) else output[0]
+    return first[:, :channels]
+
+
+def _as_it_is(model: nn.Module) -> Velocity:
+    return lambda x, t, y: _prediction(model(x, t, y), x.shape[1])
+
+
+def _reversed(model: nn.Module) -> Velocity:
+    return lambda x, t, y: -_prediction(model(x, 1 - t, y), x.shape[1])

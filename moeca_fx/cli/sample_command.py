@@ -1,0 +1,93 @@
+"""``moeca-fx sample TARGET``: draw class-conditional samples into a picture."""
+
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import nn
+
+import moeca_fx
+from moeca_fx.cli.classes import parse_classes
+from moeca_fx.cli.console import stdout, step_progress
+from moeca_fx.cli.flow import flow_of
+from moeca_fx.cli.target import HELP, Target, load_target
+from moeca_fx.demo.files import prepare_folder, write_whole
+from moeca_fx.demo.picture import sample_grid
+from moeca_fx.errors import ConfigError, InputError, require
+from moeca_fx.zoo.digits.sampling import sample as euler
+
+COLUMNS = 10
+PICTURE_PIXELS = 96
+"""Aimed-at side of one sample in the picture."""
+
+
+class Policy(StrEnum):
+    """What runs: the model as it is, vectorised without a cache, or cached."""
+
+    moeca = "moeca"
+    none = "none"
+    original = "original"
+
+
+def sample(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help=HELP)],
+    weights: Annotated[str | None, typer.Option(help="Weights: a local file or a hub id.")] = None,
+    classes: Annotated[str, typer.Option(help="Classes, one sample each, e.g. 0-9 or 3,3,7.")] = "0-9",
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 250,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    policy: Annotated[Policy, typer.Option(help="Cached, vectorised only, or as it is.")] = Policy.moeca,
+    interval: Annotated[
+        int | None, typer.Option(help="Cycle length of moeca: every n-th step is full.", show_default="4")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The picture, a PNG file.")] = Path("out/samples.png"),
+) -> None:
+    """Draw one sample per class and write them as one picture; latents are drawn as they are, not decoded."""
+    if steps < 1:
+        raise InputError(f"--steps must be at least 1, found {steps}")
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out: expected a file name ending in .png, found {out.name!r}")
+    if interval is not None and policy is not Policy.moeca:
+        raise ConfigError(f"--interval belongs to --policy moeca, found --policy {policy}; drop one of them")
+    chosen = moeca_fx.MoECa() if interval is None else moeca_fx.MoECa(interval=interval)
+    require("PIL", "demo")
+    prepare_folder(out.parent)
+
+    loaded = load_target(target, weights)
+    flow = flow_of(target, loaded.model)
+    labels = torch.tensor(parse_classes(classes, flow.num_classes))
+    noise = torch.randn(
+        len(labels), *loaded.inputs[0].shape[1:], generator=torch.Generator().manual_seed(seed)
+    )
+    model = _transformed(loaded, policy, chosen, (noise, torch.zeros(len(labels)), labels))
+
+    start = time.perf_counter()
+    with step_progress() as progress:
+        bar = progress.add_task(f"sampling {target}", total=steps)
+        images = euler(
+            flow.velocity(model), noise, labels, steps, lambda done, _: progress.update(bar, completed=done)
+        )
+    seconds = time.perf_counter() - start
+
+    zoom = max(1, PICTURE_PIXELS // images.shape[-1])
+    write_whole(out, sample_grid(images, COLUMNS, zoom).save)
+    console = stdout()
+    if policy is Policy.moeca:
+        console.print(str(model.stats()), markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(labels)} samples, {steps} steps, {seconds:.1f} s, {policy}: {out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _transformed(
+    loaded: Target, policy: Policy, moeca: moeca_fx.MoECa, inputs: tuple[torch.Tensor, ...]
+) -> nn.Module:
+    if policy is Policy.original:
+        return loaded.model
+    return moeca_fx.transform(
+        loaded.model, example_inputs=inputs, policy=moeca if policy is Policy.moeca else None
+    )

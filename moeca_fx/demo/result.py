@@ -1,0 +1,86 @@
+"""What the demo found: frozen records and their JSON form."""
+
+import math
+import platform
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import moeca_fx
+from moeca_fx.demo.settings import DemoSettings
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """Numbers of one variant.
+
+    Attributes:
+        name: ``original``, ``vectorised`` or ``cached``.
+        seconds: wall-clock seconds of a trajectory, one value a round.
+        speedup: median over the rounds of the original's time over this one's.
+        flops_speedup: FLOPs of the uncached model over the FLOPs executed.
+        psnr: dB against the original's images over the whole batch; infinite when equal.
+        psnr_worst: dB of the worst image.
+        ssim: structural similarity against the original's images.
+        accuracy: share of the images that a classifier trained on real digits reads as their class.
+        reuse_ratio: share of the routed branches of cached steps that were reused; None without a cache.
+        cache_bytes: bytes of cached state; 0 without a cache.
+    """
+
+    name: str
+    seconds: tuple[float, ...]
+    speedup: float
+    flops_speedup: float
+    psnr: float
+    psnr_worst: float
+    ssim: float
+    accuracy: float
+    reuse_ratio: float | None
+    cache_bytes: int
+
+    @property
+    def median_seconds(self) -> float:
+        """Median over the rounds."""
+        return statistics.median(self.seconds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form; an infinite PSNR is written as null."""
+        record = asdict(self) | {"median_seconds": self.median_seconds}
+        return {name: _finite(value) for name, value in record.items()}
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """All variants of one run, `original` first, with what is needed to repeat it."""
+
+    settings: DemoSettings
+    parameters: int
+    variants: tuple[VariantResult, ...]
+
+    def __getitem__(self, name: str) -> VariantResult:
+        return {variant.name: variant for variant in self.variants}[name]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form with the versions that produced it; holds no host name and no path."""
+        return {
+            "settings": asdict(self.settings),
+            "model": {"name": "digits", "parameters": self.parameters},
+            "versions": {
+                "moeca_fx": moeca_fx.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "environment": {
+                "device": "cpu",
+                "dtype": "float32",
+                "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+                "torch_compile": False,
+            },
+            "variants": [variant.as_dict() for variant in self.variants],
+        }
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,123 @@
+"""Run the demo: build the three variants, warm them up, time them in turns, compare their images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, cast
+
+from torch import Tensor, nn
+
+import moeca_fx
+from moeca_fx.demo.result import DemoResult, VariantResult
+from moeca_fx.demo.settings import DemoSettings
+from moeca_fx.demo.timing import median_speedup, pinned_threads, time_interleaved
+from moeca_fx.evaluate import psnr, psnr_per_image, ssim
+from moeca_fx.runtime.statistics import Statistics
+from moeca_fx.zoo.digits import classifier, sampling
+
+ORIGINAL, VECTORISED, CACHED = "original", "vectorised", "cached"
+
+
+class DemoObserver(Protocol):
+    """Told what the demo does, to draw a progress bar with; `run_demo` works without one."""
+
+    def stage(self, text: str) -> None:
+        """A new stage begins."""
+
+    def step(self) -> None:
+        """One denoising step of a timed trajectory is done."""
+
+
+class SilentObserver:
+    """Ignores everything."""
+
+    def stage(self, text: str) -> None:
+        """Ignore it."""
+
+    def step(self) -> None:
+        """Ignore it."""
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """The numbers, and the images they were taken from.
+
+    Attributes:
+        result: the numbers.
+        images: by variant, [B, 1, 8, 8] in [-1, 1].
+        labels: the class asked for, [B].
+    """
+
+    result: DemoResult
+    images: dict[str, Tensor]
+    labels: Tensor
+
+
+def run_demo(settings: DemoSettings, observer: DemoObserver | None = None) -> DemoRun:
+    """Sample the digits model as it is, vectorised and cached, from the same noise.
+
+    Raises:
+        MoecaError: an extra is missing, the model cannot be transformed, or a variant does not repeat itself.
+    """
+    watch = observer or SilentObserver()
+    with pinned_threads(settings.threads):
+        return _measure(settings, watch)
+
+
+def _measure(settings: DemoSettings, watch: DemoObserver) -> DemoRun:
+    watch.stage("building the model")
+    model = moeca_fx.zoo.build("digits")
+    noise, labels = sampling.noise_and_labels(settings.batch, settings.seed)
+    models = {ORIGINAL: model}
+    inputs = moeca_fx.zoo.example_inputs(model, batch=settings.batch)
+    watch.stage("tracing and vectorising")
+    models[VECTORISED] = moeca_fx.transform(model, example_inputs=inputs, policy=None)
+    watch.stage("tracing and inserting caches")
+    policy = moeca_fx.MoECa(interval=settings.interval)
+    models[CACHED] = moeca_fx.transform(model, example_inputs=inputs, policy=policy)
+
+    watch.stage("warming up")
+    for each in models.values():
+        sampling.sample(each, noise, labels, steps=settings.interval + 1)
+
+    watch.stage("sampling")
+    trajectories = {
+        name: partial(_trajectory, each, noise, labels, settings.steps, watch)
+        for name, each in models.items()
+    }
+    seconds, images = time_interleaved(trajectories, settings.repeats)
+
+    watch.stage("comparing the images")
+    variants = tuple(
+        _variant(name, models[name], seconds, images, labels) for name in (ORIGINAL, VECTORISED, CACHED)
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return DemoRun(DemoResult(settings, parameters, variants), images, labels)
+
+
+def _trajectory(model: nn.Module, noise: Tensor, labels: Tensor, steps: int, watch: DemoObserver) -> Tensor:
+    return sampling.sample(model, noise, labels, steps=steps, progress=lambda *_: watch.step())
+
+
+def _variant(
+    name: str,
+    model: nn.Module,
+    seconds: dict[str, tuple[float, ...]],
+    images: dict[str, Tensor],
+    labels: Tensor,
+) -> VariantResult:
+    own, reference = images[name], images[ORIGINAL]
+    statistics = None if name == ORIGINAL else cast(Callable[[], Statistics], model.stats)()
+    cached = name == CACHED
+    return VariantResult(
+        name=name,
+        seconds=seconds[name],
+        speedup=median_speedup(seconds[ORIGINAL], seconds[name]),
+        flops_speedup=1.0 if statistics is None else statistics.flops_speedup,
+        psnr=psnr(own, reference),
+        psnr_worst=float(psnr_per_image(own, reference).min()),
+        ssim=ssim(own, reference),
+        accuracy=classifier.accuracy(own, labels),
+        reuse_ratio=statistics.reuse_ratio if cached and statistics is not None else None,
+        cache_bytes=model.memory().total if cached else 0,
+    )

@@ -1,0 +1,67 @@
+"""Fair timing on a machine that is not quiet: whole trajectories of all variants, interleaved.
+
+A machine's speed drifts over minutes (clock, temperature, neighbours), so the variants take turns in one
+process and a speed-up is the median of the ratios *within* a round, never a ratio of two separate averages.
+The order rotates from round to round, so that no variant always runs first.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from moeca_fx.errors import MoecaError
+
+Trajectory = Callable[[], Tensor]
+"""Runs one whole trajectory and returns its images, [B, C, H, W]."""
+
+
+@contextmanager
+def pinned_threads(threads: int) -> Iterator[None]:
+    """Let torch use exactly `threads` CPU threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def time_interleaved(
+    variants: Mapping[str, Trajectory], repeats: int
+) -> tuple[dict[str, tuple[float, ...]], dict[str, Tensor]]:
+    """Run every variant `repeats` times, taking turns.
+
+    Returns:
+        Seconds by variant, one value a round, and the images by variant.
+
+    Raises:
+        MoecaError: a variant gave other images in a later round; its times would describe different work.
+    """
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    images: dict[str, Tensor] = {}
+    for turn in range(repeats):
+        for name in _rotated(names, turn):
+            start = time.perf_counter()
+            result = variants[name]()
+            seconds[name].append(time.perf_counter() - start)
+            if not torch.equal(images.setdefault(name, result), result):
+                raise MoecaError(
+                    f"the variant {name!r} gave other images in round {turn + 1} than in round 1 from the "
+                    "same noise; state was carried from one trajectory into the next"
+                )
+    return {name: tuple(values) for name, values in seconds.items()}, images
+
+
+def median_speedup(baseline: tuple[float, ...], seconds: tuple[float, ...]) -> float:
+    """Median over the rounds of baseline time over time."""
+    return statistics.median(base / own for base, own in zip(baseline, seconds, strict=True))
+
+
+def _rotated(names: list[str], turn: int) -> list[str]:
+    cut = turn % len(names)
+    return names[cut:] + names[:cut]

@@ -1,0 +1,12 @@
+"""Shared by every test: the same threads and seeds whatever ran before."""
+
+import pytest
+import torch
+
+TEST_THREADS = 1  # tiny models gain nothing from more, and on a busy machine waiting threads cost much
+
+
+@pytest.fixture(autouse=True)
+def _steady_torch():
+    torch.set_num_threads(TEST_THREADS)
+    torch.manual_seed(0)
