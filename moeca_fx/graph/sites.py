@@ -49,6 +49,7 @@ class MoESite:
         gate, residual_in, residual_out: as for attention; they are None where no residual addition was found.
         attention: path of the attention site whose residual output this layer reads; the two stay synchronized.
         tokens: T.
+        feature: node with every branch's output [B*T*k, H]; empty before `vectorize_experts`.
     """
 
     path: str
@@ -68,6 +69,7 @@ class MoESite:
     residual_out: str
     attention: str | None
     tokens: int
+    feature: str = ""
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,12 @@ def tokens_back(cache: Tensor, batch_axis: int, token_axis: int) -> Tensor:
 
 
 def write_rows(cache: Tensor, row: Tensor, values: Tensor) -> Tensor:
-    """Cache [B, T, rest] with the given rows replaced by `values` [M, rest]."""
-    return cache.flatten(0, 1).index_copy(0, row, values.to(cache.dtype)).view_as(cache)
+    """Cache [.., rest] with the given flat rows replaced by `values` [M, rest]."""
+    flat = cache.view(-1, *values.shape[1:])
+    return flat.index_copy(0, row, values.to(cache.dtype)).view(cache.shape)
 
 
 def write_rows_(cache: Tensor, row: Tensor, values: Tensor) -> Tensor:
     """`write_rows` in place: only the given rows are written."""
-    cache.flatten(0, 1).index_copy_(0, row, values.to(cache.dtype))
+    cache.view(-1, *values.shape[1:]).index_copy_(0, row, values.to(cache.dtype))
     return cache

@@ -1,0 +1,33 @@
+"""One storage for the parameters of all experts of a layer, without a second copy of the weights.
+
+The stack [E, ...] owns the memory; every expert's own parameter is re-pointed at its slice, so that the original
+modules, their `state_dict` and the vectorised graph read the same bytes.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def stack_in_place(modules: Sequence[nn.Module]) -> None:
+    """Give equal parameters of `modules` one common storage each; values and `Parameter` objects stay the same."""
+    for name, _ in modules[0].named_parameters():
+        parameters = [module.get_parameter(name) for module in modules]
+        if stacked_view(parameters) is None:
+            stack = torch.stack([parameter.detach() for parameter in parameters])
+            for parameter, row in zip(parameters, stack, strict=True):
+                parameter.data = row
+
+
+def stacked_view(tensors: Iterable[Tensor]) -> Tensor | None:
+    """The [E, ...] view over tensors that are consecutive slices of one storage; None when they are not."""
+    parts = [tensor.detach() for tensor in tensors]
+    first = parts[0]
+    step = first.numel()
+    for index, part in enumerate(parts):
+        same_storage = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        expected = first.storage_offset() + index * step
+        if not same_storage or part.storage_offset() != expected or not part.is_contiguous():
+            return None
+    return first.as_strided((len(parts), *first.shape), (step, *first.stride()), first.storage_offset())
