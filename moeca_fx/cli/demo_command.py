@@ -1,6 +1,5 @@
 """``moeca-fx demo``: run the demo, show its table, write its picture and its numbers."""
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +10,9 @@ from rich.table import Table
 
 from moeca_fx.cli.console import stdout, step_progress
 from moeca_fx.demo.files import prepare_folder
-from moeca_fx.demo.result import DemoResult, VariantResult
+from moeca_fx.demo.result import DemoResult
 from moeca_fx.demo.settings import DemoSettings, default_threads
+from moeca_fx.demo.table import HEADINGS, table_cells
 from moeca_fx.errors import require
 
 DEFAULTS = DemoSettings()
@@ -75,18 +75,9 @@ def print_result(console: Console, result: DemoResult) -> None:
         pad_edge=False,
         box=None,
     )
-    table.add_column("model", no_wrap=True)
-    for heading in (
-        "seconds",
-        "speed-up",
-        "FLOPs\nspeed-up",
-        "PSNR\ndB",
-        "SSIM",
-        "class\naccuracy",
-        "reuse",
-        "cache\nMB",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column(HEADINGS[0], no_wrap=True)
+    for heading in HEADINGS[1:]:
+        table.add_column("\n".join(heading.split()), justify="right", no_wrap=True)
     for variant in result.variants:
         table.add_row(*table_cells(variant), style="bold" if variant.name == "cached" else None)
     console.print(table)
@@ -96,20 +87,4 @@ def print_result(console: Console, result: DemoResult) -> None:
         "against the original's images from the same noise. Reuse: share of routed branches of cached steps.",
         highlight=False,
         style="dim",
-    )
-
-
-def table_cells(variant: VariantResult) -> tuple[str, ...]:
-    """One row: name, seconds, speed-up, FLOPs ratio, PSNR, SSIM, accuracy, reuse, cache."""
-    reference, cached = variant.name == "original", variant.reuse_ratio is not None
-    return (
-        variant.name,
-        f"{variant.median_seconds:.2f}",
-        f"{variant.speedup:.2f}",
-        f"{variant.flops_speedup:.2f}",
-        "-" if reference else "equal" if math.isinf(variant.psnr) else f"{variant.psnr:.1f}",
-        "-" if reference else f"{variant.ssim:.4f}",
-        f"{100 * variant.accuracy:.1f} %",
-        f"{100 * variant.reuse_ratio:.1f} %" if variant.reuse_ratio is not None else "-",
-        f"{variant.cache_bytes / 1e6:.1f}" if cached else "-",
     )

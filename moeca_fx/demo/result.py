@@ -50,6 +50,14 @@ class VariantResult:
         record = asdict(self) | {"median_seconds": self.median_seconds}
         return {name: _finite(value) for name, value in record.items()}
 
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "VariantResult":
+        """The variant that `as_dict` described."""
+        known = {name: value for name, value in record.items() if name != "median_seconds"}
+        for name in ("psnr", "psnr_worst"):
+            known[name] = math.inf if known[name] is None else known[name]
+        return cls(**known | {"seconds": tuple(known["seconds"])})
+
 
 @dataclass(frozen=True)
 class DemoResult:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from moeca_fx.cli.demo_command import table_cells
 from moeca_fx.demo import DemoSettings, VariantResult
+from moeca_fx.demo.table import table_cells
 from moeca_fx.demo.timing import median_speedup, pinned_threads, time_interleaved
 from moeca_fx.errors import ConfigError, MoecaError
 
@@ -111,3 +111,4 @@ def test_table_cells_of_an_exact_variant():
         "-",
     )
     assert variant.as_dict()["psnr"] is None
+    assert VariantResult.from_dict(variant.as_dict()) == variant

@@ -1,0 +1,71 @@
+"""The README is true: its code runs, its table is the demo's, its links and its tree exist."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import moeca_fx
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_python_block_runs(page, capsys):
+    names = {}
+    for block in _blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), names)
+    if page == README:
+        assert "reuse" in capsys.readouterr().out  # the statistics were printed
+        assert names["fast"].stats().reuse_ratio > 0
+
+
+def test_the_results_table_is_the_demos():
+    script = ROOT / "docs" / "update_results.py"
+    spec = importlib.util.spec_from_file_location("update_results", script)
+    update = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(update)
+    record = json.loads((ROOT / "docs" / "demo.json").read_text())
+    assert update.BEGIN + update.results_section(record) + update.END in README.read_text()
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_local_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert missing == []
+
+
+def test_the_tree_names_what_exists():
+    tree = README.read_text().partition("## The tree")[2].partition("## ")[0]
+    inside = re.findall(r"^  ([\w.]+/?) ", tree, flags=re.MULTILINE)
+    assert inside, "the tree was not found"
+    assert [name for name in inside if not (ROOT / "moeca_fx" / name).exists()] == []
+    packages = {f"{path.parent.name}/" for path in (ROOT / "moeca_fx").glob("*/__init__.py")}
+    assert packages - set(inside) == set()
+
+
+def test_the_configuration_table_names_every_field():
+    table = README.read_text().partition("## Configuration")[2].partition("## ")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    documented = {}
+    for row in rows:
+        names = re.findall(r"`(\w+)`", row[1])
+        documented |= dict(zip(names, row[2].strip().split(", "), strict=True))
+    defaults = moeca_fx.MoECa().as_dict().items()
+    assert documented == {
+        name: f'`"{value}"`' if isinstance(value, str) else str(value) for name, value in defaults
+    }
+
+
+def test_the_version_is_the_same_everywhere():
+    metadata = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{moeca_fx.__version__}"' in metadata
