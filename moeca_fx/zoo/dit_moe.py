@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moeca_fx.errors import require
 from moeca_fx.zoo.attention import Attention, PackedAttention
 from moeca_fx.zoo.dit_moe_config import DIT_MOE_CONFIGS, DiTMoEConfig
 from moeca_fx.zoo.layers import (
@@ -174,9 +175,13 @@ class DiTMoE(nn.Module):
 
     Args:
         config: sizes; `DIT_MOE_CONFIGS` holds the published ones.
+
+    Raises:
+        MissingExtraError: numpy is not installed.
     """
 
     def __init__(self, config: DiTMoEConfig) -> None:
+        require("numpy", "demo")  # `moe_infer` reads its counts through numpy, as published
         super().__init__()
         self.config = config
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)

@@ -1,4 +1,4 @@
-"""Count the FLOPs of a zoo model from its config, because its data-dependent expert loops defeat meta tensors.
+"""Count the FLOPs of a zoo model from its config: its data-dependent expert loops defeat meta tensors.
 
 Matrix products and convolutions only, 2 FLOPs a multiply-add, as `torch.utils.flop_counter` counts them.
 """
@@ -15,8 +15,8 @@ def forward_flops(config: DSMoEConfig | DiTMoEConfig) -> int:
         config: sizes of a DSMoE or a DiT-MoE.
 
     Returns:
-        2 x multiply-adds of: patch embedding, timestep embedding, per block adaLN, attention (projections and both
-        products), feed-forward (dense, or router + k routed experts + shared expert), final layer.
+        2 x multiply-adds of: patch embedding, timestep embedding, per block adaLN, attention (projections and
+        both products), feed-forward (dense, or router + k routed experts + shared expert), final layer.
     """
     width, tokens = config.hidden_size, config.tokens
     patch = config.patch_size**2

@@ -72,7 +72,7 @@ def _download(repo: str, filename: str) -> Path:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        require("safetensors.torch", "demo")
+        require("safetensors.torch", "zoo")
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 

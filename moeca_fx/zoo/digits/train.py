@@ -116,7 +116,7 @@ def train(
 
 def export(average: dict[str, Tensor], path: Path) -> None:
     """Write averaged weights as half-precision safetensors, atomically."""
-    require("safetensors.torch", "demo")
+    require("safetensors.torch", "zoo")
     from safetensors.torch import save_file
 
     partial = path.with_suffix(".partial")

@@ -77,6 +77,8 @@ class TrainState:
     def restore(self, path: Path, options: TrainOptions) -> None:
         """Continue from a checkpoint of the same options, global random state included.
 
+        Only `options.steps` may differ: it re-plans the rest of the cosine schedule.
+
         Raises:
             WeightsError: the file is missing or unreadable.
             ConfigError: it was written with other options.
@@ -85,7 +87,7 @@ class TrainState:
             saved = torch.load(path, weights_only=True)
         except Exception as error:
             raise WeightsError(f"cannot resume: {path} is no readable checkpoint ({error})") from error
-        if saved["options"] != asdict(options):
+        if {**saved["options"], "steps": options.steps} != asdict(options):
             raise ConfigError(
                 f"cannot resume {path}: it was written with {saved['options']}, "
                 f"this run asks for {asdict(options)}; repeat the same options or start in another folder"
