@@ -43,6 +43,26 @@ def test_without_the_extra_the_command_names_it():
     assert "Traceback" not in done.stderr
 
 
+WITHOUT_DEMO_PACKAGES = """
+import sys
+for package in ("PIL", "sklearn", "torchmetrics"):
+    sys.modules[package] = None
+from moeca_fx.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("arguments", [("sample", "tiny_models:tiny"), ("demo",)], ids=lambda a: a[0])
+def test_without_the_demo_extra_the_command_names_it(project, arguments):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DEMO_PACKAGES, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "pip install 'moeca_fx[demo]'" in done.stderr
+    assert not (project / "out").exists()
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     target = tmp_path / "result.json"
     target.write_text("old")
