@@ -36,7 +36,7 @@ def clone_nodes(
     copies: dict[fx.Node, fx.Node] = dict(replace)
     for node in nodes:
         copy = graph.node_copy(node, lambda old: copies.get(old, old))
-        copy.name = graph._graph_namespace.create_name(f"{prefix}_{node.name}", copy)
+        copy._rename(f"{prefix}_{node.name}")
         copies[node] = copy
     return copies
 
@@ -78,7 +78,8 @@ def finish(module: fx.GraphModule, name: str) -> fx.GraphModule:
         PassError: the pass `name` left an illegal graph.
     """
     sort_stably(module.graph)
-    module.graph.eliminate_dead_code()
+    # The captured graph is functional, so whatever no output needs is dead (fx keeps attention: it may draw dropout).
+    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     module.delete_all_unused_submodules()
     drop_unused_attributes(module)
     try:

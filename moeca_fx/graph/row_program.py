@@ -92,6 +92,7 @@ class _Builder:
     root: torch.nn.Module = field(default_factory=torch.nn.Module)
     inputs: dict[fx.Node, fx.Node] = field(default_factory=dict)
     made: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    constants: dict[fx.Node, fx.Node] = field(default_factory=dict)
     adapted: dict[tuple[fx.Node, TokenAxes, int], fx.Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -186,18 +187,18 @@ class _Builder:
 
     def _constant(self, source: fx.Node) -> fx.Node:
         """A value from outside, as it is: a parameter and what is computed from parameters only, or an input."""
-        if source in self.made:
-            return self.made[source]
+        if source in self.constants:
+            return self.constants[source]
         if source.op == "get_attr":
             name = str(source.target).replace(".", "_")
             _assign(self.root, name, attribute(self.owner, str(source.target)))
-            self.made[source] = self.graph.get_attr(name)
+            self.constants[source] = self.graph.get_attr(name)
         elif source.op == "call_function" and all(n.op != "placeholder" for n in ancestors([source])):
-            self.made[source] = self.graph.node_copy(source, self._constant)
+            self.constants[source] = self.graph.node_copy(source, self._constant)
         else:
             return self._input(source)
-        copy_meta(source, self.made[source])
-        return self.made[source]
+        copy_meta(source, self.constants[source])
+        return self.constants[source]
 
     def _input(self, source: fx.Node) -> fx.Node:
         if source not in self.inputs:

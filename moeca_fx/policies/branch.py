@@ -12,6 +12,9 @@ from torch import Tensor
 
 from moeca_fx.policies.moeca import EntropyNorm, ScoreWeight
 
+# Entropies (nats) closer than this differ by rounding only.
+ALIKE_ENTROPIES = 1e-5
+
 
 def match_branches(expert: Tensor, cached: Tensor) -> tuple[Tensor, Tensor]:
     """Match current branches with cached slots by expert identity (Eq. 7).
@@ -85,7 +88,8 @@ def update_activation(activation: Tensor, expert: Tensor, beta: float) -> Tensor
 def expert_threshold(activation: Tensor, tau0: float, alpha: float, entropy_norm: EntropyNorm) -> Tensor:
     """Per-expert threshold from the spatial entropy of its activation (Eq. 11 and 12), [B, E].
 
-    An expert that was never selected has entropy 0; where all experts are alike the threshold is `tau0`.
+    An expert that was never selected has entropy 0. Where all experts are alike, up to rounding, the threshold is
+    `tau0`: stretching their rounding errors to [0, 1] would make thresholds depend on the order of a sum.
     """
     total = activation.sum(-1, keepdim=True)  # [B, E, 1]
     share = activation / torch.where(total == 0, 1.0, total)
@@ -96,7 +100,8 @@ def expert_threshold(activation: Tensor, tau0: float, alpha: float, entropy_norm
     else:
         low, high = entropy.amin(-1, keepdim=True), entropy.amax(-1, keepdim=True)
         span = high - low
-        scaled = torch.where(span == 0, 0.5, (entropy - low) / torch.where(span == 0, 1.0, span))
+        alike = span <= ALIKE_ENTROPIES
+        scaled = torch.where(alike, 0.5, (entropy - low) / torch.where(alike, 1.0, span))
     return tau0 * (1.0 + alpha * (2.0 * scaled - 1.0))
 
 

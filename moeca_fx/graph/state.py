@@ -1,0 +1,50 @@
+"""Cache states: what a transformed model keeps between steps, named, typed and sized in one place."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One cache tensor.
+
+    Attributes:
+        site: module path of the site, e.g. ``blocks.1.mlp``.
+        kind: what it holds, e.g. ``feature``; with the site it makes the name ``blocks.1.mlp.feature``.
+        shape: shape of one sample; the tensor is [B, *shape].
+        dtype: its dtype.
+        carried: whether a full step reads it too (the activation statistic), instead of only overwriting it.
+    """
+
+    site: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    carried: bool = False
+
+    @property
+    def name(self) -> str:
+        """Unique name, ``<site>.<kind>``."""
+        return f"{self.site}.{self.kind}"
+
+    @property
+    def node_name(self) -> str:
+        """Name of the graph input that carries it."""
+        return "cache_" + self.name.replace(".", "_")
+
+    def bytes(self, batch: int) -> int:
+        """Bytes for a batch."""
+        return batch * torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Counter:
+    """One number that a cached step counts: (`site`, `kind`), e.g. (``blocks.1.mlp``, ``recomputed``).
+
+    Kinds: ``matched`` and ``recomputed`` branches, ``shared_rows``, ``ffn_rows``, ``attention_rows``, and
+    ``attention_padded`` (query rows that row attention executes, padding included).
+    """
+
+    site: str
+    kind: str

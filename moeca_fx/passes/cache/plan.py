@@ -1,0 +1,112 @@
+"""What each site does on a cached step under a policy, and which states that takes. Decided once, before any edit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+from moeca_fx.graph.layout import TokenAxes, propagate
+from moeca_fx.graph.rewrite import example_value
+from moeca_fx.graph.sites import AttentionSite, DenseFFNSite, MoESite, Site, Sites
+from moeca_fx.graph.slicing import between
+from moeca_fx.graph.state import StateSpec
+from moeca_fx.policies import MoECa
+
+Action = Literal["full", "reuse", "rows", "synchronized"]
+STREAM = TokenAxes(0, 1)
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """`action` of a site on cached steps and the states it keeps.
+
+    ``full`` computes everything and keeps nothing; ``reuse`` reads the cached output; ``rows`` recomputes the inherited
+    tokens; ``synchronized`` (attention before its MoE site) recomputes the tokens that the provisional routing picks;
+    a MoE site always has ``rows``: it recomputes by branch.
+    """
+
+    site: Site
+    action: Action
+    states: tuple[StateSpec, ...]
+
+
+def plan_sites(module: fx.GraphModule, sites: Sites, policy: MoECa) -> tuple[SitePlan, ...]:
+    """One plan a site, in network order."""
+    nodes = {node.name: node for node in module.graph.nodes}
+    plans = []
+    inherited = False
+    by_path = {site.path: site for site in sites.attention}
+    followed = {site.attention for site in sites.moe if site.attention}
+    for site in sites.ordered:
+        if isinstance(site, AttentionSite):
+            action = _attention_action(site, policy, site.path in followed, inherited)
+            states = tuple(_attention_states(site, action, nodes))
+        elif isinstance(site, MoESite):
+            action, inherited = "rows", True
+            assert site.attention is None or site.attention in by_path, f"{site.path}: unknown attention site"
+            states = tuple(_moe_states(site, policy, nodes))
+        else:
+            action = _row_action(policy.dense_ffn, inherited)
+            states = tuple(_ffn_states(site, action, nodes))
+        plans.append(SitePlan(site, action, states))
+    return tuple(plans)
+
+
+def _attention_action(site: AttentionSite, policy: MoECa, followed: bool, inherited: bool) -> Action:
+    if policy.attention != "synchronized":
+        return policy.attention
+    action: Action = "synchronized" if followed else _row_action(policy.dense_ffn, inherited)
+    return "full" if site.refused and action in ("synchronized", "rows") else action
+
+
+def _row_action(mode: str, inherited: bool) -> Action:
+    if mode == "inherit":
+        return "rows" if inherited else "reuse"
+    return "full" if mode == "full" else "reuse"
+
+
+def shared_axes(site: MoESite, nodes: dict[str, fx.Node]) -> tuple[TokenAxes, TokenAxes]:
+    """Token axes of the shared expert's root and output."""
+    assert site.shared and site.shared_root, f"{site.path} has no shared expert"
+    stream, root, shared = nodes[site.residual_in], nodes[site.shared_root], nodes[site.shared]
+    root_axes = STREAM if root is stream else propagate({stream: STREAM}, between([stream], [root]))[root]
+    return root_axes, propagate({root: root_axes}, between([root], [shared]))[shared]
+
+
+def _attention_states(site: AttentionSite, action: Action, nodes: dict[str, fx.Node]) -> Iterator[StateSpec]:
+    if action == "full":
+        return
+    output = example_value(nodes[site.output])
+    yield StateSpec(site.path, "attn", _sample_shape(output), output.dtype)
+    if action != "reuse":
+        for kind, name in (("key", site.key), ("value", site.value)):
+            value = example_value(nodes[name])  # [B, h, T, d]
+            heads, tokens, width = _sample_shape(value)
+            yield StateSpec(site.path, kind, (tokens, heads, width), value.dtype)
+
+
+def _moe_states(site: MoESite, policy: MoECa, nodes: dict[str, fx.Node]) -> Iterator[StateSpec]:
+    slots = (site.tokens, site.top_k)
+    x, weight = example_value(nodes[site.x]), example_value(nodes[site.weight])
+    score_dtype = torch.promote_types(weight.dtype, torch.float32)
+    feature_dtype = x.dtype
+    yield StateSpec(site.path, "expert", slots, torch.int64)
+    yield StateSpec(site.path, "weight", slots, score_dtype)
+    yield StateSpec(site.path, "norm", slots, torch.promote_types(feature_dtype, torch.float32))
+    yield StateSpec(site.path, "feature", (*slots, x.shape[-1]), feature_dtype)
+    yield StateSpec(site.path, "activation", (site.num_experts, site.tokens), torch.float32, carried=True)
+    if site.shared and policy.shared_expert != "full":
+        shared = example_value(nodes[site.shared])
+        yield StateSpec(site.path, "shared", (site.tokens, shared.shape[-1]), shared.dtype)
+
+
+def _ffn_states(site: DenseFFNSite, action: Action, nodes: dict[str, fx.Node]) -> Iterator[StateSpec]:
+    if action != "full":
+        output = example_value(nodes[site.output])
+        yield StateSpec(site.path, "ffn", _sample_shape(output), output.dtype)
+
+
+def _sample_shape(value: torch.Tensor) -> tuple[int, ...]:
+    return tuple(int(size) for size in value.shape[1:])
