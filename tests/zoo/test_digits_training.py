@@ -103,6 +103,14 @@ def test_balancer_raises_idle_experts_and_lowers_busy_ones():
     assert balancer.counts[0].sum() == 0
 
 
+def test_training_starts_at_the_published_zero_gates(digits):
+    model = training.start(OPTIONS, TINY).model
+    x, t, y, _ = training.flow_batch(*digits, 4)
+    assert not model(x, t, y)[0].any()
+    assert not model.blocks[1].adaLN_modulation[1].weight.any()
+    assert model.blocks[1].mlp.experts.blocks[0].up_proj.weight.any()
+
+
 def test_training_lowers_the_loss(digits):
     _, losses = run(replace(OPTIONS, steps=60, learning_rate=1e-2), digits)
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])

@@ -52,4 +52,5 @@ def load_classifier() -> DigitClassifier:
 
 def accuracy(images: Tensor, labels: Tensor) -> float:
     """Share of `images` [N, 1, 8, 8] that the classifier recognises as `labels` [N]."""
-    return float((load_classifier().predict(images) == labels.cpu()).float().mean())
+    right = load_classifier().predict(images) == labels.cpu()
+    return int(right.sum()) / len(labels)

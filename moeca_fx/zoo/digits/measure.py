@@ -49,13 +49,13 @@ def _nearest(images: Tensor, reference: Tensor) -> float:
 def measure(model: nn.Module, samples: int, steps: int, seed: int) -> Quality:
     """Sample `samples` images in `steps` Euler steps from noise of `seed` and judge them."""
     noise, labels = noise_and_labels(samples, seed)
-    parts = zip(noise.split(CHUNK), labels.split(CHUNK), strict=True)
+    parts = zip(torch.split(noise, CHUNK), torch.split(labels, CHUNK), strict=True)
     images = torch.cat([sample(model, *part, steps=steps) for part in parts]).clamp(-1, 1)
     classifier = load_classifier()
     right = classifier.predict(images) == labels
     (train_images, _), (held_images, _) = load_split()
     return Quality(
-        accuracy=float(right.float().mean()),
+        accuracy=int(right.sum()) / samples,
         per_class=tuple(float(right[labels == c].float().mean()) for c in range(CLASSES)),
         sample_distance=_nearest(images, train_images),
         real_distance=_nearest(held_images, train_images),
