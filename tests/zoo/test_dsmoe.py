@@ -8,7 +8,7 @@ import torch
 
 from moeca_fx.errors import ConfigError
 from moeca_fx.zoo import DSMoE, DSMoEConfig, example_inputs, randomize_
-from moeca_fx.zoo.attention import rope_tables, rotate
+from moeca_fx.zoo.attention import Attention, rope_tables, rotate
 from moeca_fx.zoo.dsmoe import MoELayer
 from moeca_fx.zoo.layers import TimestepEmbedder, unpatchify
 
@@ -105,6 +105,35 @@ def test_rope_turns_each_half_by_row_and_column():
                 )
                 assert turned[position, a] == pytest.approx(z.real, abs=1e-5)
                 assert turned[position, b] == pytest.approx(z.imag, abs=1e-5)
+
+
+def test_attention_packs_queries_keys_values_by_head():
+    torch.manual_seed(0)
+    attention = Attention(16, 2)
+    x = torch.randn(1, 5, 16)
+    with torch.no_grad():
+        packed = attention.qkv(x)[0]  # [T, 48]: q head 0, q head 1, k head 0, ...
+        heads = []
+        for head in (0, 1):
+            q, k, v = (packed[:, 16 * part + 8 * head : 16 * part + 8 * head + 8] for part in (0, 1, 2))
+            heads.append((q @ k.T / math.sqrt(8)).softmax(-1) @ v)
+        torch.testing.assert_close(attention(x)[0], attention.proj(torch.cat(heads, dim=1)))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_block_modulates_and_gates_attention_then_feed_forward(dsmoe, number):
+    block = dsmoe.blocks[number]
+    x, condition = torch.randn(1, 16, 32), torch.randn(1, 32)
+
+    def norm(h):
+        return (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+
+    with torch.no_grad():
+        six = block.adaLN_modulation[1](torch.nn.functional.silu(condition))[0].reshape(6, 32)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = six
+        expected = x + gate_a * block.attn(norm(x) * (1 + scale_a) + shift_a)
+        expected = expected + gate_m * block.mlp(norm(expected) * (1 + scale_m) + shift_m)
+        torch.testing.assert_close(block(x, condition), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_timestep_embedding_is_cosines_then_sines():
