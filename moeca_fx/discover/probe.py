@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeca_fx.discover.candidates import Candidate
 from moeca_fx.discover.records import Refusal
+from moeca_fx.model_checks import run_once
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def probe(
     log = _TopKLog(running)
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), log:
-            model(*args, **kwargs)
+            run_once(model, args, kwargs)
     finally:
         for handle in handles:
             handle.remove()

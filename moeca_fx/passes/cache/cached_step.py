@@ -30,6 +30,8 @@ from moeca_fx.policies import MoECa, branch
 
 REUSED = 0
 UNMATCHED = 2
+# Key in a node's metadata: the `Counter` that its FLOPs are proportional to.
+SCALES_WITH = "moeca_scales_with"
 
 
 def recomputed(code: Tensor) -> Tensor:
@@ -95,11 +97,15 @@ class CachedStep:
     def _emit(self, target: Any, *args: Any, name: str) -> fx.Node:
         return call(self.graph, target, *args, name=name)
 
-    def _emit_program(self, program: RowProgram, row: fx.Node, name: str, values: dict[fx.Node, fx.Node]) -> list[fx.Node]:
-        """Call a row program; one [M, rest] node per output."""
+    def _emit_program(
+        self, program: RowProgram, row: fx.Node, name: str, counter: Counter, given: dict[fx.Node, fx.Node] | None = None
+    ) -> list[fx.Node]:
+        """Call a row program, whose work grows with `counter`; one [M, rest] node per output."""
+        values = given or {}
         self.module.add_submodule(name, program.module)
         inputs = [values.get(node, node) for node in program.inputs]
         result = self.graph.create_node("call_module", name, (row, *inputs), name=f"{name}_result")
+        result.meta[SCALES_WITH] = counter
         return [
             self._emit(operator.getitem, result, index, name=f"{name}_{index}") for index in range(len(program.axes))
         ]
@@ -133,7 +139,8 @@ class CachedStep:
         project = build_row_program(self.module, stream, STREAM, [query, key, value], site.tokens)
         finish = build_row_program(self.module, stream, STREAM, [output], site.tokens, given={core: HEADS})
         row = self._emit(rows.select_rows, mask, name=f"{base}_row")
-        new_query, new_key, new_value = self._emit_program(project, row, f"{base}_project_rows", {})
+        by_row = Counter(site.path, "attention_rows")
+        new_query, new_key, new_value = self._emit_program(project, row, f"{base}_project_rows", by_row)
         for kind, fresh in (("key", new_key), ("value", new_value)):
             self._write(f"{site.path}.{kind}", row, fresh)
         attended = self._emit(
@@ -145,7 +152,8 @@ class CachedStep:
             _softmax_scale(core),
             name=f"{base}_attended",
         )
-        (fresh_output,) = self._emit_program(finish, row, f"{base}_output_rows", {core: attended})
+        attended.meta[SCALES_WITH] = Counter(site.path, "attention_padded")
+        (fresh_output,) = self._emit_program(finish, row, f"{base}_output_rows", by_row, {core: attended})
         self._write(f"{site.path}.attn", row, fresh_output)
         self._count(site.path, "attention_rows", count, mask)
         self._count(site.path, "attention_padded", count_padded, mask)
@@ -232,6 +240,7 @@ class CachedStep:
         hidden = self.graph.create_node(
             "call_module", f"{base}_experts", (inputs, row_expert, offsets), name=f"{base}_hidden"
         )
+        hidden.meta[SCALES_WITH] = Counter(site.path, "recomputed")
         self._write(f"{site.path}.feature", picked, hidden)
         norm = self._emit(dispatch.feature_norm, hidden, name=f"{base}_hidden_norm")
         self._write(f"{site.path}.norm", picked, norm)
@@ -274,7 +283,7 @@ class CachedStep:
         else:
             mask = self._emit(tokens_recomputed, code, name=f"{base}_shared_mask")
             row = self._emit(rows.select_rows, mask, name=f"{base}_shared_row")
-            (fresh,) = self._emit_program(program, row, f"{base}_shared_rows", {})
+            (fresh,) = self._emit_program(program, row, f"{base}_shared_rows", Counter(site.path, "shared_rows"))
             self._write(state, row, fresh)
             self._count(site.path, "shared_rows", count, mask)
         dense = self._emit(
@@ -295,7 +304,7 @@ class CachedStep:
             assert self.mask is not None, f"{site.path}: rows without an earlier MoE site"
             program = build_row_program(self.module, stream, STREAM, [output], site.tokens)
             row = self._emit(rows.select_rows, self.mask, name=f"{base}_row")
-            (fresh,) = self._emit_program(program, row, f"{base}_output_rows", {})
+            (fresh,) = self._emit_program(program, row, f"{base}_output_rows", Counter(site.path, "ffn_rows"))
             self._write(state, row, fresh)
             self._count(site.path, "ffn_rows", count, self.mask)
         self._replace(output, self.updated[state])

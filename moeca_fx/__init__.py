@@ -1,0 +1,14 @@
+"""moeca_fx: a compiler that makes mixture-of-experts diffusion transformers reuse expert branches across steps.
+
+    fast = moeca_fx.transform(model, example_inputs=(x, t, y), policy=moeca_fx.MoECa(interval=4))
+"""
+
+from moeca_fx import errors, zoo
+from moeca_fx.inspection import inspect
+from moeca_fx.policies import MoECa
+from moeca_fx.runtime.runtime import NothingReusedWarning
+from moeca_fx.transform import estimate_memory, transform
+
+__version__ = "0.1.0"
+
+__all__ = ["MoECa", "NothingReusedWarning", "__version__", "errors", "estimate_memory", "inspect", "transform", "zoo"]

@@ -1,0 +1,218 @@
+"""`inspect`: what was found in a model, what will be reused, what it costs, and what was refused and why."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from moeca_fx.discover import Refusal, discover
+from moeca_fx.graph.rewrite import module_path
+from moeca_fx.graph.sites import MoESite, Site, kind_of
+from moeca_fx.graph.slicing import between
+from moeca_fx.model_checks import check_inputs, check_model
+from moeca_fx.passes import Compilation, run_pipeline
+from moeca_fx.passes.capture import at_least_two, batch_size
+from moeca_fx.policies import MoECa
+from moeca_fx.runtime.flops import node_flops
+from moeca_fx.runtime.module import share_weights
+
+_DEFAULT = MoECa()
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site.
+
+    Attributes:
+        path, kind: module path, and ``"moe"``, ``"attention"`` or ``"dense_ffn"``.
+        action: what it does on a cached step; see `passes/cache/plan.py`.
+        experts, top_k: E and k of a MoE site, else None.
+        router: form of its router, else None.
+        shared_expert: module path of its shared expert, else None.
+        flops: FLOPs of a full step at the example's batch size; flops_share: of the whole model's.
+        cache_bytes: bytes of cache at that batch size.
+    """
+
+    path: str
+    kind: str
+    action: str
+    experts: int | None
+    top_k: int | None
+    router: str | None
+    shared_expert: str | None
+    flops: int
+    flops_share: float
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class InspectionReport:
+    """What `inspect` found.
+
+    Attributes:
+        model: class name; batch: samples of the example inputs.
+        sites: in network order.
+        refused: (path, reason) of every candidate that is left alone.
+        warnings: what the user should know.
+        graphs: readable graph text after each pass: ``capture``, ``normalize``, ``locate``, ``vectorize_experts``,
+            ``insert_cache.full``, ``insert_cache.cached``, ``lower_inplace.cached``.
+        flops: FLOPs of one full step.
+        policy: fields of the policy.
+    """
+
+    model: str
+    batch: int
+    sites: tuple[SiteReport, ...]
+    refused: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...]
+    graphs: dict[str, str]
+    flops: int
+    policy: dict[str, Any]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of cache of all sites."""
+        return sum(site.cache_bytes for site in self.sites)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON, without the graphs."""
+        content = asdict(self)
+        del content["graphs"]
+        content["refused"] = [{"path": path, "reason": reason} for path, reason in self.refused]
+        return content | {"cache_bytes": self.cache_bytes}
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {len(self.sites)} sites, {self.flops:.3e} FLOPs a full step at batch {self.batch}"]
+        for site in self.sites:
+            experts = f"E{site.experts} top-{site.top_k}, {site.router}" if site.kind == "moe" else ""
+            shared = f", shared {site.shared_expert}" if site.shared_expert else ""
+            lines.append(
+                f"  {site.path:<28}{site.kind:<11}{site.action:<14}{site.flops_share:>6.1%}"
+                f"{site.cache_bytes / 2**20:>9.2f} MiB  {experts}{shared}"
+            )
+        lines += [f"  left alone: {path or '(model)'}: {reason}" for path, reason in self.refused]
+        lines += [f"  warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def inspect(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    policy: MoECa = _DEFAULT,
+) -> InspectionReport:
+    """Run discovery and every pass, and report; nothing is executed faster and the model stays as it is.
+
+    Args:
+        model, example_inputs, example_kwargs, policy: as for `moeca_fx.transform`.
+
+    Returns:
+        The report. A model without any proven MoE layer gives a report without sites, whose refusals say why.
+
+    Raises:
+        UnsupportedModelError, InputError, CaptureError, PassError: as `moeca_fx.transform`.
+    """
+    kwargs = dict(example_kwargs or {})
+    check_model(model)
+    check_inputs(model, example_inputs, kwargs)
+    found = discover(model, example_inputs, kwargs)
+    batch = batch_size(example_inputs, kwargs)
+    refused = [(refusal.path, refusal.reason) for refusal in found.refused]
+    unproven = [refusal for refusal in found.refused if refusal.is_moe]
+    if not found.regions or unproven:
+        warnings = _why_not(unproven)
+        return InspectionReport(type(model).__name__, batch, (), tuple(refused), warnings, {}, 0, policy.as_dict())
+    graphs: dict[str, str] = {}
+    work = Compilation(share_weights(model), found.regions, example_inputs, kwargs, policy)
+    done = run_pipeline(work, observe=lambda stage, state: graphs.update(_texts(stage, state)))
+    assert done.sites is not None and done.module is not None and done.graphs is not None
+    leaves = pytree.tree_leaves(at_least_two(example_inputs, kwargs))
+    traced = batch_size(*at_least_two(example_inputs, kwargs))
+    flops = {name: count * batch // traced for name, count in node_flops(done.module, leaves).items()}
+    total = sum(flops.values())
+    actions = dict(done.graphs.actions)
+    nodes = {node.name: node for node in done.module.graph.nodes}
+    sites = []
+    for site in done.sites.ordered:
+        spent = _site_flops(site, nodes, flops)
+        held = sum(state.bytes(batch) for state in done.graphs.states if state.site == site.path)
+        sites.append(_site_report(site, actions[site.path], spent, total, held))
+    return InspectionReport(
+        model=type(model).__name__,
+        batch=batch,
+        sites=tuple(sites),
+        refused=(*refused, *done.sites.left),
+        warnings=tuple(_warnings(done.sites.ordered)),
+        graphs=graphs,
+        flops=total,
+        policy=policy.as_dict(),
+    )
+
+
+def _texts(stage: str, work: Compilation) -> dict[str, str]:
+    if stage == "lower_inplace":  # touches the cached step alone
+        return {"lower_inplace.cached": graph_text(work.graph_modules()["cached"])}
+    return {f"{stage}.{name}".rstrip("."): graph_text(module) for name, module in work.graph_modules().items()}
+
+
+def graph_text(module: fx.GraphModule) -> str:
+    """One line a node: its name, operation, operands, and the module of the original it comes from."""
+    lines = []
+    for node in module.graph.nodes:
+        where = module_path(node)
+        lines.append(_node_text(node) + (f"  # {where}" if where and node.op != "get_attr" else ""))
+    return "\n".join(lines)
+
+
+def _node_text(node: fx.Node) -> str:
+    if node.op == "output":
+        return f"return {node.args[0]}"
+    if node.op == "placeholder":
+        return f"{node.name} = input"
+    if node.op == "get_attr":
+        return f"{node.name} = self.{node.target}"
+    operation = str(node.target) if node.op == "call_module" else _operation(node.target)
+    arguments = [str(argument) for argument in node.args] + [f"{key}={value}" for key, value in node.kwargs.items()]
+    return f"{node.name} = {operation}({', '.join(arguments)})"
+
+
+def _operation(target: Any) -> str:
+    overload = getattr(target, "_overloadpacket", None)
+    if overload is not None:
+        return str(overload)
+    return getattr(target, "__name__", str(target))
+
+
+def _site_flops(site: Site, nodes: dict[str, fx.Node], flops: dict[str, int]) -> int:
+    """FLOPs between the residual stream before and after the site."""
+    inside = between([nodes[site.residual_in]], [nodes[site.residual_out]])
+    return sum(flops[node.name] for node in inside)
+
+
+def _site_report(site: Site, action: str, spent: int, total: int, held: int) -> SiteReport:
+    moe = site if isinstance(site, MoESite) else None
+    return SiteReport(
+        path=site.path,
+        kind=kind_of(site),
+        action=action,
+        experts=moe.num_experts if moe else None,
+        top_k=moe.top_k if moe else None,
+        router=moe.router if moe else None,
+        shared_expert=moe.shared_path if moe else None,
+        flops=spent,
+        flops_share=spent / total,
+        cache_bytes=held,
+    )
+
+
+def _warnings(sites: tuple[Site, ...]) -> list[str]:
+    lonely = [site.path for site in sites if isinstance(site, MoESite) and site.attention is None]
+    return [f"{path}: no attention directly before it; its attention is not synchronized" for path in lonely]
+
+
+def _why_not(unproven: list[Refusal]) -> tuple[str, ...]:
+    if unproven:
+        return tuple(f"{refusal.path} runs under a router but is not proven; transform refuses" for refusal in unproven)
+    return ("no mixture-of-experts layer was found; transform refuses",)

@@ -1,0 +1,79 @@
+"""Refuse models in a state that cannot be transformed, and example inputs that do not fit, before any tracing."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from moeca_fx.errors import InputError, UnsupportedModelError
+
+_SHOWN = 3
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` for training mode, hooks and quantised weights; names the modules."""
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"expected a torch.nn.Module, found {name}; pass the denoiser, not the pipeline")
+    training = [path or name for path, module in model.named_modules() if module.training]
+    if training:
+        raise UnsupportedModelError(
+            f"{_list(training)}: in training mode; caching is for inference: call model.eval() first"
+        )
+    hooked = [path or name for path, module in model.named_modules() if _has_hooks(module)]
+    if hooked:
+        raise UnsupportedModelError(
+            f"{_list(hooked)}: has forward or backward hooks, which a compiled graph would not run; remove them (or the "
+            "tool that added them: offloading, profiling, adapters) and transform again"
+        )
+    quantised = [path for path, module in model.named_modules() if _is_quantised(module)]
+    if quantised:
+        raise UnsupportedModelError(
+            f"{_list(quantised)}: quantised weights; expected floating-point parameters: transform the unquantised model"
+        )
+
+
+def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise `InputError` when the example inputs do not fit forward's signature or are not finite."""
+    if not isinstance(args, tuple):
+        raise InputError(f"example_inputs: expected a tuple, found {type(args).__name__}; pass (x, t, ...)")
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(
+            f"example inputs do not fit {type(model).__name__}.forward{signature}: {error}; pass what one call takes"
+        ) from error
+    for index, leaf in enumerate(pytree.tree_leaves((args, dict(kwargs)))):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+            raise InputError(f"example input {index}: expected finite values, found NaN or infinity; pass a real input")
+
+
+def run_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run the model on the example inputs; what it raises becomes one `InputError`."""
+    try:
+        return model(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{type(model).__name__} cannot run on the example inputs: {type(error).__name__}: {error}; pass inputs of "
+            "the shapes and dtypes that one sampling step uses"
+        ) from error
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    if ".quantized" in type(module).__module__:
+        return True
+    tensors = [*module.parameters(recurse=False)]
+    return any(not tensor.is_floating_point() or type(tensor.data) is not Tensor for tensor in tensors)
+
+
+def _list(paths: list[str]) -> str:
+    more = f" and {len(paths) - _SHOWN} more modules" if len(paths) > _SHOWN else ""
+    return ", ".join(paths[:_SHOWN]) + more

@@ -1,0 +1,135 @@
+"""The compiler's passes over a `torch.fx.GraphModule`, and their one order."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx, nn
+
+from moeca_fx.discover import MoERegion
+from moeca_fx.errors import MoecaError, PassError
+from moeca_fx.graph import legality
+from moeca_fx.graph.expert_stack import stack_in_place
+from moeca_fx.graph.sites import Sites
+from moeca_fx.passes.capture import Captured, capture
+from moeca_fx.passes.insert_cache import CachedGraphs, insert_cache
+from moeca_fx.passes.locate import locate
+from moeca_fx.passes.lower_inplace import lower_inplace
+from moeca_fx.passes.normalize import normalize
+from moeca_fx.passes.vectorize_experts import vectorize_experts
+from moeca_fx.policies import MoECa
+
+__all__ = ["PIPELINE", "Compilation", "run_pipeline"]
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What flows through the pipeline; each pass returns it with more filled in.
+
+    Attributes:
+        model, regions, args, kwargs, policy: the request. Without a policy there is no cache.
+        captured: the trace and its input and output structure.
+        module: the graph being rewritten.
+        sites: what was located.
+        graphs: full and cached step, when there is a policy.
+    """
+
+    model: nn.Module
+    regions: tuple[MoERegion, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    policy: MoECa | None
+    captured: Captured | None = None
+    module: fx.GraphModule | None = None
+    sites: Sites | None = None
+    graphs: CachedGraphs | None = None
+
+    def graph_modules(self) -> dict[str, fx.GraphModule]:
+        """The graphs that exist at this point, by name."""
+        if self.graphs is not None:
+            return {"full": self.graphs.full, "cached": self.graphs.cached}
+        return {"": self.module} if self.module is not None else {}
+
+
+def _capture(work: Compilation) -> Compilation:
+    captured = capture(work.model, work.regions, work.args, work.kwargs)
+    return replace(work, captured=captured, module=captured.module)
+
+
+def _normalize(work: Compilation) -> Compilation:
+    assert work.module is not None
+    return replace(work, module=normalize(work.module))
+
+
+def _locate(work: Compilation) -> Compilation:
+    assert work.module is not None and work.captured is not None
+    return replace(work, sites=locate(work.module, work.captured.regions))
+
+
+def _vectorize_experts(work: Compilation) -> Compilation:
+    assert work.module is not None and work.captured is not None and work.sites is not None
+    for region in work.regions:
+        stack_in_place([work.model.get_submodule(path) for path in region.experts])
+    sites = vectorize_experts(work.module, work.sites, work.captured.regions, work.model)
+    return replace(work, sites=sites)
+
+
+def _insert_cache(work: Compilation) -> Compilation:
+    assert work.module is not None and work.sites is not None
+    if work.policy is None:
+        return work
+    return replace(work, graphs=insert_cache(work.module, work.sites, work.policy))
+
+
+def _lower_inplace(work: Compilation) -> Compilation:
+    if work.graphs is not None:
+        lower_inplace(work.graphs.cached)
+    return work
+
+
+PIPELINE: tuple[tuple[str, Callable[[Compilation], Compilation]], ...] = (
+    ("capture", _capture),
+    # Higher-order calls and identities out of the way: later passes match computation only.
+    ("normalize", _normalize),
+    # Before experts are lowered: the marker still names its rows, ids and weights as operands.
+    ("locate", _locate),
+    # Before caches: a cached step needs every branch's feature as a value.
+    ("vectorize_experts", _vectorize_experts),
+    ("insert_cache", _insert_cache),
+    # Last: all passes before it may rely on a functional graph.
+    ("lower_inplace", _lower_inplace),
+)
+
+
+def run_pipeline(
+    work: Compilation, until: str | None = None, observe: Callable[[str, Compilation], None] | None = None
+) -> Compilation:
+    """Run the passes in order, checking the graph after each.
+
+    Args:
+        until: name of the last pass to run; None runs all.
+        observe: called with (pass name, state) after each pass.
+
+    Raises:
+        MoecaError: what a pass found wrong with the model, or a `PassError` naming the pass and those before it.
+    """
+    done: list[str] = []
+    for name, step in PIPELINE:
+        try:
+            work = step(work)
+            for module in work.graph_modules().values():
+                legality.check(name, module)
+        except MoecaError:
+            raise
+        except (AssertionError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            before = ", ".join(done) or "none"
+            raise PassError(
+                f"pass {name!r} failed on {type(work.model).__name__} (passes before it: {before}): "
+                f"{type(error).__name__}: {error}; please report this model"
+            ) from error
+        done.append(name)
+        if observe is not None:
+            observe(name, work)
+        if name == until:
+            break
+    return work

@@ -1,0 +1,34 @@
+"""lower_inplace: let a cached step write its rows into the cache instead of copying the cache.
+
+    new_feature = write_rows(cache_feature, branch, h)   -->   new_feature = write_rows_(cache_feature, branch, h)
+
+Done last: every pass before it may rely on the graph being functional. A write moves in place only when all that reads
+the old value has run before it.
+"""
+
+from torch import fx
+
+from moeca_fx.graph.slicing import ancestors
+from moeca_fx.ops import rows
+
+
+def lower_inplace(module: fx.GraphModule) -> int:
+    """Lower every legal write, in place; returns how many were lowered."""
+    lowered = 0
+    for write in module.graph.find_nodes(op="call_function", target=rows.write_rows):
+        cache = write.args[0]
+        if isinstance(cache, fx.Node) and cache.op == "placeholder" and _is_last_reader(cache, write):
+            write.target = rows.write_rows_
+            lowered += 1
+    module.graph.lint()
+    module.recompile()
+    return lowered
+
+
+def _is_last_reader(cache: fx.Node, write: fx.Node) -> bool:
+    before = ancestors([write])
+    readers = [user for user in cache.users if user is not write]
+    for reader in readers:  # what reads a view of the cache reads the cache
+        if reader.target is rows.tokens_back:
+            readers.extend(user for user in reader.users if user not in readers)
+    return all(reader in before for reader in readers)

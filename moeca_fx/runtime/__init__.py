@@ -1,0 +1,1 @@
+"""What runs a transformed model: trajectories in named contexts, statistics, memory, FLOPs."""

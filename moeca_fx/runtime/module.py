@@ -1,0 +1,99 @@
+"""The transformed model: an `nn.Module` of the original's class whose forward runs the compiled graphs."""
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeca_fx.discover import MoERegion
+from moeca_fx.graph.expert_stack import stack_in_place
+from moeca_fx.runtime.memory import MemoryReport
+from moeca_fx.runtime.runtime import DEFAULT_CONTEXT, Runtime
+from moeca_fx.runtime.statistics import Statistics
+
+
+class TransformedModel(nn.Module):
+    """What `moeca_fx.transform` returns, mixed into a subclass of the original model's class.
+
+    Methods of the original that call ``self.forward``, its attributes, `isinstance`, `.to()` and `state_dict()` work as
+    before. The weights are shared with the original, not copied: `load_state_dict` on either is seen by both.
+    """
+
+    _moeca: Runtime
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The original's forward; see `moeca_fx.transform`."""
+        return self._moeca.call(self, args, kwargs)
+
+    def context(self, name: str) -> AbstractContextManager[None]:
+        """Calls inside ``with model.context(name):`` belong to a trajectory of their own.
+
+        For samplers that call the model twice a step: one context for the conditional and one for the unconditional call.
+        """
+        return self._moeca.context(name)
+
+    def reset(self, context: str | None = None) -> None:
+        """Begin a new trajectory with the next call, in one context or in all, and free the caches."""
+        self._moeca.reset(context)
+
+    def stats(self) -> Statistics:
+        """What was executed and reused so far, over all contexts."""
+        return self._moeca.stats()
+
+    def reset_stats(self) -> None:
+        """Set all statistics to zero; trajectories and caches go on."""
+        self._moeca.reset_stats()
+
+    def memory(self) -> MemoryReport:
+        """Bytes that the caches hold now; `moeca_fx.estimate_memory` tells before a run."""
+        return self._moeca.memory()
+
+    def cache(self, context: str = DEFAULT_CONTEXT) -> dict[str, Tensor]:
+        """The cache tensors of a context, by ``<site>.<kind>``; for inspection and tests."""
+        return self._moeca.cache(context)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TransformedModel":
+        """Move or cast like any module; graphs are compiled again at the next call."""
+        super()._apply(fn, recurse)
+        for region in self._moeca.regions:
+            stack_in_place([self.get_submodule(path) for path in region.experts])
+        self._moeca.forget_programs()
+        return self
+
+
+def make_transformed(model: nn.Module, runtime: Runtime) -> TransformedModel:
+    """A copy of `model` that shares its tensors and runs through `runtime`."""
+    clone = share_weights(model)
+    original = type(model)
+
+    @functools.wraps(original.forward)
+    def forward(self: TransformedModel, *args: Any, **kwargs: Any) -> Any:
+        return TransformedModel.forward(self, *args, **kwargs)
+
+    clone.__class__ = type(original.__name__, (TransformedModel, original), {"forward": forward})
+    object.__setattr__(clone, "_moeca", runtime)
+    assert isinstance(clone, TransformedModel)
+    return clone
+
+
+def share_weights(model: nn.Module) -> nn.Module:
+    """Copy the module tree; parameters and buffers are new objects over the same storage."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach()
+    clone = copy.deepcopy(model, memo)
+    assert isinstance(clone, nn.Module)
+    return clone
+
+
+def stack_experts(model: nn.Module, regions: Sequence[MoERegion]) -> None:
+    """Give each layer's experts one storage, in the model given: its values and `Parameter` objects stay the same."""
+    with torch.no_grad():
+        for region in regions:
+            stack_in_place([model.get_submodule(path) for path in region.experts])

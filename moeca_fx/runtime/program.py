@@ -1,0 +1,99 @@
+"""A program: the compiled graphs for one kind of call (structure, shapes without the batch, dtypes, devices)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from moeca_fx.discover import MoERegion
+from moeca_fx.errors import InputError
+from moeca_fx.graph.sites import Sites
+from moeca_fx.passes import Compilation, run_pipeline
+from moeca_fx.passes.capture import batch_size
+from moeca_fx.passes.insert_cache import CachedGraphs
+from moeca_fx.policies import MoECa
+from moeca_fx.runtime.timestep import find_timestep
+
+Signature = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Compiled graphs and how to call them.
+
+    Attributes:
+        plain: the vectorised graph, all there is without a policy.
+        graphs: full and cached step; None without a policy.
+        sites: located sites.
+        out_spec: structure of the model's result; `outputs` is its number of leaves.
+        timestep: index of the timestep among the flat inputs; None without a policy.
+    """
+
+    plain: fx.GraphModule
+    graphs: CachedGraphs | None
+    sites: Sites
+    out_spec: pytree.TreeSpec
+    outputs: int
+    timestep: int | None
+
+    def split(self, results: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
+        """The model's own result, and the flat rest."""
+        return pytree.tree_unflatten(list(results[: self.outputs]), self.out_spec), list(results[self.outputs :])
+
+
+def build_program(
+    model: nn.Module,
+    regions: tuple[MoERegion, ...],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    policy: MoECa | None,
+    timestep: str | int | None,
+) -> Program:
+    """Run the pipeline for calls like ``model(*args, **kwargs)``."""
+    work = run_pipeline(Compilation(model, regions, args, dict(kwargs), policy))
+    assert work.module is not None and work.captured is not None and work.sites is not None
+    return Program(
+        plain=work.module,
+        graphs=work.graphs,
+        sites=work.sites,
+        out_spec=work.captured.out_spec,
+        outputs=work.captured.out_spec.num_leaves,
+        timestep=None if policy is None else find_timestep(model, work.module, args, kwargs, timestep),
+    )
+
+
+def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Signature, list[Any], int]:
+    """What a call must share with another to run the same program; also its flat inputs and batch size.
+
+    Raises:
+        InputError: no tensor with a batch dimension.
+    """
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    batch = batch_size(args, kwargs)
+    return (spec, tuple(_describe(leaf, batch) for leaf in leaves)), leaves, batch
+
+
+def _describe(leaf: Any, batch: int) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf if isinstance(leaf, (int, float, str, bool, type(None), torch.dtype)) else repr(leaf)
+    open_batch = leaf.dim() > 0 and leaf.shape[0] == batch
+    shape = ("batch", *leaf.shape[1:]) if open_batch else tuple(leaf.shape)
+    return (shape, leaf.dtype, leaf.device)
+
+
+def check_finite(leaves: list[Any]) -> None:
+    """Refuse NaN and infinity: one such value would stay in the caches for the rest of the trajectory.
+
+    Raises:
+        InputError: names the input by its position.
+    """
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+            bad = int((~torch.isfinite(leaf)).sum())
+            raise InputError(
+                f"input {index} of the transformed model: expected finite values, found {bad} of {leaf.numel()} that are "
+                "NaN or infinite; the trajectory was reset, fix the sampler and start it again"
+            )

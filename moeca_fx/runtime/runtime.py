@@ -1,0 +1,295 @@
+"""The runtime behind a transformed model: programs, contexts, steps, statistics."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeca_fx.discover import MoERegion
+from moeca_fx.errors import UnsupportedModelError
+from moeca_fx.graph.sites import kind_of
+from moeca_fx.graph.state import Counter
+from moeca_fx.policies import MoECa
+from moeca_fx.runtime.flops import StepFlops, measure_step_flops, node_flops
+from moeca_fx.runtime.memory import MemoryReport, report
+from moeca_fx.runtime.program import Program, Signature, build_program, check_finite, signature_of
+from moeca_fx.runtime.statistics import Statistics, site_statistics
+from moeca_fx.runtime.timestep import timestep_value
+from moeca_fx.runtime.trajectory import Trajectory
+
+log = logging.getLogger(__name__)
+DEFAULT_CONTEXT = "default"
+_MANY_PROGRAMS = 8
+
+
+class NothingReusedWarning(UserWarning):
+    """A run in which no branch was reused: it cost as much as the uncached model."""
+
+
+@dataclass
+class _Tally:
+    """Steps of one program at one batch size."""
+
+    program: Program
+    leaves: list[Any]
+    batch: int
+    full_steps: int = 0
+    cached_steps: int = 0
+    counters: Tensor | None = None
+
+
+class Runtime:
+    """Runs the graphs of one transformed model and keeps its trajectories.
+
+    Args:
+        regions: proven MoE regions.
+        policy: None runs the vectorised graph at every step.
+        timestep: parameter name or position of the timestep; None finds it.
+    """
+
+    def __init__(self, regions: tuple[MoERegion, ...], policy: MoECa | None, timestep: str | int | None) -> None:
+        self.regions = regions
+        self.policy = policy
+        self.timestep = timestep
+        self.programs: dict[Signature, Program] = {}
+        self.trajectories: dict[str, Trajectory] = {}
+        self._active: ContextVar[str] = ContextVar("moeca_fx_context", default=DEFAULT_CONTEXT)
+        self._warned: set[str] = set()
+        self.reset_stats()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
+        """A copied model starts without programs, trajectories and statistics; they are rebuilt on its first call."""
+        return Runtime(self.regions, self.policy, self.timestep)
+
+    # -- calls --------------------------------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
+        """The program for such a call, compiled when it is the first of its kind."""
+        signature, _, _ = signature_of(args, kwargs)
+        if signature not in self.programs:
+            if len(self.programs) == _MANY_PROGRAMS:
+                log.warning(
+                    "%s was compiled for %d kinds of inputs; a Python number that changes at every call is the usual "
+                    "cause: pass it as a tensor",
+                    type(model).__name__,
+                    _MANY_PROGRAMS,
+                )
+            plain_args, plain_kwargs = _detached(args), _detached(dict(kwargs))
+            self.programs[signature] = build_program(
+                original_view(model), self.regions, plain_args, plain_kwargs, self.policy, self.timestep
+            )
+        return self.programs[signature]
+
+    def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """One forward call of the transformed model."""
+        if model.training:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is in training mode; caching is for inference: call .eval() first"
+            )
+        # Caches outlive the call, so they must not become inference tensors, which cannot be written to outside.
+        with torch.inference_mode(False), torch.no_grad():
+            program = self.prepare(model, args, kwargs)
+            _, leaves, batch = signature_of(args, kwargs)
+            if program.graphs is None:
+                tally = self._tally(program, leaves, batch)
+                tally.full_steps += 1
+                return program.split(program.plain(*leaves))[0]
+            return self._step(program, leaves, batch)
+
+    def _step(self, program: Program, leaves: list[Any], batch: int) -> Any:
+        assert program.graphs is not None and program.timestep is not None and self.policy is not None
+        name = self._active.get()
+        try:
+            check_finite(leaves)
+            timestep = timestep_value(leaves[program.timestep])
+            trajectory = self._continue_or_begin(name, program, batch, timestep)
+            tally = self._tally(program, leaves, batch)
+            if self.policy.is_full_step(trajectory.step):
+                carried = self._carried(program, trajectory, batch, leaves[program.timestep].device)
+                result, states = program.split(program.graphs.full(*leaves, *carried))
+                tally.full_steps += 1
+            else:
+                result, rest = program.split(program.graphs.cached(*leaves, *trajectory.states))
+                *states, counters = rest
+                trajectory.count(counters)
+                tally.cached_steps += 1
+                tally.counters = counters if tally.counters is None else tally.counters + counters
+            trajectory.advance(timestep, states)
+        except BaseException:
+            # A step that stopped halfway has written some caches and not others.
+            self.trajectories.pop(name, None)
+            raise
+        return result
+
+    def _carried(self, program: Program, trajectory: Trajectory, batch: int, device: torch.device) -> list[Tensor]:
+        assert program.graphs is not None
+        if trajectory.states:
+            pairs = zip(program.graphs.states, trajectory.states, strict=True)
+            return [tensor for state, tensor in pairs if state.carried]
+        carried = [state for state in program.graphs.states if state.carried]
+        return [torch.zeros(batch, *state.shape, dtype=state.dtype, device=device) for state in carried]
+
+    def _continue_or_begin(self, name: str, program: Program, batch: int, timestep: Tensor) -> Trajectory:
+        current = self.trajectories.get(name)
+        if current is not None:
+            reason = current.why_over(program, batch, timestep)
+            if reason is None:
+                return current
+            self._end(current, reason)
+        self.trajectories[name] = Trajectory(program, batch)
+        self._begun += 1
+        return self.trajectories[name]
+
+    def _tally(self, program: Program, leaves: list[Any], batch: int) -> _Tally:
+        key = (id(program), batch)
+        if key not in self._tallies:
+            shapes = [torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
+            self._tallies[key] = _Tally(program, [*shapes, device], batch)
+        return self._tallies[key]
+
+    # -- contexts -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def context(self, name: str) -> Iterator[None]:
+        """Calls inside the block belong to the trajectory `name`."""
+        token = self._active.set(name)
+        try:
+            yield
+        finally:
+            self._active.reset(token)
+
+    def reset(self, name: str | None = None) -> None:
+        """End the trajectory of one context, or of all; the next call is a full step and caches are freed."""
+        for key in [name] if name is not None else list(self.trajectories):
+            if (trajectory := self.trajectories.pop(key, None)) is not None:
+                self._end(trajectory, "reset() was called")
+
+    def forget_programs(self) -> None:
+        """Drop graphs and caches: the weights moved or changed their type."""
+        self.trajectories.clear()
+        self.programs.clear()
+        self.reset_stats()
+
+    def _end(self, trajectory: Trajectory, reason: str) -> None:
+        """Say once when a finished trajectory reused nothing."""
+        why = self._why_nothing_reused(trajectory, reason)
+        if why is not None and "nothing reused" not in self._warned:
+            self._warned.add("nothing reused")
+            warnings.warn(f"moeca_fx: a run of {trajectory.step} steps reused nothing: {why}", NothingReusedWarning, 6)
+
+    def _why_nothing_reused(self, trajectory: Trajectory, reason: str) -> str | None:
+        assert self.policy is not None
+        if trajectory.cached_steps == 0:
+            if self.policy.interval == 1:
+                return "interval=1 makes every step full"
+            advice = ""
+            if "did not move" in reason:
+                advice = (
+                    "; if the sampler calls the model twice a step (guidance), wrap each call in "
+                    "`with model.context('cond'):` and `with model.context('uncond'):`"
+                )
+            return f"it had one call before a new trajectory began, because {reason}{advice}"
+        if trajectory.branches() == trajectory.recomputed_branches():
+            return f"every branch was recomputed on all {trajectory.cached_steps} cached steps; raise tau0 or lower lambda1"
+        return None
+
+    # -- reports ------------------------------------------------------------------------------------------------
+
+    def reset_stats(self) -> None:
+        """Start counting anew; trajectories go on."""
+        self._tallies: dict[tuple[int, int], _Tally] = {}
+        self._flops: dict[tuple[int, int], StepFlops] = {}
+        self._begun = 0
+
+    def stats(self) -> Statistics:
+        """Totals so far; waits for the device, and measures FLOPs once for each program and batch size."""
+        if self.policy is not None:
+            for trajectory in self.trajectories.values():
+                if trajectory.step > 1:
+                    self._end(trajectory, "stats() was called")
+        sites: dict[str, list[Any]] = {}
+        executed = uncached = 0
+        for key, tally in self._tallies.items():
+            flops = self._step_flops(key, tally)
+            counts = _named_counts(tally)
+            executed += flops.executed(tally.full_steps, tally.cached_steps, counts)
+            uncached += flops.full * (tally.full_steps + tally.cached_steps)
+            actions = dict(tally.program.graphs.actions) if tally.program.graphs else {}
+            for site in tally.program.sites.ordered:
+                samples = tally.cached_steps * tally.batch
+                part = site_statistics(site, kind_of(site), actions.get(site.path, "full"), samples, counts)
+                sites.setdefault(site.path, []).append(part)
+        return Statistics(
+            sites=tuple(_sum_sites(parts) for parts in sites.values()),
+            full_steps=sum(tally.full_steps for tally in self._tallies.values()),
+            cached_steps=sum(tally.cached_steps for tally in self._tallies.values()),
+            trajectories=self._begun,
+            flops_executed=executed,
+            flops_uncached=uncached,
+        )
+
+    def _step_flops(self, key: tuple[int, int], tally: _Tally) -> StepFlops:
+        if key not in self._flops:
+            *shapes, device = tally.leaves
+            leaves = [torch.empty_like(s, device=device) if isinstance(s, Tensor) else s for s in shapes]
+            graphs = tally.program.graphs
+            if graphs is None:
+                total = sum(node_flops(tally.program.plain, leaves).values())
+                self._flops[key] = StepFlops(total, total, {})
+            else:
+                measured = measure_step_flops(graphs.full, graphs.cached, graphs.states, leaves, tally.batch)
+                self._flops[key] = measured
+        return self._flops[key]
+
+    def memory(self) -> MemoryReport:
+        """Bytes that caches hold now, all contexts together."""
+        held = []
+        batch = 0
+        for trajectory in self.trajectories.values():
+            assert trajectory.program.graphs is not None
+            batch += trajectory.batch
+            for state, tensor in zip(trajectory.program.graphs.states, trajectory.states, strict=True):
+                held.append((state, tensor.numel() * tensor.element_size()))
+        return report(held, batch)
+
+    def cache(self, name: str) -> dict[str, Tensor]:
+        """The cache tensors of a context by state name; empty before its first step."""
+        trajectory = self.trajectories.get(name)
+        if trajectory is None or trajectory.program.graphs is None:
+            return {}
+        return {s.name: t for s, t in zip(trajectory.program.graphs.states, trajectory.states, strict=True)}
+
+
+def original_view(model: nn.Module) -> nn.Module:
+    """The same modules and weights under the original class, whose forward is the one to trace."""
+    _transformed, _mixin, original = type(model).__mro__[:3]
+    view: nn.Module = object.__new__(original)
+    object.__setattr__(view, "__dict__", model.__dict__)
+    return view
+
+
+def _detached(value: Any) -> Any:
+    """Inputs as ordinary tensors: inference tensors cannot be traced."""
+    from torch.utils import _pytree as pytree
+
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, value)
+
+
+def _named_counts(tally: _Tally) -> dict[Counter, int]:
+    if tally.counters is None or tally.program.graphs is None:
+        return {}
+    return dict(zip(tally.program.graphs.counters, tally.counters.tolist(), strict=True))
+
+
+def _sum_sites(parts: list[Any]) -> Any:
+    from dataclasses import fields, replace
+
+    numbers = [f.name for f in fields(parts[0]) if f.name not in ("path", "kind")]
+    return replace(parts[0], **{name: sum(getattr(part, name) for part in parts) for name in numbers})

@@ -1,0 +1,165 @@
+"""Statistics of what a transformed model executed and reused."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moeca_fx.graph.sites import MoESite, Site
+from moeca_fx.graph.state import Counter
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """Counts of one site over all cached steps.
+
+    Attributes:
+        path, kind: which site; kind is ``"moe"``, ``"attention"`` or ``"dense_ffn"``.
+        branches: branches routed (MoE), matched: those found in the cache, recomputed: those computed anew.
+        rows: token rows that passed the site, rows_recomputed: those computed anew (attention and dense feed-forward;
+            for a MoE site the rows of its shared expert).
+    """
+
+    path: str
+    kind: str
+    branches: int
+    matched: int
+    recomputed: int
+    rows: int
+    rows_recomputed: int
+
+    @property
+    def match_ratio(self) -> float:
+        """Matched branches of all branches; 0 when there are none."""
+        return _ratio(self.matched, self.branches)
+
+    @property
+    def reuse_over_match(self) -> float:
+        """Reused branches of matched branches (the paper's Fig. 8); 0 when nothing matched."""
+        return _ratio(self.branches - self.recomputed, self.matched)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Totals since the model was transformed or `reset_stats` was called.
+
+    Attributes:
+        sites: per site, in network order.
+        full_steps, cached_steps: forward calls of each kind, over all contexts.
+        trajectories: trajectories begun.
+        flops_executed: what ran; flops_uncached: the same calls, every one of them a full step.
+    """
+
+    sites: tuple[SiteStatistics, ...]
+    full_steps: int
+    cached_steps: int
+    trajectories: int
+    flops_executed: int
+    flops_uncached: int
+
+    @property
+    def branches(self) -> int:
+        """Branches routed on cached steps."""
+        return sum(site.branches for site in self.sites)
+
+    @property
+    def matched_branches(self) -> int:
+        """Branches whose expert was in the token's cache."""
+        return sum(site.matched for site in self.sites)
+
+    @property
+    def recomputed_branches(self) -> int:
+        """Branches computed anew on cached steps."""
+        return sum(site.recomputed for site in self.sites)
+
+    @property
+    def match_ratio(self) -> float:
+        """Matched branches of all branches on cached steps."""
+        return _ratio(self.matched_branches, self.branches)
+
+    @property
+    def reuse_ratio(self) -> float:
+        """Reused branches of all branches on cached steps."""
+        return _ratio(self.branches - self.recomputed_branches, self.branches)
+
+    @property
+    def reuse_over_match(self) -> float:
+        """Reused branches of matched branches (the paper's Fig. 8)."""
+        return _ratio(self.branches - self.recomputed_branches, self.matched_branches)
+
+    @property
+    def attention_rows(self) -> int:
+        """Attention rows computed anew on cached steps."""
+        return sum(site.rows_recomputed for site in self.sites if site.kind == "attention")
+
+    @property
+    def flops_saved(self) -> int:
+        """FLOPs that reuse avoided."""
+        return self.flops_uncached - self.flops_executed
+
+    @property
+    def flops_speedup(self) -> float:
+        """Uncached over executed FLOPs; 1 before the first call."""
+        return self.flops_uncached / self.flops_executed if self.flops_executed else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """All counts and ratios, ready for JSON."""
+        names = (
+            "full_steps cached_steps trajectories branches matched_branches recomputed_branches match_ratio reuse_ratio "
+            "reuse_over_match attention_rows flops_executed flops_uncached flops_saved flops_speedup"
+        ).split()
+        totals = {name: getattr(self, name) for name in names}
+        ratios = [{"match_ratio": s.match_ratio, "reuse_over_match": s.reuse_over_match} for s in self.sites]
+        return totals | {"sites": [asdict(site) | ratio for site, ratio in zip(self.sites, ratios, strict=True)]}
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.full_steps} full and {self.cached_steps} cached steps in {self.trajectories} trajectories; "
+            f"FLOPs executed {self.flops_executed:.3e} of {self.flops_uncached:.3e} ({self.flops_speedup:.2f}x fewer)\n"
+            f"cached steps: match {self.match_ratio:.1%}, reuse {self.reuse_ratio:.1%} of branches "
+            f"({self.reuse_over_match:.1%} of matched), {self.recomputed_branches} branches and {self.attention_rows} "
+            "attention rows recomputed"
+        )
+        lines = [f"{'site':<28}{'kind':<12}{'match':>8}{'reuse/match':>13}{'branches':>12}{'rows':>12}"]
+        for site in self.sites:
+            moe = site.kind == "moe"
+            match = f"{site.match_ratio:.1%}" if moe else "-"
+            reuse = f"{site.reuse_over_match:.1%}" if moe else "-"
+            lines.append(
+                f"{site.path:<28}{site.kind:<12}{match:>8}{reuse:>13}"
+                f"{site.recomputed if moe else '-':>12}{site.rows_recomputed:>12}"
+            )
+        return "\n".join([head, *lines])
+
+
+_ROW_KINDS = {"attention": "attention_rows", "moe": "shared_rows", "dense_ffn": "ffn_rows"}
+
+
+def site_statistics(
+    site: Site, kind: str, action: str, samples: int, counts: Mapping[Counter, int]
+) -> SiteStatistics:
+    """Statistics of one site.
+
+    Args:
+        site, kind, action: the site and what it does on cached steps.
+        samples: samples that passed on cached steps (steps times batch).
+        counts: counter totals.
+    """
+    rows = samples * site.tokens
+    recomputed_rows = counts.get(Counter(site.path, _ROW_KINDS[kind]), 0)
+    if action == "full" and not isinstance(site, MoESite):
+        recomputed_rows = rows
+    return SiteStatistics(
+        path=site.path,
+        kind=kind,
+        branches=rows * site.top_k if isinstance(site, MoESite) else 0,
+        matched=counts.get(Counter(site.path, "matched"), 0),
+        recomputed=counts.get(Counter(site.path, "recomputed"), 0),
+        rows=0 if isinstance(site, MoESite) and not site.shared else rows,
+        rows_recomputed=recomputed_rows,
+    )
+
+
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

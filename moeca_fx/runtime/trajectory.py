@@ -1,0 +1,74 @@
+"""A trajectory: the steps of one denoising run in one named context, and when the next one begins."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moeca_fx.runtime.program import Program
+from moeca_fx.runtime.timestep import direction_of, jumped_back
+
+
+@dataclass
+class Trajectory:
+    """State of one run.
+
+    Attributes:
+        program, batch: what it runs; another program or batch size begins a new trajectory.
+        step: calls so far.
+        states: cache tensors after the last call.
+        counters: what its cached steps counted so far; None before the first.
+        cached_steps: how many of the calls were cached.
+    """
+
+    program: Program
+    batch: int
+    step: int = 0
+    states: list[Tensor] = field(default_factory=list)
+    counters: Tensor | None = None
+    cached_steps: int = 0
+    timestep: Tensor | None = None
+    direction: int = 0
+
+    def why_over(self, program: Program, batch: int, timestep: Tensor) -> str | None:
+        """Why a call with these inputs begins a new trajectory; None when it continues this one."""
+        if program is not self.program:
+            return "the shape, dtype or device of the inputs changed"
+        if batch != self.batch:
+            return f"the batch size changed from {self.batch} to {batch}"
+        assert self.timestep is not None, "a trajectory has made at least one call"
+        if timestep.shape != self.timestep.shape:
+            return "the shape of the timestep changed"
+        if self.direction and jumped_back(timestep, self.timestep, self.direction):
+            return "the timestep jumped back"
+        if self.step == 1 and torch.equal(timestep, self.timestep):
+            return "the timestep did not move between the first two calls"
+        return None
+
+    def advance(self, timestep: Tensor, states: list[Tensor]) -> None:
+        """Record a finished call."""
+        if self.timestep is not None and not self.direction:
+            self.direction = direction_of(timestep, self.timestep)
+        self.timestep = timestep
+        self.states = states
+        self.step += 1
+
+    def count(self, counters: Tensor) -> None:
+        """Add a cached step's counters."""
+        self.counters = counters if self.counters is None else self.counters + counters
+        self.cached_steps += 1
+
+    def recomputed_branches(self) -> int:
+        """Branches recomputed so far; waits for the device."""
+        return self._total("recomputed")
+
+    def _total(self, kind: str) -> int:
+        if self.counters is None or self.program.graphs is None:
+            return 0
+        names = self.program.graphs.counters
+        return sum(v for counter, v in zip(names, self.counters.tolist(), strict=True) if counter.kind == kind)
+
+    def branches(self) -> int:
+        """Branches routed on its cached steps."""
+        per_sample = sum(site.tokens * site.top_k for site in self.program.sites.moe)
+        return per_sample * self.batch * self.cached_steps

@@ -1,0 +1,118 @@
+"""`transform`: from an unmodified model to one of the same class that reuses expert branches across steps."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from moeca_fx.discover import Discovery, discover
+from moeca_fx.errors import ConfigError, NoMoEFoundError, UnprovenRegionError
+from moeca_fx.model_checks import check_inputs, check_model
+from moeca_fx.passes import Compilation, run_pipeline
+from moeca_fx.passes.cache.plan import plan_sites
+from moeca_fx.passes.capture import batch_size
+from moeca_fx.policies import MoECa
+from moeca_fx.runtime.memory import MemoryReport, report
+from moeca_fx.runtime.module import TransformedModel, make_transformed, share_weights, stack_experts
+from moeca_fx.runtime.runtime import Runtime
+
+Model = TypeVar("Model", bound=nn.Module)
+_DEFAULT = MoECa()
+
+
+def transform(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    policy: MoECa | None = _DEFAULT,
+    *,
+    timestep: str | int | None = None,
+) -> TransformedModel:
+    """Compile a DiT-MoE model into one that caches expert branches, attention and feed-forward rows.
+
+    Args:
+        model: any diffusion transformer with token-level mixture-of-experts layers, in eval mode. It is left untouched;
+            the experts' parameters are re-pointed at one shared storage a layer, values unchanged.
+        example_inputs, example_kwargs: inputs of one forward call, used to trace it. The batch size stays open.
+        policy: what is recomputed when; None vectorises the experts and caches nothing.
+        timestep: name or position of forward's timestep parameter, when it is not found by itself.
+
+    Returns:
+        A model of the same class: same signature, same result structure, weights shared with the original. See
+        `TransformedModel` for contexts, statistics and memory.
+
+    Raises:
+        UnsupportedModelError: training mode, hooks, quantised experts, or a layer that cannot be rewritten.
+        NoMoEFoundError: no mixture-of-experts layer was found.
+        UnprovenRegionError: a layer was found whose routing could not be proven.
+        InputError: the example inputs do not fit the model.
+        CaptureError, PassError: tracing or a graph pass failed.
+        ConfigError: `policy` is neither a policy nor None.
+    """
+    _check_policy(policy)
+    kwargs = dict(example_kwargs or {})
+    found = find_regions(model, example_inputs, kwargs)
+    stack_experts(model, found.regions)
+    runtime = Runtime(found.regions, policy, timestep)
+    fast = make_transformed(model, runtime)
+    runtime.prepare(fast, example_inputs, kwargs)
+    return fast
+
+
+def estimate_memory(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    policy: MoECa = _DEFAULT,
+    *,
+    batch: int | None = None,
+) -> MemoryReport:
+    """Bytes of cache that a transformed model will hold for one context, before any run.
+
+    Args:
+        model, example_inputs, example_kwargs, policy: as for `transform`.
+        batch: samples; the example's batch size by default.
+
+    Raises:
+        As `transform`.
+    """
+    _check_policy(policy)
+    if batch is not None and batch < 1:
+        raise ConfigError(f"batch: expected an integer >= 1, found {batch!r}; pass the batch size of the run")
+    kwargs = dict(example_kwargs or {})
+    found = find_regions(model, example_inputs, kwargs)
+    work = Compilation(share_weights(model), found.regions, example_inputs, kwargs, policy)
+    located = run_pipeline(work, until="locate")
+    assert located.module is not None and located.sites is not None
+    size = batch_size(example_inputs, kwargs) if batch is None else batch
+    plans = plan_sites(located.module, located.sites, policy)
+    return report(((state, state.bytes(size)) for plan in plans for state in plan.states), size)
+
+
+def find_regions(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Discovery:
+    """Check the model and its inputs, and discover; everything that ran under a router must be proven.
+
+    Raises:
+        As `transform`.
+    """
+    check_model(model)
+    check_inputs(model, args, kwargs)
+    found = discover(model, args, kwargs)
+    unproven = [refusal for refusal in found.refused if refusal.is_moe]
+    if unproven:
+        reasons = "; ".join(f"{refusal.path}: {refusal.reason}" for refusal in unproven)
+        raise UnprovenRegionError(
+            f"{type(model).__name__}: a mixture-of-experts region could not be proven, nothing was changed. {reasons}"
+        )
+    if not found.regions:
+        looked = "; ".join(f"{refusal.path}: {refusal.reason}" for refusal in found.refused) or "no candidates"
+        raise NoMoEFoundError(
+            f"{type(model).__name__}: found no mixture-of-experts layer (expected a list of identical experts under a "
+            f"top-k router). Looked at: {looked}. For a dense model use another cache"
+        )
+    return found
+
+
+def _check_policy(policy: object) -> None:
+    if policy is not None and not isinstance(policy, MoECa):
+        raise ConfigError(f"policy: expected moeca_fx.MoECa(...) or None, found {type(policy).__name__}")
