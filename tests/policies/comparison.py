@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import moeca_fx
+from moeca_fx.runtime.statistics import Statistics
 from tests.reference.block_step import Counts
 from tests.reference.cases import Family, tiny_model, trajectory
 from tests.reference.network import ReferenceMoECa
@@ -36,7 +37,22 @@ def run_both(
         _compare_outputs(found, expected, where=f"step {j}")
         compare_states(fast.cache(), reference.state(), policy, where=f"step {j}")
     assert reference.margin > MARGIN, "a score comes too close to its threshold to compare; use another seed"
+    _compare_counts(fast.stats(), reference.cached_totals)
     return reference.cached_totals
+
+
+def _compare_counts(found: Statistics, expected: Sequence[Counts]) -> None:
+    """Every count of every site equals the reference's total over the cached steps."""
+    for site in found.sites:
+        block = expected[_place(f"{site.path}.x")[0]]
+        if site.kind == "moe":
+            have = (site.branches, site.matched, site.recomputed)
+            want = (block.branches, block.matched, block.recomputed)
+            assert have == want, f"{site.path}: (branches, matched, recomputed) {have}, expected {want}"
+        elif site.kind == "attention":
+            assert site.rows_recomputed == block.attention_rows, f"{site.path}: attention rows"
+        else:
+            assert site.rows_recomputed == block.ffn_rows, f"{site.path}: feed-forward rows"
 
 
 def _compare_outputs(found: object, expected: object, where: str) -> None:
@@ -59,7 +75,10 @@ def compare_states(
     for key, value in cache.items():
         index, name = _place(key)
         missing.discard((index, name))
-        expected = blocks[index][name]
+        if name == "norm":  # held for speed: the norms of the held features
+            expected = blocks[index]["feature"].norm(dim=-1)
+        else:
+            expected = blocks[index][name]
         if name == "expert":
             assert torch.equal(value, expected), f"{where}: {key}"
         else:
