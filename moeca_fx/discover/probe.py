@@ -4,6 +4,7 @@ Hooks on the experts record the live Python frames. The innermost frame common t
 module of the model is the region; the smallest enclosing module in which a top-k ran is the MoE block.
 """
 
+import inspect
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -164,6 +165,6 @@ def _innermost_method(frames: list[FrameType], paths: dict[int, str]) -> tuple[s
         if not isinstance(owner, nn.Module) or id(owner) not in paths:
             continue
         function = getattr(type(owner), frame.f_code.co_name, None)
-        if getattr(function, "__code__", None) is frame.f_code:
+        if callable(function) and getattr(inspect.unwrap(function), "__code__", None) is frame.f_code:
             return paths[id(owner)], frame.f_code.co_name
     return None
