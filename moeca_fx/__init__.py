@@ -1,6 +1,6 @@
 """moeca_fx: a compiler that makes mixture-of-experts diffusion transformers reuse expert branches across steps.
 
-    fast = moeca_fx.transform(model, example_inputs=(x, t, y), policy=moeca_fx.MoECa(interval=4))
+fast = moeca_fx.transform(model, example_inputs=(x, t, y), policy=moeca_fx.MoECa(interval=4))
 """
 
 from moeca_fx import errors, zoo

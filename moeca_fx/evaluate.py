@@ -49,9 +49,7 @@ def psnr_per_image(images: Tensor, reference: Tensor, data_range: float = IMAGE_
     )
 
 
-def ssim(
-    images: Tensor, reference: Tensor, data_range: float = IMAGE_RANGE, window: int = SSIM_WINDOW
-) -> float:
+def ssim(images: Tensor, reference: Tensor, data_range: float = IMAGE_RANGE, window: int = SSIM_WINDOW) -> float:
     """Structural similarity (Wang et al. 2004, k1 .01, k2 .03) with a uniform window, mean over the batch.
 
     The usual Gaussian window of 11 pixels does not fit an 8x8 image; the uniform one of 7 does.

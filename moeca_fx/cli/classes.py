@@ -17,9 +17,7 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not _is_label(first) or (dash and not _is_label(last)):
-            raise InputError(
-                f"--classes: expected numbers and ranges such as 0-9 or 1,4,7-9, found {part.strip()!r}"
-            )
+            raise InputError(f"--classes: expected numbers and ranges such as 0-9 or 1,4,7-9, found {part.strip()!r}")
         start, end = int(first), int(last) if dash else int(first)
         if end < start:
             raise InputError(f"--classes: the range {part.strip()!r} runs backwards; write {end}-{start}")

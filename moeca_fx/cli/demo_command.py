@@ -24,9 +24,7 @@ def demo(
     repeats: Annotated[int, typer.Option(help="Timed trajectories of each variant.")] = DEFAULTS.repeats,
     interval: Annotated[int, typer.Option(help="Cycle length: every n-th step is full.")] = DEFAULTS.interval,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = DEFAULTS.seed,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads.", show_default="2, or the cores there are")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="2, or the cores there are")] = None,
     out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("out/demo"),
 ) -> None:
     """Sample digits with the original, the vectorised and the cached model, and compare time and images."""

@@ -51,16 +51,12 @@ def _chosen_graphs(report: InspectionReport, wanted: list[str]) -> dict[str, str
         return dict(report.graphs)
     for stage in wanted:
         if stage not in report.graphs:
-            raise TargetError(
-                f"--graph: no stage is called {stage!r}; known: all, {', '.join(report.graphs)}"
-            )
+            raise TargetError(f"--graph: no stage is called {stage!r}; known: all, {', '.join(report.graphs)}")
     return {stage: report.graphs[stage] for stage in wanted}
 
 
 def _print_report(console: Console, name: str, report: InspectionReport) -> None:
-    table = Table(
-        title=f"Sites of {name}", title_justify="left", title_style="bold", pad_edge=False, box=None
-    )
+    table = Table(title=f"Sites of {name}", title_justify="left", title_style="bold", pad_edge=False, box=None)
     table.add_column("path", style="cyan", overflow="fold")
     table.add_column("kind")
     for heading in ("experts", "k"):
@@ -90,9 +86,7 @@ def _print_report(console: Console, name: str, report: InspectionReport) -> None
         highlight=False,
     )
     for path, reason in report.refused:
-        console.print(
-            Text.assemble(("refused ", "bold yellow"), (path, "cyan"), f": {reason}"), soft_wrap=True
-        )
+        console.print(Text.assemble(("refused ", "bold yellow"), (path, "cyan"), f": {reason}"), soft_wrap=True)
 
 
 def readable_bytes(count: int) -> str:

@@ -58,17 +58,13 @@ def sample(
     loaded = load_target(target, weights)
     flow = flow_of(target, loaded.model)
     labels = torch.tensor(parse_classes(classes, flow.num_classes))
-    noise = torch.randn(
-        len(labels), *loaded.inputs[0].shape[1:], generator=torch.Generator().manual_seed(seed)
-    )
+    noise = torch.randn(len(labels), *loaded.inputs[0].shape[1:], generator=torch.Generator().manual_seed(seed))
     model = _transformed(loaded, policy, chosen, (noise, torch.zeros(len(labels)), labels))
 
     start = time.perf_counter()
     with step_progress() as progress:
         bar = progress.add_task(f"sampling {target}", total=steps)
-        images = euler(
-            flow.velocity(model), noise, labels, steps, lambda done, _: progress.update(bar, completed=done)
-        )
+        images = euler(flow.velocity(model), noise, labels, steps, lambda done, _: progress.update(bar, completed=done))
     seconds = time.perf_counter() - start
 
     zoom = max(1, PICTURE_PIXELS // images.shape[-1])
@@ -83,11 +79,7 @@ def sample(
     )
 
 
-def _transformed(
-    loaded: Target, policy: Policy, moeca: moeca_fx.MoECa, inputs: tuple[torch.Tensor, ...]
-) -> nn.Module:
+def _transformed(loaded: Target, policy: Policy, moeca: moeca_fx.MoECa, inputs: tuple[torch.Tensor, ...]) -> nn.Module:
     if policy is Policy.original:
         return loaded.model
-    return moeca_fx.transform(
-        loaded.model, example_inputs=inputs, policy=moeca if policy is Policy.moeca else None
-    )
+    return moeca_fx.transform(loaded.model, example_inputs=inputs, policy=moeca if policy is Policy.moeca else None)

@@ -74,9 +74,7 @@ def _build(name: str, weights: str | None) -> nn.Module:
 def _find_factory(text: str) -> Callable[..., Any]:
     module_name, _, path = text.partition(":")
     if not module_name or not path:
-        raise TargetError(
-            f"TARGET {text!r}: expected package.module:factory, with a name on both sides of the colon"
-        )
+        raise TargetError(f"TARGET {text!r}: expected package.module:factory, with a name on both sides of the colon")
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:  # importing runs the user's code, which may raise anything
@@ -86,16 +84,12 @@ def _find_factory(text: str) -> Callable[..., Any]:
         ) from error
     for part in path.split("."):
         if not hasattr(found, part):
-            public = [
-                name for name in vars(found) if not name.startswith("_") and callable(getattr(found, name))
-            ]
+            public = [name for name in vars(found) if not name.startswith("_") and callable(getattr(found, name))]
             offered = f"; it offers: {', '.join(sorted(public))}" if public else ""
             raise TargetError(f"TARGET {text!r}: {module_name} has no attribute {path!r}{offered}")
         found = getattr(found, part)
     if not callable(found):
-        raise TargetError(
-            f"TARGET {text!r}: expected a function that returns a model, found {type(found).__name__}"
-        )
+        raise TargetError(f"TARGET {text!r}: expected a function that returns a model, found {type(found).__name__}")
     factory: Callable[..., Any] = found
     return factory
 

@@ -59,9 +59,7 @@ def comparison(panels: Sequence[Panel], columns: int, zoom: int, footer: str) ->
         MissingExtraError: Pillow is not installed.
     """
     if not panels or any(panel.images.shape != panels[0].images.shape for panel in panels):
-        raise InputError(
-            f"comparison: expected panels of one shape, found {[list(p.images.shape) for p in panels]}"
-        )
+        raise InputError(f"comparison: expected panels of one shape, found {[list(p.images.shape) for p in panels]}")
     require("PIL", "demo")
     from PIL import Image, ImageDraw
 
@@ -103,15 +101,11 @@ def _grid(colours: Tensor, columns: int, zoom: int, gap: int) -> "Image":
     count, height, width = colours.shape[:3]
     columns = min(columns, count)
     rows = -(-count // columns)
-    canvas = Image.new(
-        "RGB", (columns * (width * zoom + gap) - gap, rows * (height * zoom + gap) - gap), PAPER
-    )
+    canvas = Image.new("RGB", (columns * (width * zoom + gap) - gap, rows * (height * zoom + gap) - gap), PAPER)
     for number, tile in enumerate(colours):
         picture = Image.frombytes("RGB", (width, height), bytes(tile.contiguous().view(-1).tolist()))
         picture = picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-        canvas.paste(
-            picture, (number % columns * (width * zoom + gap), number // columns * (height * zoom + gap))
-        )
+        canvas.paste(picture, (number % columns * (width * zoom + gap), number // columns * (height * zoom + gap)))
     return canvas
 
 

@@ -82,15 +82,12 @@ def _measure(settings: DemoSettings, watch: DemoObserver) -> DemoRun:
 
     watch.stage("sampling")
     trajectories = {
-        name: partial(_trajectory, each, noise, labels, settings.steps, watch)
-        for name, each in models.items()
+        name: partial(_trajectory, each, noise, labels, settings.steps, watch) for name, each in models.items()
     }
     seconds, images = time_interleaved(trajectories, settings.repeats)
 
     watch.stage("comparing the images")
-    variants = tuple(
-        _variant(name, models[name], seconds, images, labels) for name in (ORIGINAL, VECTORISED, CACHED)
-    )
+    variants = tuple(_variant(name, models[name], seconds, images, labels) for name in (ORIGINAL, VECTORISED, CACHED))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return DemoRun(DemoResult(settings, parameters, variants), images, labels)
 

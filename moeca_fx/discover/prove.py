@@ -109,9 +109,7 @@ def _prove_region(region: TracedRegion, calls: list[Call]) -> MoERegion | Refusa
                 error=error,
             )
         limit = _TOLERANCE.get(output.dtype, 0.0)
-        reason = (
-            f"sum_k weight_k * expert_k(x) differs from its output by {nearest:.1e} relative (allowed {limit:.0e})"
-        )
+        reason = f"sum_k weight_k * expert_k(x) differs from its output by {nearest:.1e} relative (allowed {limit:.0e})"
     return refuse(reason)
 
 

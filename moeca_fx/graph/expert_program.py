@@ -99,7 +99,9 @@ class _Builder:
             self.made[node] = self._linear(*node.args)
         elif node.target in (aten.matmul.default, aten.mm.default) and parameters == [node.args[1]]:
             transposed = self.graph.call_function(aten.transpose.int, (self._stack(parameters[0]), 1, 2))
-            self.made[node] = self.graph.call_function(_GROUPED, (self._made(node.args[0]), transposed, None, self.offsets))
+            self.made[node] = self.graph.call_function(
+                _GROUPED, (self._made(node.args[0]), transposed, None, self.offsets)
+            )
         elif not parameters:
             self.made[node] = self.graph.node_copy(node, self.made.__getitem__)
         elif torch.Tag.pointwise in getattr(node.target, "tags", ()):

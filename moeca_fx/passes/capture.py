@@ -138,9 +138,7 @@ def _marker(owner: nn.Module, region: MoERegion, key: str) -> Any:
 
     def call_marker(*args: Any, **kwargs: Any) -> Tensor:
         given = signature.bind(*args, **kwargs).arguments
-        marked: Tensor = torch.ops.moeca.experts(
-            given[region.x], given[region.expert], given[region.weight], key
-        )
+        marked: Tensor = torch.ops.moeca.experts(given[region.x], given[region.expert], given[region.weight], key)
         return marked
 
     return call_marker
@@ -173,9 +171,7 @@ def _second_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tup
     return pytree.tree_map(change, args), pytree.tree_map(change, dict(kwargs))
 
 
-def _check_bit_equal(
-    model: nn.Module, captured: Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> None:
+def _check_bit_equal(model: nn.Module, captured: Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     with torch.no_grad():
         expected = pytree.tree_leaves(model(*args, **kwargs))
         found = captured.module(*pytree.tree_leaves((args, dict(kwargs))))

@@ -47,7 +47,9 @@ def locate(module: fx.GraphModule, regions: dict[str, MoERegion]) -> Sites:
         UnsupportedModelError: a MoE layer has no residual addition over a token stream [B, T, H].
     """
     left: list[tuple[str, str]] = []
-    attention = [site for node in module.graph.find_nodes(op="call_function", target=SDPA) if (site := _attention(node, left))]
+    attention = [
+        site for node in module.graph.find_nodes(op="call_function", target=SDPA) if (site := _attention(node, left))
+    ]
     marker = torch.ops.moeca.experts.default
     moe = [
         _moe(node, regions[str(node.args[3])], attention)

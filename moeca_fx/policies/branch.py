@@ -58,9 +58,7 @@ def score_weight(weight: Tensor, kind: ScoreWeight) -> Tensor:
     return weight.float() if weight.dtype in (torch.bfloat16, torch.float16) else weight
 
 
-def branch_score(
-    weight_now: Tensor, weight_then: Tensor, norm: Tensor, lambda1: float, lambda2: float
-) -> Tensor:
+def branch_score(weight_now: Tensor, weight_then: Tensor, norm: Tensor, lambda1: float, lambda2: float) -> Tensor:
     """Recomputation score (Eq. 9): ``w + lambda1 |w - w0| + lambda2 o`` with o the branch's share of feature norms.
 
     Args:

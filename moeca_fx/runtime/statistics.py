@@ -134,9 +134,7 @@ class Statistics:
 _ROW_KINDS = {"attention": "attention_rows", "moe": "shared_rows", "dense_ffn": "ffn_rows"}
 
 
-def site_statistics(
-    site: Site, kind: str, action: str, samples: int, counts: Mapping[Counter, int]
-) -> SiteStatistics:
+def site_statistics(site: Site, kind: str, action: str, samples: int, counts: Mapping[Counter, int]) -> SiteStatistics:
     """Statistics of one site.
 
     Args:
@@ -157,8 +155,6 @@ def site_statistics(
         rows=0 if isinstance(site, MoESite) and not site.shared else rows,
         rows_recomputed=recomputed_rows,
     )
-
-
 
 
 def _ratio(part: int, whole: int) -> float:

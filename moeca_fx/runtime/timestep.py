@@ -79,7 +79,9 @@ def _parameter_of_each_leaf(model: nn.Module, args: tuple[Any, ...], kwargs: Map
 
 
 def _is_small_number_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dtype != torch.bool and leaf.numel() == (leaf.shape[0] if leaf.dim() else 1)
+    return (
+        isinstance(leaf, Tensor) and leaf.dtype != torch.bool and leaf.numel() == (leaf.shape[0] if leaf.dim() else 1)
+    )
 
 
 def _leads_to_wave(placeholder: fx.Node) -> bool:

@@ -58,9 +58,7 @@ class SlicedSwiGLU(nn.Module):
             out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
             return out
         size = self.slice_width
-        gate = torch.cat(
-            [F.linear(x, part) for part in torch.split(self.gate_proj.weight, size, dim=0)], dim=-1
-        )
+        gate = torch.cat([F.linear(x, part) for part in torch.split(self.gate_proj.weight, size, dim=0)], dim=-1)
         up = torch.cat([F.linear(x, part) for part in torch.split(self.up_proj.weight, size, dim=0)], dim=-1)
         inner = torch.split(F.silu(gate) * up, size, dim=-1)
         down = torch.split(self.down_proj.weight, size, dim=1)

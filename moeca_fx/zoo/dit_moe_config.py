@@ -62,8 +62,7 @@ class DiTMoEConfig:
                 raise ConfigError(f"DiTMoEConfig.{name} must be at least 1, got {getattr(self, name)}")
         if self.input_size % self.patch_size:
             raise ConfigError(
-                f"DiTMoEConfig.input_size ({self.input_size}) must be a multiple of patch_size "
-                f"({self.patch_size})"
+                f"DiTMoEConfig.input_size ({self.input_size}) must be a multiple of patch_size ({self.patch_size})"
             )
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise ConfigError(
@@ -110,7 +109,5 @@ DIT_MOE_CONFIGS: dict[str, DiTMoEConfig] = {
     "dit-moe-s": DiTMoEConfig(),
     "dit-moe-b": DiTMoEConfig(hidden_size=768, num_heads=12),
     "dit-moe-xl": DiTMoEConfig(hidden_size=1152, depth=28, num_heads=16, packed_attention=True),
-    "dit-moe-g": DiTMoEConfig(
-        hidden_size=1408, depth=40, num_heads=16, num_experts=16, packed_attention=True
-    ),
+    "dit-moe-g": DiTMoEConfig(hidden_size=1408, depth=40, num_heads=16, num_experts=16, packed_attention=True),
 }

@@ -64,8 +64,7 @@ class DSMoEConfig:
                 raise ConfigError(f"DSMoEConfig.{name} must be at least 1, got {getattr(self, name)}")
         if self.input_size % self.patch_size:
             raise ConfigError(
-                f"DSMoEConfig.input_size ({self.input_size}) must be a multiple of patch_size "
-                f"({self.patch_size})"
+                f"DSMoEConfig.input_size ({self.input_size}) must be a multiple of patch_size ({self.patch_size})"
             )
         if self.hidden_size % (4 * self.num_heads):
             raise ConfigError(
@@ -82,9 +81,7 @@ class DSMoEConfig:
         if self.n_group > 1 and self.num_experts // self.n_group < 2:
             raise ConfigError("DSMoEConfig: a routing group needs at least 2 experts; lower n_group")
         if self.top_k > self.topk_group * (self.num_experts // self.n_group):
-            raise ConfigError(
-                f"DSMoEConfig.top_k ({self.top_k}) exceeds the experts of {self.topk_group} groups"
-            )
+            raise ConfigError(f"DSMoEConfig.top_k ({self.top_k}) exceeds the experts of {self.topk_group} groups")
         if self.mlp_ratio <= 0 or self.routed_scale <= 0:
             raise ConfigError("DSMoEConfig.mlp_ratio and routed_scale must be positive")
         if not 0 <= self.class_dropout < 1:

@@ -81,9 +81,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError, ValueError) as error:
             raise WeightsError(f"{path} is no readable safetensors file ({error}); fetch it again") from error
     if path.suffix not in TORCH_SUFFIXES:
-        raise WeightsError(
-            f"{path}: unknown weights format {path.suffix!r}; expected .safetensors, .pt, .pth or .bin"
-        )
+        raise WeightsError(f"{path}: unknown weights format {path.suffix!r}; expected .safetensors, .pt, .pth or .bin")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # corrupt archives and refused pickles surface as many unrelated types
@@ -101,11 +99,7 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
             if isinstance(content.get(key), Mapping):
                 content = content[key]
                 break
-    if (
-        not isinstance(content, Mapping)
-        or not content
-        or not all(isinstance(v, Tensor) for v in content.values())
-    ):
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise WeightsError(
             f"{path} holds no state dict: expected names mapped to tensors, bare or under one of {WRAPPERS}, "
             f"found {_describe(content)}"
@@ -136,9 +130,7 @@ def _check(model: nn.Module, state: Mapping[str, Tensor], path: Path, strict: bo
     if strict and unexpected:
         problems.append(f"{len(unexpected)} unexpected keys: {_first(unexpected)}")
     if not strict and len(missing) == len(own):
-        problems.append(
-            f"none of the model's {len(own)} keys is in the file, which has {_first(list(state))}"
-        )
+        problems.append(f"none of the model's {len(own)} keys is in the file, which has {_first(list(state))}")
     if problems:
         raise WeightsError(
             f"{path} does not fit {type(model).__name__}: {'; '.join(problems)}. Build the "

@@ -1,11 +1,11 @@
 """A cached step: every site decides what to recompute, computes only that, and writes it into its cache.
 
-    attn  = proj(sdpa(q, k, v))                     expert', w' = router(x + gate * cache_attn)      provisional
-    x1    = x + gate * attn                         refresh     = any branch unmatched or over its threshold
-    y     = experts(x1)                      -->    attn        = write_rows(cache_attn, row, attention of the rows)
-    x2    = x1 + gate * (y + shared(x1))            expert, w   = router(x + gate * attn)            final
-                                                    feature     = write_rows(cache_feature, branch, experts(picked))
-                                                    y           = combine_branches(feature, w)
+attn  = proj(sdpa(q, k, v))                     expert', w' = router(x + gate * cache_attn)      provisional
+x1    = x + gate * attn                         refresh     = any branch unmatched or over its threshold
+y     = experts(x1)                      -->    attn        = write_rows(cache_attn, row, attention of the rows)
+x2    = x1 + gate * (y + shared(x1))            expert, w   = router(x + gate * attn)            final
+                                                feature     = write_rows(cache_feature, branch, experts(picked))
+                                                y           = combine_branches(feature, w)
 """
 
 import operator
@@ -98,7 +98,12 @@ class CachedStep:
         return call(self.graph, target, *args, name=name)
 
     def _emit_program(
-        self, program: RowProgram, row: fx.Node, name: str, counter: Counter, given: dict[fx.Node, fx.Node] | None = None
+        self,
+        program: RowProgram,
+        row: fx.Node,
+        name: str,
+        counter: Counter,
+        given: dict[fx.Node, fx.Node] | None = None,
     ) -> list[fx.Node]:
         """Call a row program, whose work grows with `counter`; one [M, rest] node per output."""
         values = given or {}
@@ -212,7 +217,12 @@ class CachedStep:
             name=f"{base}_activation",
         )
         return self._emit(
-            branch.expert_threshold, activation, policy.tau0, policy.alpha, policy.entropy_norm, name=f"{base}_threshold"
+            branch.expert_threshold,
+            activation,
+            policy.tau0,
+            policy.alpha,
+            policy.entropy_norm,
+            name=f"{base}_threshold",
         )
 
     def _decide(
@@ -271,9 +281,7 @@ class CachedStep:
         root, shared = self.nodes[site.shared_root or ""], self.nodes[site.shared or ""]
         return build_row_program(self.module, root, root_axes, [shared], site.tokens), axes
 
-    def _shared(
-        self, site: MoESite, plan: SitePlan, code: fx.Node, built: tuple[RowProgram, TokenAxes] | None
-    ) -> None:
+    def _shared(self, site: MoESite, plan: SitePlan, code: fx.Node, built: tuple[RowProgram, TokenAxes] | None) -> None:
         if built is None:
             return
         program, axes = built
@@ -286,9 +294,7 @@ class CachedStep:
             (fresh,) = self._emit_program(program, row, f"{base}_shared_rows", Counter(site.path, "shared_rows"))
             self._write(state, row, fresh)
             self._count(site.path, "shared_rows", count, mask)
-        dense = self._emit(
-            rows.tokens_back, self.updated[state], axes.batch, axes.token, name=f"{base}_shared"
-        )
+        dense = self._emit(rows.tokens_back, self.updated[state], axes.batch, axes.token, name=f"{base}_shared")
         self._replace(self.nodes[site.shared or ""], dense)
 
     # -- dense feed-forward -------------------------------------------------------------------------------------

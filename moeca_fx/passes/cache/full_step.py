@@ -1,8 +1,8 @@
 """A full step: the graph computes as before and hands every state out.
 
-    feature = ungroup_branches(...)           feature = ungroup_branches(...)
-    return (eps,)                      -->    cache_feature = slot_features(feature, T, k)   [B, T, k, H]
-                                              return (eps, ..., cache_feature, ...)
+feature = ungroup_branches(...)           feature = ungroup_branches(...)
+return (eps,)                      -->    cache_feature = slot_features(feature, T, k)   [B, T, k, H]
+                                          return (eps, ..., cache_feature, ...)
 """
 
 from collections.abc import Sequence

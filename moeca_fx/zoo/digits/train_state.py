@@ -37,9 +37,7 @@ class TrainOptions:
         if self.steps < 1 or self.batch < 1 or self.warmup < 0:
             raise ConfigError("TrainOptions: steps and batch must be at least 1 and warmup at least 0")
         if self.learning_rate <= 0 or self.balance_rate < 0 or not 0 <= self.ema_decay < 1:
-            raise ConfigError(
-                "TrainOptions: learning_rate must be positive, balance_rate >= 0 and ema_decay in [0, 1)"
-            )
+            raise ConfigError("TrainOptions: learning_rate must be positive, balance_rate >= 0 and ema_decay in [0, 1)")
 
 
 @dataclass
