@@ -36,9 +36,7 @@ def dsmoe(width: int, depth: int, experts: int, inner: int) -> dict[str, Shape]:
         layout |= linear(f"{block}.attn.proj", width, width)
         layout |= linear(f"{block}.adaLN_modulation.1", 6 * width, width)
         if i % 2 == 0:
-            layout |= linear(f"{block}.mlp.fc1", 4 * width, width) | linear(
-                f"{block}.mlp.fc2", width, 4 * width
-            )
+            layout |= linear(f"{block}.mlp.fc1", 4 * width, width) | linear(f"{block}.mlp.fc2", width, 4 * width)
             continue
         layout[f"{block}.mlp.gate.weight"] = (experts, width)
         layout[f"{block}.mlp.gate.e_score_correction_bias"] = (experts,)

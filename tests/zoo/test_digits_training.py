@@ -87,9 +87,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 def test_balancer_raises_idle_experts_and_lowers_busy_ones():
     model = randomize_(DSMoE(TINY))
     gate = model.blocks[1].mlp.gate
-    gate.e_score_correction_bias.copy_(
-        torch.tensor([5.0, 4.0, 0.0, 0.0])
-    )  # everything goes to experts 0 and 1
+    gate.e_score_correction_bias.copy_(torch.tensor([5.0, 4.0, 0.0, 0.0]))  # everything goes to experts 0 and 1
     before = gate.e_score_correction_bias.clone()
     balancer = LoadBalancer(model, rate=0.01)
     with torch.no_grad():

@@ -100,9 +100,7 @@ def test_rope_turns_each_half_by_row_and_column():
             for i in range(4):
                 angle = place * 10000 ** (-i / 4)
                 a, b = 8 * half + i, 8 * half + i + 4
-                z = complex(x[0, 0, position, a], x[0, 0, position, b]) * complex(
-                    math.cos(angle), math.sin(angle)
-                )
+                z = complex(x[0, 0, position, a], x[0, 0, position, b]) * complex(math.cos(angle), math.sin(angle))
                 assert turned[position, a] == pytest.approx(z.real, abs=1e-5)
                 assert turned[position, b] == pytest.approx(z.imag, abs=1e-5)
 
@@ -152,9 +150,7 @@ def test_patch_values_are_ordered_row_column_patch_row_patch_column_channel():
     image = torch.arange(2 * 4 * 4.0).reshape(1, 2, 4, 4)
     tokens = torch.stack(
         [
-            torch.stack(
-                [image[0, c, 2 * r + pr, 2 * q + pc] for pr in (0, 1) for pc in (0, 1) for c in (0, 1)]
-            )
+            torch.stack([image[0, c, 2 * r + pr, 2 * q + pc] for pr in (0, 1) for pc in (0, 1) for c in (0, 1)])
             for r in (0, 1)
             for q in (0, 1)
         ]

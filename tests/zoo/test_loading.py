@@ -18,9 +18,7 @@ def source(dsmoe_config):
 
 
 def equal(a, b):
-    return all(
-        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 @pytest.fixture
@@ -57,9 +55,7 @@ def test_weights_are_converted_to_the_models_dtype(dsmoe, source, tmp_path):
     save_file({name: value.half() for name, value in source.state_dict().items()}, tmp_path / "w.safetensors")
     load_weights(dsmoe, tmp_path / "w.safetensors")
     assert dsmoe.x_embedder.proj.weight.dtype == torch.float32
-    torch.testing.assert_close(
-        dsmoe.x_embedder.proj.weight, source.x_embedder.proj.weight, atol=1e-2, rtol=1e-2
-    )
+    torch.testing.assert_close(dsmoe.x_embedder.proj.weight, source.x_embedder.proj.weight, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["gone.safetensors", "gone.pt", "./a/b", "org/gone.safetensors"])
@@ -110,9 +106,7 @@ class Payload:
         return (pytest.fail, ("a weights file executed code",))
 
 
-@pytest.mark.parametrize(
-    "writer", [torch.save, lambda item, path: path.write_bytes(pickle.dumps(item, protocol=2))]
-)
+@pytest.mark.parametrize("writer", [torch.save, lambda item, path: path.write_bytes(pickle.dumps(item, protocol=2))])
 def test_files_with_code_are_refused(unchanged, tmp_path, writer):
     path = tmp_path / "w.pt"
     writer({"model": Payload()}, path)
@@ -178,9 +172,7 @@ def hub(monkeypatch):
     return module
 
 
-@pytest.mark.parametrize(
-    ("identifier", "filename"), [("org/name", "model.safetensors"), ("org/name:w.pt", "w.pt")]
-)
+@pytest.mark.parametrize(("identifier", "filename"), [("org/name", "model.safetensors"), ("org/name:w.pt", "w.pt")])
 def test_hub(dsmoe, source, tmp_path, hub, identifier, filename):
     path = tmp_path / filename
     if path.suffix == ".pt":
@@ -204,9 +196,7 @@ def test_hub_unreachable(unchanged, hub):
         raise ConnectionError("offline")
 
     hub.hf_hub_download = hf_hub_download
-    with pytest.raises(
-        WeightsError, match=r"could not fetch 'w\.pt' from hub repository 'org/name' .*offline"
-    ):
+    with pytest.raises(WeightsError, match=r"could not fetch 'w\.pt' from hub repository 'org/name' .*offline"):
         load_weights(unchanged, "org/name:w.pt")
 
 
