@@ -27,7 +27,12 @@ KEEPS_AXES = (
     aten._to_copy.default,
     aten.to.dtype,
     aten.expand.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
 )
+_ALONG_DIM = (aten.sort.default, aten.cumsum.default, aten.argsort.default)
+_INDEXED = (aten.gather.default, aten.scatter.value, aten.scatter.src)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.slice.Tensor)
 _REMOVES_DIM = (aten.unbind.int, aten.select.int)
 _REDUCES = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
@@ -54,6 +59,11 @@ class TokenAxes:
     def as_tuple(self) -> tuple[int, ...]:
         """The distinct axes, sample first."""
         return (self.batch,) if self.merged else (self.batch, self.token)
+
+
+# The token stream [B, T, H], and attention heads [B, h, T, d].
+STREAM = TokenAxes(0, 1)
+HEADS = TokenAxes(0, 2)
 
 
 def propagate(roots: dict[fx.Node, TokenAxes], nodes: Sequence[fx.Node]) -> dict[fx.Node, TokenAxes]:
@@ -116,6 +126,12 @@ def _step(node: fx.Node, tokens: dict[fx.Node, TokenAxes]) -> TokenAxes:
             return _unsqueezed(have, _dim(node, 1, rank + 1))
         if target is aten.squeeze.dim:
             return _without_dims(node, have, [_dim(node, 1, rank)])
+        if target is aten.topk.default:
+            return _keep_if_apart(node, have, [(node.args[2] if len(node.args) > 2 else -1) % rank])  # type: ignore[operator]
+        if target in _ALONG_DIM:
+            return _keep_if_apart(node, have, [(node.args[1] if len(node.args) > 1 else -1) % rank])  # type: ignore[operator]
+        if target in _INDEXED:
+            return _keep_if_apart(node, _alike(node, tokens), [_dim(node, 1, rank)])
     if target in (aten.cat.default, aten.stack.default):
         return _concatenated(node, tokens)
     if torch.Tag.pointwise in getattr(target, "tags", ()):
@@ -170,6 +186,13 @@ def _concatenated(node: fx.Node, tokens: dict[fx.Node, TokenAxes]) -> TokenAxes:
     if node.target is aten.stack.default:
         return _unsqueezed(have, _dim(node, 1, rank + 1))
     return _keep_if_apart(node, have, [_dim(node, 1, rank)])
+
+
+def _alike(node: fx.Node, tokens: dict[fx.Node, TokenAxes]) -> TokenAxes:
+    """Axes shared by all tensor operands of an indexing operation."""
+    if len(set(tokens.values())) != 1 or len(tokens) != len(node.all_input_nodes):
+        raise _refuse(node, "indexes tensors that are not laid out by token alike")
+    return next(iter(tokens.values()))
 
 
 def _broadcast(node: fx.Node, tokens: dict[fx.Node, TokenAxes]) -> TokenAxes:

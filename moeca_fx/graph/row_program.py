@@ -40,30 +40,28 @@ class RowProgram:
 
 def build_row_program(
     owner: fx.GraphModule,
-    root: fx.Node,
-    root_axes: TokenAxes,
+    roots: Mapping[fx.Node, TokenAxes],
     outputs: Sequence[fx.Node],
     tokens: int,
     given: Mapping[fx.Node, TokenAxes] | None = None,
 ) -> RowProgram:
-    """Rebuild the nodes from `root` to `outputs` on rows.
+    """Rebuild the nodes from the roots to `outputs` on rows.
 
     Args:
         owner: the dense graph; its parameters are shared, not copied.
-        root: dense tensor laid out by token; rows are gathered from it.
+        roots: dense tensors laid out by token; rows are gathered from them.
         outputs: nodes to compute.
         tokens: T.
-        given: further roots whose value arrives as rows [M, rest] already (e.g. the result of row attention).
+        given: roots whose value arrives as rows [M, rest] already (e.g. the result of row attention).
 
     Raises:
         NotTokenWise: some operation in between mixes tokens.
     """
     given = given or {}
-    nodes = [node for node in between([root, *given], outputs) if node not in given]
-    if given:  # what only leads to the given rows is not computed here
-        needed = _needed(outputs, {root, *given})
-        nodes = [node for node in nodes if node in needed]
-    axes = propagate({root: root_axes, **given}, nodes)
+    starts = {**roots, **given}
+    needed = _needed(outputs, set(starts))  # what only leads to the given rows is not computed here
+    nodes = [node for node in between(starts, outputs) if node in needed]
+    axes = propagate(starts, nodes)
     builder = _Builder(owner, axes, tokens, set(given))
     for node in nodes:
         if node in axes:
@@ -140,20 +138,15 @@ class _Builder:
     def _root_rows(self, source: fx.Node) -> fx.Node:
         have = self.axes[source]
         if source in self.given:
-            shape = self._row_shape(source, have)
-            return self.graph.call_function(aten.reshape.default, (self._rows_given(source, have), shape))
+            return self.graph.call_function(aten.reshape.default, (self._input(source), self._row_shape(source, have)))
         args = (self._input(source), self.row, have.batch, have.token)
         return self.graph.call_function(rows.gather_rows, args)
-
-    def _rows_given(self, source: fx.Node, have: TokenAxes) -> fx.Node:
-        assert not have.merged, "rows of a merged tensor need no token axis"
-        return self._input(source)
 
     def _row_shape(self, node: fx.Node, have: TokenAxes) -> list[int]:
         """Dense shape with the sample axis open and the token axis 1 (merged: the one axis open)."""
         shape = list(shape_of(node))
         shape[have.token] = 1
-        shape[have.batch] = -1
+        shape[have.batch] = -1  # after the token axis: merged, they are one
         return shape
 
     def _aligned(self, source: fx.Node, user: fx.Node) -> fx.Node:

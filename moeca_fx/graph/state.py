@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+# Key in a node's metadata: the `Counter` that its FLOPs are proportional to.
+SCALES_WITH = "moeca_scales_with"
+
 
 @dataclass(frozen=True)
 class StateSpec:

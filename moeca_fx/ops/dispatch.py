@@ -23,20 +23,28 @@ def plan_branches(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
     return branch, ids.index_select(0, branch), offsets
 
 
-def plan_recomputed(code: Tensor, slot_expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def plan_recomputed(
+    code: Tensor, slot_expert: Tensor, row: Tensor | None, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Group only the branches to recompute.
 
     Args:
-        code: [B, T, k] decision in slot order, 0 is reused.
-        slot_expert: [B, T, k] expert of each slot.
+        code: [.., k] decision in slot order, 0 is reused.
+        slot_expert: [.., k] expert of each slot.
+        row: token row that each leading entry stands for; None when they are all tokens in order.
 
     Returns:
-        As `plan_branches`, over the M branches with a code above 0.
+        branch [M] (grouped row -> branch index in the cache), local [M] (grouped row -> leading entry of `code`),
+        row_expert [M], offsets [E], over the M branches with a code above 0.
     """
+    top_k = code.shape[-1]
     chosen = torch.nonzero(code.flatten()).squeeze(1)
-    order, offsets = branch_plan(slot_expert.flatten().index_select(0, chosen), num_experts)
-    branch = chosen.index_select(0, order)
-    return branch, slot_expert.flatten().index_select(0, branch), offsets
+    ids = slot_expert.flatten().index_select(0, chosen)
+    order, offsets = branch_plan(ids, num_experts)
+    picked = chosen.index_select(0, order)
+    local = picked // top_k
+    branch = picked if row is None else row.index_select(0, local) * top_k + picked % top_k
+    return branch, local, ids.index_select(0, order), offsets
 
 
 def gather_branches(x: Tensor, branch: Tensor, top_k: int) -> Tensor:
@@ -44,9 +52,15 @@ def gather_branches(x: Tensor, branch: Tensor, top_k: int) -> Tensor:
     return x.reshape(-1, x.shape[-1]).index_select(0, branch // top_k)
 
 
+def take_rows(x: Tensor, local: Tensor) -> Tensor:
+    """Rows [M, H] of token rows x [.., H]."""
+    return x.reshape(-1, x.shape[-1]).index_select(0, local)
+
+
 def ungroup_branches(rows: Tensor, branch: Tensor) -> Tensor:
     """Grouped rows [M, H] back in branch order, every branch present once."""
-    return torch.empty_like(rows).index_copy(0, branch, rows)
+    grouped_row = torch.arange(branch.shape[0], device=branch.device)
+    return rows.index_select(0, torch.zeros_like(branch).scatter(0, branch, grouped_row))
 
 
 def combine_branches(feature: Tensor, weight: Tensor, like: Tensor) -> Tensor:
@@ -57,12 +71,20 @@ def combine_branches(feature: Tensor, weight: Tensor, like: Tensor) -> Tensor:
         weight: k routing weights a token.
         like: [.., H] tensor whose shape and dtype the result takes.
     """
-    width = feature.shape[-1]
-    tokens = like.numel() // width
-    features = feature.reshape(tokens, -1, width)  # [N, k, H]
-    weights = weight.reshape(tokens, 1, -1)  # [N, 1, k]
-    dtype = torch.promote_types(features.dtype, weights.dtype)
-    return torch.bmm(weights.to(dtype), features.to(dtype)).to(like.dtype).view(like.shape)
+    tokens = like.numel() // like.shape[-1]
+    return _weighted_sum(feature.reshape(tokens, -1, feature.shape[-1]), weight.reshape(tokens, -1)).view(like.shape)
+
+
+def combine_slots(feature: Tensor, weight: Tensor) -> Tensor:
+    """``y = sum_q w_q h_q`` over slots: feature [B, T, k, H] and weight [B, T, k] -> [B, T, H]."""
+    batch, tokens, _, width = feature.shape
+    return _weighted_sum(feature.flatten(0, 1), weight.flatten(0, 1)).view(batch, tokens, width)
+
+
+def _weighted_sum(feature: Tensor, weight: Tensor) -> Tensor:
+    """[N, k, H] and [N, k] -> [N, H] in the features' dtype, summed in the wider of the two."""
+    dtype = torch.promote_types(feature.dtype, weight.dtype)
+    return torch.bmm(weight.unsqueeze(1).to(dtype), feature.to(dtype)).squeeze(1).to(feature.dtype)
 
 
 def feature_norm(feature: Tensor) -> Tensor:

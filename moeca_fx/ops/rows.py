@@ -24,6 +24,11 @@ def gather_rows(x: Tensor, row: Tensor, batch_axis: int, token_axis: int) -> Ten
     return flat.unsqueeze(1).movedim((0, 1), (batch_axis, token_axis))
 
 
+def rows_of_rows(row: Tensor, chosen: Tensor) -> Tensor:
+    """Flat token rows of some entries of a row list: row [M], chosen [L] -> [L]."""
+    return row.index_select(0, chosen)
+
+
 def gather_samples(x: Tensor, row: Tensor, tokens: int, batch_axis: int) -> Tensor:
     """One entry of a per-sample tensor for each row: [.., B, ..] -> [.., M, ..]."""
     return x.index_select(batch_axis, row // tokens)

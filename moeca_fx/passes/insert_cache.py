@@ -17,7 +17,7 @@ from moeca_fx.errors import PassError
 from moeca_fx.graph.rewrite import call, finish
 from moeca_fx.graph.sites import Sites
 from moeca_fx.graph.state import Counter, StateSpec
-from moeca_fx.passes.cache.cached_step import CachedStep
+from moeca_fx.passes.cache.cached_step import insert_cached_step
 from moeca_fx.passes.cache.full_step import insert_full_step
 from moeca_fx.passes.cache.plan import plan_sites
 from moeca_fx.policies import MoECa
@@ -63,8 +63,7 @@ def insert_cache(module: fx.GraphModule, sites: Sites, policy: MoECa) -> CachedG
     stored = insert_full_step(full, plans, policy, carried)
     _append_outputs(full, [stored[state.name] for state in states])
 
-    step = CachedStep(cached, policy, _add_inputs(cached, states))
-    step.run(plans)
+    step = insert_cached_step(cached, plans, policy, _add_inputs(cached, states))
     results = [step.updated[state.name] for state in states]
     with cached.graph.inserting_before(cached.graph.output_node()):
         results.append(call(cached.graph, stack_counters, [node for _, node in step.counters], name="counters"))

@@ -14,7 +14,7 @@ from torch import fx
 
 from moeca_fx.discover import MoERegion
 from moeca_fx.errors import UnsupportedModelError
-from moeca_fx.graph.layout import NotTokenWise, TokenAxes, propagate
+from moeca_fx.graph.layout import HEADS, STREAM, NotTokenWise, TokenAxes, propagate, shape_of
 from moeca_fx.graph.rewrite import example_value, module_path
 from moeca_fx.graph.sites import AttentionSite, DenseFFNSite, MoESite, Site, Sites
 from moeca_fx.graph.slicing import (
@@ -32,8 +32,6 @@ from moeca_fx.passes.router_form import describe_router
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
-STREAM = TokenAxes(0, 1)
-HEADS = TokenAxes(0, 2)
 
 
 def locate(module: fx.GraphModule, regions: dict[str, MoERegion]) -> Sites:
@@ -125,7 +123,7 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
     if axes[x] not in (STREAM, TokenAxes(0, 0)):
         raise UnsupportedModelError(f"{region.block}: the experts' rows are not ordered sample by sample")
     shared = _shared_expert(marker, x, residual)
-    companion = [site.path for site in attention if site.residual_out == residual.residual_in.name]
+    companion = next((site for site in attention if site.residual_out == residual.residual_in.name), None)
     return MoESite(
         path=region.block,
         region=f"{region.path}.{region.method}",
@@ -142,9 +140,25 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
         gate=residual.gate.name if residual.gate else None,
         residual_in=residual.residual_in.name,
         residual_out=residual.residual_out.name,
-        attention=companion[0] if companion else None,
+        attention=companion.path if companion else None,
         tokens=tokens,
+        not_synchronized=_why_not_routed_by_rows(marker, companion, region.top_k) if companion else None,
     )
+
+
+def _why_not_routed_by_rows(marker: fx.Node, attention: AttentionSite, top_k: int) -> str | None:
+    """None when expert ids, weights and token rows follow from the attention output of each token alone."""
+    start = next(node for node in marker.graph.nodes if node.name == attention.output)
+    wanted = [strip_reshapes(operand) for operand in marker.args[:3] if isinstance(operand, fx.Node)]
+    try:
+        axes = propagate({start: STREAM}, between([start], wanted))
+    except NotTokenWise as problem:
+        return f"routing of single tokens: {problem}"
+    for node in wanted[1:]:
+        expected = {2: TokenAxes(0, 0), 3: STREAM}.get(len(shape_of(node)))
+        if axes[node] != expected or shape_of(node)[-1] != top_k:
+            return f"routing of single tokens: node {node.name} is not laid out [B*T, k] or [B, T, k]"
+    return None
 
 
 def _shared_expert(marker: fx.Node, x: fx.Node, residual: Residual) -> fx.Node | None:

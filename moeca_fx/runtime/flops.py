@@ -14,9 +14,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from moeca_fx.graph.state import Counter, StateSpec
+from moeca_fx.graph.state import SCALES_WITH, Counter, StateSpec
 from moeca_fx.ops import dispatch, rows
-from moeca_fx.passes.cache.cached_step import SCALES_WITH
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class _FlopInterpreter(fx.Interpreter):
             return self._indices(args[0])
         if target is dispatch.plan_recomputed:
             picked = self._indices(args[0])
-            return picked, picked, torch.zeros(args[2], dtype=torch.int64, device=picked.device)
+            return picked, picked, picked, torch.zeros(args[3], dtype=torch.int64, device=picked.device)
         return super().call_function(target, args, kwargs)
 
     def _indices(self, like: Tensor) -> Tensor:

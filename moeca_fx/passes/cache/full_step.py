@@ -7,32 +7,14 @@ return (eps,)                      -->    cache_feature = slot_features(feature,
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from moeca_fx.graph.layout import TokenAxes
+from moeca_fx.graph.layout import HEADS
 from moeca_fx.graph.rewrite import call
 from moeca_fx.graph.sites import AttentionSite, DenseFFNSite, MoESite
-from moeca_fx.ops import dispatch, rows
+from moeca_fx.ops import dispatch, rows, slots
 from moeca_fx.passes.cache.plan import SitePlan, shared_axes
 from moeca_fx.policies import MoECa, branch
-
-HEADS = TokenAxes(0, 2)
-
-
-def slots(value: Tensor, tokens: int, top_k: int) -> Tensor:
-    """Branch values, k a token in any flat layout -> [B, T, k]."""
-    return value.reshape(-1, tokens, top_k)
-
-
-def slot_features(feature: Tensor, tokens: int, top_k: int) -> Tensor:
-    """Branch features [B*T*k, H] -> [B, T, k, H]."""
-    return feature.reshape(-1, tokens, top_k, feature.shape[-1])
-
-
-def stored_weight(weight: Tensor, tokens: int, top_k: int, kind: branch.ScoreWeight) -> Tensor:
-    """Routing weights as the score reads them, [B, T, k] and at least fp32."""
-    return branch.score_weight(weight.reshape(-1, tokens, top_k), kind).clone()
 
 
 def insert_full_step(
@@ -93,9 +75,9 @@ def _store_moe(
         return stored[name]
 
     size = (site.tokens, site.top_k)
-    expert = store("expert", slots, nodes[site.expert], *size)
-    store("weight", stored_weight, nodes[site.weight], *size, policy.score_weight)
-    feature = store("feature", slot_features, nodes[site.feature], *size)
+    expert = store("expert", slots.slots, nodes[site.expert], *size)
+    store("weight", slots.stored_weight, nodes[site.weight], *size, policy.score_weight)
+    feature = store("feature", slots.slot_features, nodes[site.feature], *size)
     store("norm", dispatch.feature_norm, feature)
     before = carried[f"{site.path}.activation"]
     store("activation", branch.update_activation, before, expert, policy.beta)
@@ -106,8 +88,3 @@ def _store_moe(
 
 def _readable(name: str) -> str:
     return "new_" + name.replace(".", "_")
-
-
-def count(mask: Tensor) -> Tensor:
-    """How many entries are set, [] int64."""
-    return mask.sum(dtype=torch.int64)

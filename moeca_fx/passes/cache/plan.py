@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from moeca_fx.graph.layout import TokenAxes, propagate
+from moeca_fx.graph.layout import STREAM, TokenAxes, propagate
 from moeca_fx.graph.rewrite import example_value
 from moeca_fx.graph.sites import AttentionSite, DenseFFNSite, MoESite, Site, Sites
 from moeca_fx.graph.slicing import between
@@ -15,8 +15,6 @@ from moeca_fx.graph.state import StateSpec
 from moeca_fx.policies import MoECa
 
 Action = Literal["full", "reuse", "rows", "synchronized"]
-STREAM = TokenAxes(0, 1)
-
 
 @dataclass(frozen=True)
 class SitePlan:
@@ -38,10 +36,10 @@ def plan_sites(module: fx.GraphModule, sites: Sites, policy: MoECa) -> tuple[Sit
     plans = []
     inherited = False
     by_path = {site.path: site for site in sites.attention}
-    followed = {site.attention for site in sites.moe if site.attention}
+    followed = {site.attention: site for site in sites.moe if site.attention}
     for site in sites.ordered:
         if isinstance(site, AttentionSite):
-            action = _attention_action(site, policy, site.path in followed, inherited)
+            action = _attention_action(site, policy, followed.get(site.path), inherited)
             states = tuple(_attention_states(site, action, nodes))
         elif isinstance(site, MoESite):
             action, inherited = "rows", True
@@ -54,17 +52,25 @@ def plan_sites(module: fx.GraphModule, sites: Sites, policy: MoECa) -> tuple[Sit
     return tuple(plans)
 
 
-def _attention_action(site: AttentionSite, policy: MoECa, followed: bool, inherited: bool) -> Action:
+def _attention_action(site: AttentionSite, policy: MoECa, moe: MoESite | None, inherited: bool) -> Action:
     if policy.attention != "synchronized":
         return policy.attention
-    action: Action = "synchronized" if followed else _row_action(policy.dense_ffn, inherited)
-    return "full" if site.refused and action in ("synchronized", "rows") else action
+    if moe is not None:
+        return "full" if site.refused or moe.not_synchronized else "synchronized"
+    action = _row_action(policy.dense_ffn, inherited)
+    return "full" if site.refused and action == "rows" else action
 
 
 def _row_action(mode: str, inherited: bool) -> Action:
     if mode == "inherit":
         return "rows" if inherited else "reuse"
     return "full" if mode == "full" else "reuse"
+
+
+def axes_of_rows(site: MoESite, nodes: dict[str, fx.Node]) -> TokenAxes:
+    """Token axes of the rows that the experts read."""
+    stream, x = nodes[site.residual_in], nodes[site.x]
+    return propagate({stream: STREAM}, between([stream], [x]))[x]
 
 
 def shared_axes(site: MoESite, nodes: dict[str, fx.Node]) -> tuple[TokenAxes, TokenAxes]:

@@ -1,0 +1,60 @@
+"""Slot functions: values of k branches a token in the cache's layout [B, T, k], and what is counted over them."""
+
+import torch
+from torch import Tensor
+
+from moeca_fx.policies import branch
+
+REUSED = 0
+UNMATCHED = 2
+
+
+def slots(value: Tensor, tokens: int, top_k: int) -> Tensor:
+    """Branch values, k a token in any flat layout -> [B, T, k]."""
+    return value.reshape(-1, tokens, top_k)
+
+
+def slot_features(feature: Tensor, tokens: int, top_k: int) -> Tensor:
+    """Branch features [B*T*k, H] -> [B, T, k, H]."""
+    return feature.reshape(-1, tokens, top_k, feature.shape[-1])
+
+
+def stored_weight(weight: Tensor, tokens: int, top_k: int, kind: branch.ScoreWeight) -> Tensor:
+    """Routing weights as the score reads them, [B, T, k] and at least fp32."""
+    return branch.score_weight(weight.reshape(-1, tokens, top_k), kind).clone()
+
+
+def token_mask(code: Tensor) -> Tensor:
+    """Tokens with at least one recomputed branch: code [.., k] -> bool [..]."""
+    return code.amax(-1) > REUSED
+
+
+def refreshed_weight(code: Tensor, now: Tensor, then: Tensor) -> Tensor:
+    """Slot weights after the step: `now` where the slot is recomputed, else `then`, all [.., k]."""
+    return torch.where(code > REUSED, now, then)
+
+
+def count_recomputed(code: Tensor) -> Tensor:
+    """How many branches are recomputed, [] int64."""
+    return (code > REUSED).sum(dtype=torch.int64)
+
+
+def count_matched(code: Tensor, all_codes_like: Tensor) -> Tensor:
+    """How many branches matched, [] int64; branches of `all_codes_like` that have no code here all matched."""
+    unmatched = (code == UNMATCHED).sum(dtype=torch.int64)
+    return all_codes_like.numel() - unmatched
+
+
+def count_set(mask: Tensor) -> Tensor:
+    """How many entries are set, [] int64."""
+    return mask.sum(dtype=torch.int64)
+
+
+def count_rows(row: Tensor) -> Tensor:
+    """How many rows were selected, [] int64."""
+    return torch.ones_like(row).sum()
+
+
+def count_padded(mask: Tensor) -> Tensor:
+    """Query rows that padded row attention executes for a refresh mask [B, T], [] int64."""
+    return mask.sum(1).amax() * mask.shape[0]

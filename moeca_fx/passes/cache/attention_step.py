@@ -1,0 +1,84 @@
+"""Attention on a cached step: reuse the cached output, or recompute the rows of selected tokens (section 4.1).
+
+    attn = proj(sdpa(q(x), k(x), v(x)))   -->   row   = select_rows(mask)
+                                                q,k,v = project_rows(row, x, ...)
+                                                key   = write_rows(cache_key, row, k);  value likewise
+                                                attn  = write_rows(cache_attn, row, output_rows(attention_rows(q, key, value)))
+"""
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from moeca_fx.graph.layout import HEADS, STREAM
+from moeca_fx.graph.row_program import RowProgram, build_row_program
+from moeca_fx.graph.sites import AttentionSite
+from moeca_fx.graph.state import SCALES_WITH, Counter
+from moeca_fx.ops import rows, slots
+from moeca_fx.ops.attention_rows import attention_rows
+from moeca_fx.passes.cache.builder import StepBuilder
+from moeca_fx.passes.cache.plan import SitePlan
+
+
+@dataclass(frozen=True)
+class AttentionPrograms:
+    """Row programs of an attention site: stream -> query, key, value; attention result -> output."""
+
+    project: RowProgram
+    finish: RowProgram
+
+
+def build_attention_programs(module: fx.GraphModule, nodes: dict[str, fx.Node], site: AttentionSite) -> AttentionPrograms:
+    """Build both programs from the unedited graph."""
+    stream, core = nodes[site.residual_in], nodes[site.core]
+    qkv = [nodes[name] for name in (site.query, site.key, site.value)]
+    project = build_row_program(module, {stream: STREAM}, qkv, site.tokens)
+    finish = build_row_program(module, {stream: STREAM}, [nodes[site.output]], site.tokens, given={core: HEADS})
+    return AttentionPrograms(project, finish)
+
+
+def rewrite_attention(step: StepBuilder, site: AttentionSite, plan: SitePlan, programs: AttentionPrograms | None) -> None:
+    """An attention site that is not synchronized with a MoE site."""
+    if plan.action == "full":
+        return
+    state = f"{site.path}.attn"
+    if plan.action == "reuse":
+        step.updated[state] = step.cache[state]
+    else:
+        assert step.refreshed is not None and programs is not None, f"{site.path}: rows without an earlier MoE site"
+        refresh_attention(step, site, step.refreshed, programs)
+    step.nodes[site.output].replace_all_uses_with(step.updated[state])
+
+
+def refresh_attention(
+    step: StepBuilder, site: AttentionSite, mask: fx.Node, programs: AttentionPrograms
+) -> tuple[fx.Node, fx.Node]:
+    """Recompute the rows of the tokens in `mask`; returns their row indices and the new output rows [M, H]."""
+    base = site.path.replace(".", "_")
+    core = step.nodes[site.core]
+    by_row = Counter(site.path, "attention_rows")
+    row = step.emit(rows.select_rows, mask, name=f"{base}_row")
+    names = tuple(f"{base}_{part}_rows" for part in ("query", "key", "value"))
+    query, key, value = step.run_program(programs.project, row, f"{base}_project_rows", names, by_row)
+    attended = step.emit(
+        attention_rows._opoverload,
+        query,
+        step.write(f"{site.path}.key", row, key),
+        step.write(f"{site.path}.value", row, value),
+        row,
+        _softmax_scale(core),
+        name=f"{base}_attended",
+    )
+    attended.meta[SCALES_WITH] = Counter(site.path, "attention_padded")
+    given = {core: attended}
+    (output,) = step.run_program(programs.finish, row, f"{base}_finish_rows", (f"{base}_output_rows",), by_row, given)
+    step.write(f"{site.path}.attn", row, output)
+    step.count(site.path, "attention_rows", slots.count_rows, row)
+    step.count(site.path, "attention_padded", slots.count_padded, mask)
+    return row, output
+
+
+def _softmax_scale(core: fx.Node) -> float | None:
+    scale = core.kwargs.get("scale")
+    assert scale is None or isinstance(scale, float), f"{core.name}: a softmax scale is a number"
+    return scale
