@@ -105,7 +105,8 @@ class _Builder:
         elif not parameters:
             self.made[node] = self.graph.node_copy(node, self.made.__getitem__)
         elif torch.Tag.pointwise in getattr(node.target, "tags", ()):
-            gathered = {source: self._per_row(source) for source in parameters}
+            rank = example_value(node).dim()
+            gathered = {source: self._per_row(source, rank) for source in parameters}
             self.made[node] = self.graph.node_copy(node, lambda n: gathered.get(n) or self.made[n])
         else:
             raise self._unsupported(node)
@@ -119,11 +120,14 @@ class _Builder:
         arguments = (self.made[x], self._stack(weight), self._stack(bias) if bias is not None else None, self.offsets)
         return self.graph.call_function(_GROUPED, arguments)
 
-    def _per_row(self, node: fx.Node) -> fx.Node:
+    def _per_row(self, node: fx.Node, rank: int) -> fx.Node:
+        """Each row's own vector or number, shaped to broadcast against row tensors of `rank` axes."""
         value = example_value(node)
         if not isinstance(value, torch.Tensor) or value.dim() > 1:
             raise self._unsupported(node)
-        return self.graph.call_function(aten.index_select.default, (self._stack(node), 0, self.row_expert))
+        picked = self.graph.call_function(aten.index_select.default, (self._stack(node), 0, self.row_expert))
+        shape = [-1, *[1] * (rank - 1 - value.dim()), *value.shape]
+        return self.graph.call_function(aten.reshape.default, (picked, shape))
 
     def _stack(self, node: fx.Node) -> fx.Node:
         """The stacked counterpart of a parameter, or of a view of one."""

@@ -37,6 +37,7 @@ _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
 _REMOVES_DIM = (aten.unbind.int, aten.select.int)
 _REDUCES = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten.log_softmax.int)
+_MATMULS = (aten.matmul.default, aten.mm.default)
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
@@ -106,6 +107,10 @@ def _step(node: fx.Node, tokens: dict[fx.Node, TokenAxes]) -> TokenAxes:
             return have
         if target is aten.linear.default:
             return _keep_if_apart(node, have, [rank - 1])
+        if target in _MATMULS and len(node.all_input_nodes) == 2 and len(tokens) == 1:
+            weight: Any = node.args[1]
+            if len(shape_of(weight)) == 2:
+                return _keep_if_apart(node, have, [rank - 1])
         if target in _NORMS:
             normalized: Any = node.args[1]
             return _keep_if_apart(node, have, range(rank - len(normalized), rank))

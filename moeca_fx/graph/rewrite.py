@@ -78,13 +78,13 @@ def finish(module: fx.GraphModule, name: str) -> fx.GraphModule:
         PassError: the pass `name` left an illegal graph.
     """
     sort_stably(module.graph)
-    # The captured graph is functional, so whatever no output needs is dead (fx keeps attention: it may draw dropout).
-    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    module.delete_all_unused_submodules()
-    drop_unused_attributes(module)
     try:
+        # The captured graph is functional, so whatever no output needs is dead (fx keeps attention: it may draw dropout).
+        module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        module.delete_all_unused_submodules()
+        drop_unused_attributes(module)
         module.graph.lint()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise PassError(f"pass {name!r} left an illegal graph: {error}; please report this model") from error
     module.recompile()
     return module
