@@ -79,7 +79,7 @@ def finish(module: fx.GraphModule, name: str) -> fx.GraphModule:
     """
     sort_stably(module.graph)
     try:
-        # The captured graph is functional, so whatever no output needs is dead (fx keeps attention: it may draw dropout).
+        # The graph is functional, so what no output needs is dead (fx keeps attention: it may draw dropout).
         module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
         module.delete_all_unused_submodules()
         drop_unused_attributes(module)
