@@ -76,6 +76,7 @@ def capture(
     module = program.module(check_guards=False)
     in_spec, out_spec = module._in_spec, module._out_spec
     module.graph.set_codegen(fx.graph.CodeGen())
+    module._forward_pre_hooks.clear()  # they check the original signature; this graph takes the flat inputs
     _flatten_output(module)
     captured = Captured(module, in_spec, out_spec, keyed)
     with live_regions({key: _region_call(model, region) for key, region in keyed.items()}):
