@@ -13,14 +13,18 @@ def stream(batch: int = BATCH, seed: int = 0) -> Tensor:
     return torch.randn(batch, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
-def exported(module: nn.Module, *inputs: Tensor) -> fx.GraphModule:
-    """Graph of `module`, its output a tuple; dimension 0 of inputs that have the batch size is open."""
+def exported(module: nn.Module, *inputs: Tensor, decompose: bool = True) -> fx.GraphModule:
+    """Graph of `module`, its output a tuple; dimension 0 of inputs that have the batch size is open.
+
+    `decompose` is what capture does; without it, higher-order calls and dropout stay in the graph.
+    """
     batch = inputs[0].shape[0]
     dynamic = tuple({0: torch.export.Dim.AUTO} if x.dim() and x.shape[0] == batch else {} for x in inputs)
     shapes = (dynamic,) if isinstance(module, Compute) else dynamic
     program = torch.export.export(module.eval(), inputs, dynamic_shapes=shapes, strict=False)
-    graph = program.run_decompositions({}).module(check_guards=False)
+    graph = (program.run_decompositions({}) if decompose else program).module(check_guards=False)
     graph.graph.set_codegen(fx.graph.CodeGen())
+    graph._forward_pre_hooks.clear()
     output = graph.graph.output_node()
     result = output.args[0]
     output.args = (tuple(result) if isinstance(result, (list, tuple)) else (result,),)
