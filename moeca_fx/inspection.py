@@ -152,6 +152,8 @@ def inspect(
 
 
 def _texts(stage: str, work: Compilation) -> dict[str, str]:
+    if stage == "lower_linear":
+        return {}  # another library for the same operation; seen in the last stage
     if stage == "lower_inplace":  # touches the cached step alone
         return {"lower_inplace.cached": graph_text(work.graph_modules()["cached"])}
     return {f"{stage}.{name}".rstrip("."): graph_text(module) for name, module in work.graph_modules().items()}

@@ -26,13 +26,14 @@ def check_model(model: nn.Module) -> None:
     hooked = [path or name for path, module in model.named_modules() if _has_hooks(module)]
     if hooked:
         raise UnsupportedModelError(
-            f"{_list(hooked)}: has forward or backward hooks, which a compiled graph would not run; remove them (or the "
-            "tool that added them: offloading, profiling, adapters) and transform again"
+            f"{_list(hooked)}: has forward or backward hooks, which a compiled graph would not run; remove them (or "
+            "the tool that added them: offloading, profiling, adapters) and transform again"
         )
     quantised = [path for path, module in model.named_modules() if _is_quantised(module)]
     if quantised:
         raise UnsupportedModelError(
-            f"{_list(quantised)}: quantised weights; expected floating-point parameters: transform the unquantised model"
+            f"{_list(quantised)}: quantised weights; expected floating-point parameters: "
+            "transform the unquantised model"
         )
 
 

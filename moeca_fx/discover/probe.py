@@ -48,11 +48,11 @@ class _Calls:
         self.count += 1
 
 
-class _TopKLog(TorchDispatchMode):
+class _TopKLog(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves __init_subclass__ untyped
     """Records the stack of running modules at every top-k."""
 
     def __init__(self, running: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.running = running
         self.stacks: list[tuple[str, ...]] = []
 

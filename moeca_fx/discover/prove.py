@@ -33,10 +33,9 @@ def prove(
         if traced:
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 model(*args, **kwargs)
-    proven, refused = [], []
-    for region in traced:
-        result = _prove_region(region, seen[region.owner, region.method])
-        (proven if isinstance(result, MoERegion) else refused).append(result)  # type: ignore[arg-type]
+    results = [_prove_region(region, seen[region.owner, region.method]) for region in traced]
+    proven = [result for result in results if isinstance(result, MoERegion)]
+    refused = [result for result in results if isinstance(result, Refusal)]
     return proven, refused
 
 

@@ -160,8 +160,8 @@ class _Builder:
 
     def _unsupported(self, node: fx.Node) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{self.path}: operation {node.target} (node {node.name}) uses an expert's parameter in a way that cannot be "
-            "vectorised; supported: linear, matmul, element-wise use of a vector, views of a parameter"
+            f"{self.path}: operation {node.target} (node {node.name}) uses an expert's parameter in a way that cannot "
+            "be vectorised; supported: linear, matmul, element-wise use of a vector, views of a parameter"
         )
 
     def finish(self, result: fx.Node) -> fx.GraphModule:

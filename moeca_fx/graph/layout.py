@@ -123,7 +123,8 @@ def _step(node: fx.Node, tokens: dict[fx.Node, TokenAxes]) -> TokenAxes:
         if target in RESHAPES:
             return _reshaped(node, have, shape_of(source), shape_of(node))
         if target is aten.permute.default:
-            order = [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr]
+            dims: Any = node.args[1]
+            order = [int(dim) % rank for dim in dims]
             return TokenAxes(order.index(have.batch), order.index(have.token))
         if target is aten.transpose.int:
             return _transposed(have, _dim(node, 1, rank), _dim(node, 2, rank))
@@ -132,9 +133,9 @@ def _step(node: fx.Node, tokens: dict[fx.Node, TokenAxes]) -> TokenAxes:
         if target is aten.squeeze.dim:
             return _without_dims(node, have, [_dim(node, 1, rank)])
         if target is aten.topk.default:
-            return _keep_if_apart(node, have, [(node.args[2] if len(node.args) > 2 else -1) % rank])  # type: ignore[operator]
+            return _keep_if_apart(node, have, [_dim(node, 2, rank, default=-1)])
         if target in _ALONG_DIM:
-            return _keep_if_apart(node, have, [(node.args[1] if len(node.args) > 1 else -1) % rank])  # type: ignore[operator]
+            return _keep_if_apart(node, have, [_dim(node, 1, rank, default=-1)])
         if target in _INDEXED:
             return _keep_if_apart(node, _alike(node, tokens), [_dim(node, 1, rank)])
     if target in (aten.cat.default, aten.stack.default):
@@ -148,8 +149,8 @@ def _refuse(node: fx.Node, why: str) -> NotTokenWise:
     return NotTokenWise(f"operation {node.target} (node {node.name}) {why}")
 
 
-def _dim(node: fx.Node, position: int, rank: int) -> int:
-    value = node.args[position] if len(node.args) > position else node.kwargs.get("dim", 0)
+def _dim(node: fx.Node, position: int, rank: int, default: int = 0) -> int:
+    value = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
     assert isinstance(value, int), f"{node.name}: a dimension is an int"
     return value % rank
 

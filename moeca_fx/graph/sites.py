@@ -49,7 +49,7 @@ class MoESite:
         gate, residual_in, residual_out: as for attention; they are None where no residual addition was found.
         attention: path of the attention site whose residual output this layer reads; the two stay synchronized.
         tokens: T.
-        not_synchronized: why single rows cannot be routed again after their attention was recomputed; None when they can.
+        not_synchronized: why refreshed tokens cannot be routed again alone; None when they can.
         feature: node with every branch's output [B*T*k, H]; empty before `vectorize_experts`.
     """
 

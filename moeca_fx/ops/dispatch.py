@@ -90,4 +90,5 @@ def _weighted_sum(feature: Tensor, weight: Tensor) -> Tensor:
 def feature_norm(feature: Tensor) -> Tensor:
     """L2 norm of each feature in at least fp32: [.., H] -> [..]."""
     wide = feature.float() if feature.dtype in (torch.bfloat16, torch.float16) else feature
-    return torch.linalg.vector_norm(wide, dim=-1)
+    norm: Tensor = torch.linalg.vector_norm(wide, dim=-1)
+    return norm

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from moeca_fx.policies import branch
+from moeca_fx.policies.branch import score_weight
+from moeca_fx.policies.moeca import ScoreWeight
 
 REUSED = 0
 UNMATCHED = 2
@@ -19,9 +20,9 @@ def slot_features(feature: Tensor, tokens: int, top_k: int) -> Tensor:
     return feature.reshape(-1, tokens, top_k, feature.shape[-1])
 
 
-def stored_weight(weight: Tensor, tokens: int, top_k: int, kind: branch.ScoreWeight) -> Tensor:
+def stored_weight(weight: Tensor, tokens: int, top_k: int, kind: ScoreWeight) -> Tensor:
     """Routing weights as the score reads them, [B, T, k] and at least fp32."""
-    return branch.score_weight(weight.reshape(-1, tokens, top_k), kind).clone()
+    return score_weight(weight.reshape(-1, tokens, top_k), kind).clone()
 
 
 def token_mask(code: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from moeca_fx.passes.capture import Captured, capture
 from moeca_fx.passes.insert_cache import CachedGraphs, insert_cache
 from moeca_fx.passes.locate import locate
 from moeca_fx.passes.lower_inplace import lower_inplace
+from moeca_fx.passes.lower_linear import lower_linear
 from moeca_fx.passes.normalize import normalize
 from moeca_fx.passes.vectorize_experts import vectorize_experts
 from moeca_fx.policies import MoECa
@@ -81,6 +82,12 @@ def _insert_cache(work: Compilation) -> Compilation:
     return replace(work, graphs=insert_cache(work.module, work.sites, work.policy))
 
 
+def _lower_linear(work: Compilation) -> Compilation:
+    for module in work.graph_modules().values():
+        lower_linear(module)
+    return work
+
+
 def _lower_inplace(work: Compilation) -> Compilation:
     if work.graphs is not None:
         lower_inplace(work.graphs.cached)
@@ -96,6 +103,8 @@ PIPELINE: tuple[tuple[str, Callable[[Compilation], Compilation]], ...] = (
     # Before caches: a cached step needs every branch's feature as a value.
     ("vectorize_experts", _vectorize_experts),
     ("insert_cache", _insert_cache),
+    # After all matching, which knows linears by their ATen name.
+    ("lower_linear", _lower_linear),
     # Last: all passes before it may rely on a functional graph.
     ("lower_inplace", _lower_inplace),
 )

@@ -53,8 +53,9 @@ def locate(module: fx.GraphModule, regions: dict[str, MoERegion]) -> Sites:
         _moe(node, regions[str(node.args[3])], attention)
         for node in module.graph.find_nodes(op="call_function", target=marker)
     ]
-    taken = {site.residual_out for site in [*attention, *moe]}
-    dense = [site for node in module.graph.nodes if node.name not in taken and (site := _dense_ffn(node, left))]
+    taken = {site.residual_out for site in attention} | {site.residual_out for site in moe}
+    others = [node for node in module.graph.nodes if node.name not in taken]
+    dense = [ffn for node in others if (ffn := _dense_ffn(node, left))]
     order = {node.name: index for index, node in enumerate(module.graph.nodes)}
     sites: list[Site] = [*attention, *moe, *dense]
     return Sites(tuple(sorted(sites, key=lambda site: order[site.residual_out])), tuple(left))

@@ -8,9 +8,9 @@
 Later passes then match computation only.
 """
 
+import torch
 from torch import fx
 
-import torch
 from moeca_fx.graph.rewrite import attribute, finish
 
 aten = torch.ops.aten
@@ -44,7 +44,7 @@ def _normalize_call(module: fx.GraphModule, node: fx.Node) -> None:
 def _is_identity(node: fx.Node) -> bool:
     """Dropout that is off, and copies of tensors that nothing writes to."""
     if node.target is aten.dropout.default:
-        return node.args[2] is False or node.args[1] == 0.0
+        return node.args[2] is False or bool(node.args[1] == 0.0)
     if node.target is aten.clone.default:
         return "memory_format" not in node.kwargs
     return node.target in (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)

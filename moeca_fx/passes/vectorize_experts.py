@@ -30,7 +30,7 @@ from moeca_fx.ops import dispatch
 def vectorize_experts(
     module: fx.GraphModule, sites: Sites, regions: Mapping[str, MoERegion], model: nn.Module
 ) -> Sites:
-    """Lower every marker, in place.
+    """Lower every marker, in place; sites that are vectorised already are left.
 
     Args:
         module: located graph.
@@ -43,7 +43,9 @@ def vectorize_experts(
     """
     nodes = {node.name: node for node in module.graph.nodes}
     updated = tuple(
-        _vectorize(module, site, nodes[site.experts], regions, model) if isinstance(site, MoESite) else site
+        _vectorize(module, site, nodes[site.experts], regions, model)
+        if isinstance(site, MoESite) and not site.feature
+        else site
         for site in sites.ordered
     )
     finish(module, "vectorize_experts")

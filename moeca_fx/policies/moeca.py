@@ -35,7 +35,8 @@ class MoECa:
         entropy_norm: entropy scaled to [0, 1] over the experts of a site (``"minmax"``) or by log T (``"log"``).
         attention: ``"synchronized"`` refreshes the rows of tokens with a recomputed branch (section 4.1);
             ``"reuse"`` keeps the cached output on cached steps; ``"full"`` recomputes attention at every step.
-        dense_ffn: dense blocks ``"inherit"`` the refreshed tokens of the nearest earlier MoE site, ``"reuse"`` or run ``"full"``.
+        dense_ffn: dense blocks ``"inherit"`` the refreshed tokens of the nearest earlier MoE site, ``"reuse"`` or run
+            ``"full"``.
         shared_expert: ``"inherit"`` recomputes the tokens with a recomputed branch; ``"reuse"``; ``"full"``.
 
     Raises:

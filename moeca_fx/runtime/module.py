@@ -32,7 +32,7 @@ class TransformedModel(nn.Module):
     def context(self, name: str) -> AbstractContextManager[None]:
         """Calls inside ``with model.context(name):`` belong to a trajectory of their own.
 
-        For samplers that call the model twice a step: one context for the conditional and one for the unconditional call.
+        For samplers that call the model twice a step: one context for the conditional call, one for the other.
         """
         return self._moeca.context(name)
 
@@ -58,7 +58,7 @@ class TransformedModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TransformedModel":
         """Move or cast like any module; graphs are compiled again at the next call."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # nn.Module leaves it untyped
         for region in self._moeca.regions:
             stack_in_place([self.get_submodule(path) for path in region.experts])
         self._moeca.forget_programs()

@@ -94,6 +94,6 @@ def check_finite(leaves: list[Any]) -> None:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             bad = int((~torch.isfinite(leaf)).sum())
             raise InputError(
-                f"input {index} of the transformed model: expected finite values, found {bad} of {leaf.numel()} that are "
-                "NaN or infinite; the trajectory was reset, fix the sampler and start it again"
+                f"input {index} of the transformed model: expected finite values, found {bad} of {leaf.numel()} that "
+                "are NaN or infinite; the trajectory was reset, fix the sampler and start it again"
             )

@@ -197,7 +197,8 @@ class Runtime:
                 )
             return f"it had one call before a new trajectory began, because {reason}{advice}"
         if trajectory.branches() == trajectory.recomputed_branches():
-            return f"every branch was recomputed on all {trajectory.cached_steps} cached steps; raise tau0 or lower lambda1"
+            steps = trajectory.cached_steps
+            return f"every branch was recomputed on all {steps} cached steps; raise tau0 or lower lambda1"
         return None
 
     # -- reports ------------------------------------------------------------------------------------------------

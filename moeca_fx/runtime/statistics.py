@@ -103,11 +103,7 @@ class Statistics:
 
     def as_dict(self) -> dict[str, Any]:
         """All counts and ratios, ready for JSON."""
-        names = (
-            "full_steps cached_steps trajectories branches matched_branches recomputed_branches match_ratio reuse_ratio "
-            "reuse_over_match attention_rows flops_executed flops_uncached flops_saved flops_speedup"
-        ).split()
-        totals = {name: getattr(self, name) for name in names}
+        totals = {name: getattr(self, name) for name in _TOTALS}
         ratios = [{"match_ratio": s.match_ratio, "reuse_over_match": s.reuse_over_match} for s in self.sites]
         return totals | {"sites": [asdict(site) | ratio for site, ratio in zip(self.sites, ratios, strict=True)]}
 
@@ -131,6 +127,22 @@ class Statistics:
         return "\n".join([head, *lines])
 
 
+_TOTALS = (
+    "full_steps",
+    "cached_steps",
+    "trajectories",
+    "branches",
+    "matched_branches",
+    "recomputed_branches",
+    "match_ratio",
+    "reuse_ratio",
+    "reuse_over_match",
+    "attention_rows",
+    "flops_executed",
+    "flops_uncached",
+    "flops_saved",
+    "flops_speedup",
+)
 _ROW_KINDS = {"attention": "attention_rows", "moe": "shared_rows", "dense_ffn": "ffn_rows"}
 
 

@@ -44,8 +44,8 @@ def find_timestep(
             return found[0]
     names = ", ".join(owners[index] for index in candidates) or "none"
     raise InputError(
-        f"cannot tell which input of {type(model).__name__} is the timestep: expected one tensor of shape [] or [B] that "
-        f"feeds a sinusoidal embedding, candidates are: {names}; pass timestep='<parameter name>' (a tensor) to transform"
+        f"cannot tell which input of {type(model).__name__} is the timestep: expected one tensor of shape [] or [B] "
+        f"that feeds a sinusoidal embedding, candidates are: {names}; pass timestep='<parameter name>' to transform"
     )
 
 

@@ -1,9 +1,10 @@
 """Attention on a cached step: reuse the cached output, or recompute the rows of selected tokens (section 4.1).
 
-    attn = proj(sdpa(q(x), k(x), v(x)))   -->   row   = select_rows(mask)
-                                                q,k,v = project_rows(row, x, ...)
-                                                key   = write_rows(cache_key, row, k);  value likewise
-                                                attn  = write_rows(cache_attn, row, output_rows(attention_rows(q, key, value)))
+attn = proj(sdpa(q(x), k(x), v(x)))   -->   row   = select_rows(mask)
+                                            q,k,v = project_rows(row, x, ...)
+                                            key   = write_rows(cache_key, row, k);  value likewise
+                                            out   = finish_rows(row, attention_rows(q, key, value))
+                                                attn  = write_rows(cache_attn, row, out)
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ class AttentionPrograms:
     finish: RowProgram
 
 
-def build_attention_programs(module: fx.GraphModule, nodes: dict[str, fx.Node], site: AttentionSite) -> AttentionPrograms:
+def build_attention_programs(
+    module: fx.GraphModule, nodes: dict[str, fx.Node], site: AttentionSite
+) -> AttentionPrograms:
     """Build both programs from the unedited graph."""
     stream, core = nodes[site.residual_in], nodes[site.core]
     qkv = [nodes[name] for name in (site.query, site.key, site.value)]
@@ -37,7 +40,9 @@ def build_attention_programs(module: fx.GraphModule, nodes: dict[str, fx.Node], 
     return AttentionPrograms(project, finish)
 
 
-def rewrite_attention(step: StepBuilder, site: AttentionSite, plan: SitePlan, programs: AttentionPrograms | None) -> None:
+def rewrite_attention(
+    step: StepBuilder, site: AttentionSite, plan: SitePlan, programs: AttentionPrograms | None
+) -> None:
     """An attention site that is not synchronized with a MoE site."""
     if plan.action == "full":
         return

@@ -1,7 +1,7 @@
-"""A MoE site on a cached step (method sections 2 and 4): decide by branch, compute what was picked, combine with the rest.
+"""A MoE site on a cached step (method sections 2 and 4): decide by branch, compute what was picked.
 
-Without synchronized attention there is one routing, of all tokens. With it, a provisional routing on the cached attention
-picks the tokens to refresh; only those are routed again after their attention was recomputed:
+Without synchronized attention there is one routing, of all tokens. With it, a provisional routing on the cached
+attention picks the tokens to refresh; only those are routed again after their attention was recomputed:
 
     expert', w' = router(x + gate * cache_attn)                        all tokens, a copy of the model's own nodes
     mask        = token_mask(decide(expert', w', caches, threshold))
@@ -30,7 +30,7 @@ from moeca_fx.policies import branch
 
 @dataclass(frozen=True)
 class MoEPrograms:
-    """Row programs of a MoE site: fresh attention rows -> expert ids, weights, token rows; token rows -> shared expert."""
+    """Row programs of a MoE site: fresh attention rows -> routing and token rows; token rows -> shared expert."""
 
     routing: RowProgram | None
     shared: RowProgram | None
@@ -40,7 +40,7 @@ class MoEPrograms:
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided, over all tokens (`row` is None) or over the token rows `row`; entries are [.., k] in slot order.
+    """What was decided, over all tokens (`row` is None) or over the rows `row`; entries are [.., k] in slot order.
 
     Attributes:
         x: token rows that the experts read.
@@ -94,7 +94,10 @@ def rewrite_moe(
 def _decide_all(step: StepBuilder, site: MoESite) -> Decision:
     """One routing of all tokens."""
     base = site.path.replace(".", "_")
-    expert, weight = _by_slot_shape(step, site, step.nodes[site.expert]), _by_slot_shape(step, site, step.nodes[site.weight])
+    expert, weight = (
+        _by_slot_shape(step, site, step.nodes[site.expert]),
+        _by_slot_shape(step, site, step.nodes[site.weight]),
+    )
     threshold = _threshold(step, site, expert)
     held = _held(step, site)
     slot, slot_expert, slot_weight, code = _decide(step, f"{base}", expert, weight, held, threshold)
@@ -133,7 +136,8 @@ def _decide_synchronized(
     final = step.run_program(programs.routing, row, f"{base}_routing_rows", names, counter, {output: fresh})
     row_expert, row_weight = (_one_token_a_sample(step, node, site) for node in final[:2])
     row_held = tuple(
-        _one_token_a_sample(step, step.emit(dispatch.take_rows, node, row, name=f"{node.name}_rows"), site) for node in held
+        _one_token_a_sample(step, step.emit(dispatch.take_rows, node, row, name=f"{node.name}_rows"), site)
+        for node in held
     )
     row_threshold = step.emit(rows.gather_samples, threshold, row, site.tokens, 0, name=f"{base}_threshold_rows")
     row_slot, row_slot_expert, row_slot_weight, row_code = _decide(
@@ -141,14 +145,18 @@ def _decide_synchronized(
     )
     now = step.emit(slots.refreshed_weight, row_code, row_slot_weight, row_held[1], name=f"{base}_weight_now_rows")
     step.write(f"{site.path}.weight", row, _without_token(step, now))
-    held_expert = step.emit(rows.write_rows, slot_expert, row, _without_token(step, row_slot_expert), name=f"new_{base}_expert")
+    held_expert = step.emit(
+        rows.write_rows, slot_expert, row, _without_token(step, row_slot_expert), name=f"new_{base}_expert"
+    )
     step.updated[f"{site.path}.expert"] = held_expert
     weight_rows = step.emit(branch.to_slots, row_weight, row_slot, name=f"{base}_weight_by_slot_rows")
     provisional_by_slot = step.emit(branch.to_slots, weight, slot, name=f"{base}_provisional_weight_by_slot")
     by_slot = step.emit(
         rows.write_rows, provisional_by_slot, row, _without_token(step, weight_rows), name=f"{base}_weight_by_slot"
     )
-    final_expert = step.emit(rows.write_rows, expert, row, _without_token(step, row_expert), name=f"{base}_final_expert")
+    final_expert = step.emit(
+        rows.write_rows, expert, row, _without_token(step, row_expert), name=f"{base}_final_expert"
+    )
     _store_activation(step, site, final_expert)
     return Decision(row, row_code, row_slot_expert, final[2], final_expert, by_slot)
 
@@ -216,7 +224,9 @@ def _run_experts(step: StepBuilder, site: MoESite, decision: Decision, programs:
     names = tuple(f"{base}_{part}" for part in ("branch", "local", "row_expert", "offsets"))
     picked, local, row_expert, offsets = step.unpack(plan, *names)
     inputs = step.emit(dispatch.take_rows, decision.x, local, name=f"{base}_rows")
-    hidden = step.graph.create_node("call_module", f"{base}_experts", (inputs, row_expert, offsets), name=f"{base}_hidden")
+    hidden = step.graph.create_node(
+        "call_module", f"{base}_experts", (inputs, row_expert, offsets), name=f"{base}_hidden"
+    )
     hidden.meta[SCALES_WITH] = Counter(site.path, "recomputed")
     feature = step.write(f"{site.path}.feature", picked, hidden)
     norm = step.emit(dispatch.feature_norm, hidden, name=f"{base}_hidden_norm")

@@ -16,6 +16,7 @@ from moeca_fx.policies import MoECa
 
 Action = Literal["full", "reuse", "rows", "synchronized"]
 
+
 @dataclass(frozen=True)
 class SitePlan:
     """`action` of a site on cached steps and the states it keeps.
