@@ -1,0 +1,54 @@
+"""lower_linear: all dense fp32 linears of a CPU graph or none, by what was measured."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import pytest
+import torch
+
+from moeca_fx.ops import cpu_gemm
+from moeca_fx.ops.linear import linear
+from moeca_fx.passes.lower_linear import lower_linear
+from tests.helpers.compiled import Vectorized, vectorized
+from tests.helpers.graphs import Compute, exported, stream
+from tests.helpers.passes import check_pass
+from tests.helpers.toys import toy, toy_inputs
+
+LOWER_LINEAR = import_module("moeca_fx.passes.lower_linear")  # the package has a function of that name
+dense, lowered = torch.ops.aten.linear.default, linear._opoverload
+
+
+@pytest.fixture(scope="module")
+def made() -> Vectorized:
+    return vectorized(toy(), toy_inputs())
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Set what the measurement finds."""
+    return lambda rows: monkeypatch.setattr(LOWER_LINEAR, "onednn_from_rows", lambda: rows)
+
+
+@pytest.mark.skipif(not cpu_gemm.has_onednn(), reason="this torch has no oneDNN linear")
+@pytest.mark.parametrize("rows", [1, 18, 10_000])
+def test_every_linear_of_the_graph(made: Vectorized, measured: Callable[[int | None], None], rows: int) -> None:
+    measured(rows)
+    count = 8  # valves, ask, keep, back, compass, and the shared expert's three
+    with torch.no_grad():
+        examples = [toy_inputs(seed=1), toy_inputs(5, seed=2)]
+        ops = {dense: (count, 0), lowered: (0, count)}
+        after = check_pass(made.module, lower_linear, examples, ops, tolerance=1e-5)
+    assert {node.args[3] for node in after.graph.find_nodes(op="call_function", target=lowered)} == {rows}
+
+
+def test_nothing_where_the_default_is_as_fast(made: Vectorized, measured: Callable[[int | None], None]) -> None:
+    measured(None)
+    with torch.no_grad():
+        check_pass(made.module, lower_linear, [toy_inputs(seed=1)], {dense: (8, 8), lowered: (0, 0)})
+
+
+def test_other_dtypes_are_left_and_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LOWER_LINEAR, "onednn_from_rows", lambda: pytest.fail("must not be measured"))
+    weight = torch.randn(4, 8, dtype=torch.float64)
+    graph = exported(Compute(lambda x: torch.nn.functional.linear(x, weight)), stream().double())
+    check_pass(graph, lower_linear, [(stream(seed=1).double(),)], {dense: (1, 1), lowered: (0, 0)})
