@@ -1,6 +1,8 @@
 """The compiler's passes over a `torch.fx.GraphModule`, and their one order."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,6 +112,14 @@ PIPELINE: tuple[tuple[str, Callable[[Compilation], Compilation]], ...] = (
 )
 
 
+@contextmanager
+def _without_torch_notices() -> Iterator[None]:
+    """torch.export copies specs in a way that torch itself deprecates; users can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+        yield
+
+
 def run_pipeline(
     work: Compilation, until: str | None = None, observe: Callable[[str, Compilation], None] | None = None
 ) -> Compilation:
@@ -125,7 +135,8 @@ def run_pipeline(
     done: list[str] = []
     for name, step in PIPELINE:
         try:
-            work = step(work)
+            with _without_torch_notices():
+                work = step(work)
             for module in work.graph_modules().values():
                 legality.check(name, module)
         except MoecaError:
