@@ -1,9 +1,11 @@
 """Where the command writes: results to stdout, everything else (progress, warnings, errors) to stderr."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -25,12 +27,17 @@ REFRESHES_PER_SECOND = 4
 
 def stdout() -> Console:
     """Console for results."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_PIPE)
+    return Console(width=_width(sys.stdout))
 
 
 def stderr() -> Console:
     """Console for progress, warnings and errors."""
-    return Console(stderr=True, width=None if sys.stderr.isatty() else WIDTH_OF_A_PIPE)
+    return Console(stderr=True, width=_width(sys.stderr))
+
+
+def _width(stream: TextIO) -> int | None:
+    """None lets rich ask the terminal, or the variable COLUMNS."""
+    return None if stream.isatty() or "COLUMNS" in os.environ else WIDTH_OF_A_PIPE
 
 
 def show_error(error: Exception) -> None:
@@ -40,8 +47,13 @@ def show_error(error: Exception) -> None:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Inside the block a Python warning becomes one yellow line on stderr, without file and line."""
+    """Inside the block a Python warning becomes one yellow line on stderr, without file and line.
+
+    Warnings for programmers (deprecations inside the libraries used) are left out: they say nothing about the run.
+    """
     with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
         warnings.showwarning = _show_warning
         yield
 

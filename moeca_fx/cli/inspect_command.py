@@ -11,8 +11,8 @@ from rich.text import Text
 import moeca_fx
 from moeca_fx.cli.console import stderr, stdout
 from moeca_fx.cli.target import HELP, load_target
-from moeca_fx.errors import TargetError
-from moeca_fx.inspection import InspectionReport
+from moeca_fx.errors import NoMoEFoundError, TargetError
+from moeca_fx.inspection import InspectionReport, SiteReport
 
 KINDS = {"moe": "MoE", "attention": "attention", "dense_ffn": "dense FFN"}
 
@@ -27,15 +27,22 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")] = False,
 ) -> None:
-    """List the sites where a model can reuse work, and every candidate that was refused."""
+    """List the sites where a model can reuse work, and every candidate that was refused.
+
+    The column "cached step" says what is computed there: branches (routed ones that changed), synchronized (attention
+    of their tokens), rows (of the tokens refreshed before), reuse (nothing), full (everything).
+    """
     loaded = load_target(target, weights, batch)
     report = moeca_fx.inspect(loaded.model, loaded.inputs, loaded.kwargs)
-    graphs = _chosen_graphs(report, graph or [])
+    graphs = _chosen_graphs(report, graph or []) if report.sites else {}
     if as_json:
         record = report.as_dict()
         if graphs:
             record["graphs"] = graphs
         typer.echo(json.dumps(record, indent=2, allow_nan=False))
+    if not report.sites:
+        raise NoMoEFoundError(_why_nothing_found(loaded.text, report))
+    if as_json:
         return
     if graphs:
         for stage, text in graphs.items():
@@ -55,38 +62,67 @@ def _chosen_graphs(report: InspectionReport, wanted: list[str]) -> dict[str, str
     return {stage: report.graphs[stage] for stage in wanted}
 
 
+def _why_nothing_found(name: str, report: InspectionReport) -> str:
+    candidates = [f"  {paths}: {reason}" for paths, reason in _by_reason(report.refused)]
+    looked = ["candidates:", *candidates] if candidates else ["no list of identical modules was found"]
+    return "\n".join([f"TARGET {name!r} ({report.model}): {'; '.join(report.warnings)}", *looked])
+
+
 def _print_report(console: Console, name: str, report: InspectionReport) -> None:
     table = Table(title=f"Sites of {name}", title_justify="left", title_style="bold", pad_edge=False, box=None)
-    table.add_column("path", style="cyan", overflow="fold")
-    table.add_column("kind")
-    for heading in ("experts", "k"):
-        table.add_column(heading, justify="right")
-    table.add_column("router", overflow="fold")
-    table.add_column("shared expert", overflow="fold")
-    for heading in ("FLOPs %", "cache"):
+    table.add_column("site", style="cyan", overflow="fold")
+    table.add_column("kind", no_wrap=True)
+    table.add_column("cached step", no_wrap=True)
+    for heading in ("experts", "top-k", "FLOPs", "cache"):
         table.add_column(heading, justify="right", no_wrap=True)
     for site in report.sites:
         table.add_row(
             Text(site.path),
             KINDS[site.kind],
+            "branches" if site.kind == "moe" else site.action,
             _number(site.experts),
             _number(site.top_k),
-            Text(site.router or ""),
-            Text(site.shared_expert or ""),
-            f"{100 * site.flops_share:.1f}",
+            f"{100 * site.flops_share:.1f} %",
             readable_bytes(site.cache_bytes),
         )
     console.print(table)
-    flops = sum(site.flops for site in report.sites)
-    cache = sum(site.cache_bytes for site in report.sites)
+    for form, paths in _by_form(report.sites).items():
+        _print_note(console, "MoE ", paths, form)
+    for paths, reason in _by_reason(report.refused):
+        _print_note(console, "left alone ", paths, reason)
     share = sum(site.flops_share for site in report.sites)
     console.print(
-        f"{len(report.sites)} sites, {flops / 1e9:.3f} GFLOPs a call ({100 * share:.1f} % of the model's), "
-        f"{readable_bytes(cache)} of cache",
+        f"{len(report.sites)} sites hold {100 * share:.1f} % of {report.flops / 1e9:.3f} GFLOPs a full step; "
+        f"{readable_bytes(report.cache_bytes)} of cache; batch {report.batch}.",
         highlight=False,
     )
-    for path, reason in report.refused:
-        console.print(Text.assemble(("refused ", "bold yellow"), (path, "cyan"), f": {reason}"), soft_wrap=True)
+
+
+def _print_note(console: Console, label: str, paths: str, text: str) -> None:
+    console.print(Text.assemble((label, "bold"), (paths, "cyan"), f": {text}"))
+
+
+def _by_form(sites: tuple[SiteReport, ...]) -> dict[str, str]:
+    """Router and shared expert, which are long and mostly alike -> the MoE sites that have them."""
+    forms: dict[str, list[str]] = {}
+    for site in sites:
+        if site.router is not None:
+            shared = f"shared expert {_inside(site.path, site.shared_expert)}" if site.shared_expert else "none shared"
+            forms.setdefault(f"router {site.router}; {shared}", []).append(site.path)
+    return {form: ", ".join(paths) for form, paths in forms.items()}
+
+
+def _by_reason(refused: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
+    """(paths, reason), a reason once."""
+    reasons: dict[str, list[str]] = {}
+    for path, reason in refused:
+        reasons.setdefault(reason, []).append(path or "(the model)")
+    return [(", ".join(paths), reason) for reason, paths in reasons.items()]
+
+
+def _inside(site: str, path: str) -> str:
+    """`path` seen from the site."""
+    return path.removeprefix(f"{site}.")
 
 
 def readable_bytes(count: int) -> str:

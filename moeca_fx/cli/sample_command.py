@@ -17,6 +17,7 @@ from moeca_fx.cli.target import HELP, Target, load_target
 from moeca_fx.demo.files import prepare_folder, write_whole
 from moeca_fx.demo.picture import sample_grid
 from moeca_fx.errors import ConfigError, InputError, require
+from moeca_fx.runtime.module import TransformedModel
 from moeca_fx.zoo.digits.sampling import sample as euler
 
 COLUMNS = 10
@@ -70,7 +71,7 @@ def sample(
     zoom = max(1, PICTURE_PIXELS // images.shape[-1])
     write_whole(out, sample_grid(images, COLUMNS, zoom).save)
     console = stdout()
-    if policy is Policy.moeca:
+    if isinstance(model, TransformedModel) and policy is Policy.moeca:
         console.print(str(model.stats()), markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{len(labels)} samples, {steps} steps, {seconds:.1f} s, {policy}: {out}",

@@ -34,6 +34,53 @@ TINY_MODELS = """
     def wrong_inputs():
         return tiny(), (torch.zeros(2, 3),)
 
+    def wrong_shapes():
+        x, t, y = example_inputs(tiny())
+        return tiny(), (x[:, :, :3], t, y)
+
+    def not_finite():
+        x, t, y = example_inputs(tiny())
+        return tiny(), (x / 0, t, y)
+
+    def hooked():
+        model = tiny()
+        model.blocks[0].attn.register_forward_hook(lambda *_: None)
+        return model
+
+    def quantised():
+        model = tiny()
+        for projection in model.blocks[1].mlp.experts.modules():
+            if isinstance(projection, nn.Linear):
+                codes = torch.zeros(projection.weight.shape, dtype=torch.int8)
+                projection.weight = nn.Parameter(codes, requires_grad=False)
+        return model
+
+    def unproven():
+        model = tiny()
+        experts = model.blocks[1].mlp.experts
+
+        class Shifted(type(experts)):
+            def forward(self, hidden, index, weight):
+                total = torch.ones_like(hidden)  # added to what the experts give
+                for expert, module in enumerate(self.blocks):
+                    token, slot = torch.where(index == expert)
+                    total.index_add_(0, token, module(hidden[token]) * weight[token, slot, None])
+                return total
+
+        experts.__class__ = Shifted
+        return model
+
+    class Parallel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3))
+
+        def forward(self, x):
+            return sum(layer(x) for layer in self.layers)
+
+    def parallel_branches():
+        return Parallel().eval(), (torch.zeros(2, 4),)
+
     def bare_linear():
         return nn.Linear(4, 4)
 

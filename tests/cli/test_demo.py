@@ -12,7 +12,7 @@ from moeca_fx.demo.table import table_cells
 from moeca_fx.demo.timing import median_speedup, pinned_threads, time_interleaved
 from moeca_fx.errors import ConfigError, MoecaError
 
-QUICK = ("--steps", "9", "--batch", "10", "--repeats", "1", "--interval", "3")
+QUICK = ("--steps", "9", "--batch", "10", "--repeats", "2", "--interval", "3", "--threads", "1")
 
 
 @pytest.fixture
@@ -96,9 +96,7 @@ def test_threads_are_pinned_and_restored():
 
 
 def test_table_cells_of_an_exact_variant():
-    variant = VariantResult(
-        "vectorised", (2.0, 4.0, 3.0), 1.5, 1.0, math.inf, math.inf, 1.0, 0.96875, None, 0
-    )
+    variant = VariantResult("vectorised", (2.0, 4.0, 3.0), 1.5, 1.0, math.inf, math.inf, 1.0, 0.96875, None, 0)
     assert table_cells(variant) == (
         "vectorised",
         "3.00",

@@ -29,9 +29,7 @@ def test_the_comparison_shows_the_difference_ten_times():
     changed = reference + 0.2  # a tenth of the range of 2, ten times
     panels = [Panel("a", "", reference), Panel("b", "", reference), Panel("c", "", changed)]
     picture = comparison(panels, columns=2, zoom=4, footer="")
-    colours = {
-        colour for _, colour in picture.crop((picture.width * 2 // 3, 0, *picture.size)).getcolors(100_000)
-    }
+    colours = {colour for _, colour in picture.crop((picture.width * 2 // 3, 0, *picture.size)).getcolors(100_000)}
     assert DIFFERENCE in colours
     middle = picture.crop((picture.width // 3, 0, picture.width * 2 // 3, picture.height))
     assert DIFFERENCE not in {colour for _, colour in middle.getcolors(100_000)}
@@ -39,9 +37,7 @@ def test_the_comparison_shows_the_difference_ten_times():
 
 def test_panels_of_different_shapes_are_refused():
     with pytest.raises(InputError, match="one shape"):
-        comparison(
-            [Panel("a", "", torch.zeros(1, 1, 8, 8)), Panel("b", "", torch.zeros(2, 1, 8, 8))], 1, 1, ""
-        )
+        comparison([Panel("a", "", torch.zeros(1, 1, 8, 8)), Panel("b", "", torch.zeros(2, 1, 8, 8))], 1, 1, "")
     with pytest.raises(InputError, match=r"\[B, C, H, W\]"):
         sample_grid(torch.zeros(8, 8), 1, 1)
 
@@ -50,9 +46,7 @@ def test_psnr_by_hand():
     reference = torch.zeros(2, 1, 8, 8)
     images = torch.stack([reference[0] + 0.02, reference[1]])
     assert psnr_per_image(images, reference)[0].item() == pytest.approx(40.0, abs=1e-3)  # 20 log10(2 / .02)
-    assert psnr(images, reference) == pytest.approx(
-        40.0 + 10 * math.log10(2), abs=1e-3
-    )  # half the squared error
+    assert psnr(images, reference) == pytest.approx(40.0 + 10 * math.log10(2), abs=1e-3)  # half the squared error
     assert psnr(reference, reference) == math.inf
 
 

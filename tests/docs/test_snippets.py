@@ -61,9 +61,7 @@ def test_the_configuration_table_names_every_field():
         names = re.findall(r"`(\w+)`", row[1])
         documented |= dict(zip(names, row[2].strip().split(", "), strict=True))
     defaults = moeca_fx.MoECa().as_dict().items()
-    assert documented == {
-        name: f'`"{value}"`' if isinstance(value, str) else str(value) for name, value in defaults
-    }
+    assert documented == {name: f'`"{value}"`' if isinstance(value, str) else str(value) for name, value in defaults}
 
 
 def test_the_version_is_the_same_everywhere():
