@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from moeca_fx.discover import MoERegion
 from moeca_fx.discover.prove import replaced_method
 from moeca_fx.errors import CaptureError, InputError
+from moeca_fx.model_checks import run_once
 from moeca_fx.ops.experts import live_regions
 
 _unique = itertools.count()
@@ -55,10 +56,13 @@ def capture(
         args, kwargs: example inputs. A batch of one is doubled for tracing, so that the batch stays dynamic.
 
     Raises:
+        InputError: the model cannot run on these inputs.
         CaptureError: torch.export cannot trace the model, or the trace does not reproduce it.
     """
     args, kwargs = at_least_two(args, kwargs)
     keyed = {f"{region.path}.{region.method}#{next(_unique)}": region for region in regions}
+    with torch.no_grad():
+        run_once(model, args, kwargs)  # what the model itself cannot run is no fault of the trace
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_regions_as_markers(model, keyed))
