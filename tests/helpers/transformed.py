@@ -1,0 +1,53 @@
+"""Transformed tiny models, made once a session and given out as new: no trajectories, statistics or warnings."""
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+import moeca_fx
+from moeca_fx import MoECa
+from moeca_fx.runtime.module import TransformedModel
+from tests.helpers import zoo_models
+from tests.helpers.toys import Toy, toy, toy_inputs
+from tests.helpers.zoo_models import Family
+
+SOME = MoECa(tau0=0.6)  # on the inputs of `zoo_models.trajectory`, part of the branches is recomputed
+
+
+@cache
+def _zoo_pair(family: Family, policy: MoECa | None) -> tuple[nn.Module, TransformedModel]:
+    model = zoo_models.tiny(family)
+    return model, moeca_fx.transform(model, zoo_models.inputs(), policy=policy)
+
+
+@cache
+def _toy_pair(policy: MoECa | None) -> tuple[Toy, TransformedModel]:
+    model = toy()
+    return model, moeca_fx.transform(model, toy_inputs(), policy=policy)
+
+
+def zoo_pair(family: Family = "dsmoe", policy: MoECa | None = SOME) -> tuple[nn.Module, TransformedModel]:
+    """(original, transformed) of a zoo family; do not change their weights."""
+    model, fast = _zoo_pair(family, policy)
+    return model, as_new(fast)
+
+
+def toy_pair(policy: MoECa | None = SOME) -> tuple[Toy, TransformedModel]:
+    """(original, transformed) toy; do not change their weights."""
+    model, fast = _toy_pair(policy)
+    return model, as_new(fast)
+
+
+def as_new(fast: TransformedModel) -> TransformedModel:
+    """Drop trajectories, statistics and given warnings; compiled programs stay."""
+    fast._moeca.trajectories.clear()
+    fast._moeca._warned.clear()
+    fast.reset_stats()
+    return fast
+
+
+def run(fast: nn.Module, steps: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """The predictions of consecutive calls, copied."""
+    with torch.no_grad():
+        return [zoo_models.prediction(fast(*inputs)).clone() for inputs in steps]
