@@ -14,10 +14,12 @@ _SHOWN = 3
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise `UnsupportedModelError` for training mode, hooks and quantised weights; names the modules."""
+    """Raise `UnsupportedModelError` for transformed models, training mode, hooks and quantised weights; names the modules."""
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a torch.nn.Module, found {name}; pass the denoiser, not the pipeline")
+    if "_moeca" in vars(model):
+        raise UnsupportedModelError(f"{name}: is transformed already; pass the original model, with any policy")
     training = [path or name for path, module in model.named_modules() if module.training]
     if training:
         raise UnsupportedModelError(

@@ -40,8 +40,14 @@ class Program:
     timestep: int | None
 
     def split(self, results: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
-        """The model's own result, and the flat rest."""
-        return pytree.tree_unflatten(list(results[: self.outputs]), self.out_spec), list(results[self.outputs :])
+        """The model's own result, and the flat rest; a result in a cache's memory is copied, later steps write there."""
+        rest = list(results[self.outputs :])
+        held = {tensor.untyped_storage().data_ptr() for tensor in rest}
+        own = [
+            leaf.clone() if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in held else leaf
+            for leaf in results[: self.outputs]
+        ]
+        return pytree.tree_unflatten(own, self.out_spec), rest
 
 
 def build_program(
