@@ -40,7 +40,7 @@ class Program:
     timestep: int | None
 
     def split(self, results: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
-        """The model's own result, and the flat rest; a result in a cache's memory is copied, later steps write there."""
+        """The model's own result and the flat rest; results in a cache's memory are copied: later steps write there."""
         rest = list(results[self.outputs :])
         held = {tensor.untyped_storage().data_ptr() for tensor in rest}
         own = [
