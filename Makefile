@@ -12,10 +12,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_INSTALL_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: demo test slow lint format clean help
+.PHONY: demo results test slow lint format clean help
 
 help:
 	@echo "make demo    set up, then sample digits with the original, vectorised and cached model"
+	@echo "make results the demo, then the README's table and picture from it; on a quiet machine"
 	@echo "make test    set up, then run the fast test suite"
 	@echo "make slow    the slow tests"
 	@echo "make lint    ruff (lint, format) and mypy"
@@ -24,6 +25,9 @@ help:
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/moeca-fx demo
+
+results: demo
+	$(BIN)/python docs/update_results.py out/demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -1,6 +1,6 @@
-"""Copy a demo's picture and numbers here and rewrite the results table of the README from them.
+"""Copy a demo's picture and numbers here and rewrite the results section of the README from them.
 
-Usage: python docs/update_results.py out/demo
+Usage: python docs/update_results.py out/demo (or `make results`, which runs the demo first)
 """
 
 import json
@@ -36,6 +36,8 @@ def results_section(record: dict[str, Any]) -> str:
         "PSNR and SSIM compare with the original's images. Class accuracy is the share of samples that a",
         "classifier trained on the real digits reads as the class that was asked for. Reuse is the share of",
         "the routed branches of cached steps that were not computed.",
+        "",
+        "![Samples of the original, the vectorised and the cached model, and their differences](docs/demo.png)",
     ]
     return "\n".join(lines) + "\n"
 

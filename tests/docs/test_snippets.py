@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import moeca_fx
+from moeca_fx.passes import PIPELINE
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -51,6 +52,27 @@ def test_the_tree_names_what_exists():
     assert [name for name in inside if not (ROOT / "moeca_fx" / name).exists()] == []
     packages = {f"{path.parent.name}/" for path in (ROOT / "moeca_fx").glob("*/__init__.py")}
     assert packages - set(inside) == set()
+
+
+def test_the_diagram_shows_the_pipeline():
+    diagram = README.read_text().partition("## How it works")[2].partition("1. **discover**")[0]
+    passes = ["discover", *(name for name, _ in PIPELINE)]
+    assert re.findall(r"─▶ (\w+)(?= ─)", diagram) == passes
+    listed = re.findall(r"^\d\. \*\*(\w+)\*\*", README.read_text(), flags=re.MULTILINE)
+    assert listed == passes
+
+
+def test_the_cached_step_is_described_with_operations_it_has():
+    section = README.read_text().partition("### How a cached step works")[2].partition("\n## ")[0]
+    before, after = re.findall(r"^```\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+    model = moeca_fx.zoo.build("digits")
+    graphs = moeca_fx.inspect(model, moeca_fx.zoo.example_inputs(model)).graphs
+    for text, stage in ((before, "vectorize_experts"), (after, "lower_inplace.cached")):
+        named = set(re.findall(r"(\w+)\(", text)) - {"norm2"}  # abridged: the norm and its modulation
+        graph = graphs[stage]
+        assert sorted(name for name in named if f"{name}(" not in graph) == []
+    states = set(re.findall(r"cache_(\w+)", after))
+    assert {name for name in states if f"_{name} = input" not in graphs["lower_inplace.cached"]} == set()
 
 
 def test_the_configuration_table_names_every_field():
