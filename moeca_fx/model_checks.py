@@ -14,7 +14,7 @@ _SHOWN = 3
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise `UnsupportedModelError` for a transformed or training model, hooks and quantised weights; names the modules."""
+    """Raise `UnsupportedModelError`, naming the modules: transformed already, training, hooked or quantised."""
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"expected a torch.nn.Module, found {name}; pass the denoiser, not the pipeline")

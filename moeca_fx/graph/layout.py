@@ -8,12 +8,12 @@ on a few rows instead of all: that is the proof behind every row program.
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 
+from moeca_fx.graph.reshape_groups import reshape_groups
 from moeca_fx.graph.rewrite import example_value
 from moeca_fx.graph.slicing import RESHAPES
 
@@ -214,7 +214,7 @@ def _broadcast(node: fx.Node, tokens: dict[fx.Node, TokenAxes]) -> TokenAxes:
 
 def _reshaped(node: fx.Node, have: TokenAxes, old: tuple[int, ...], new: tuple[int, ...]) -> TokenAxes:
     """Follow the axes through a reshape: kept, merged into one axis, or split again."""
-    groups = _reshape_groups(old, new)
+    groups = reshape_groups(old, new)
     place: dict[int, tuple[list[int], list[int]]] = {}
     for before, after in groups:
         for axis in before:
@@ -233,19 +233,3 @@ def _reshaped(node: fx.Node, have: TokenAxes, old: tuple[int, ...], new: tuple[i
     elif all(len(part) == 1 for group in (batch_group, token_group) for part in group):
         return TokenAxes(batch_group[1][0], token_group[1][0])
     raise _refuse(node, f"reshapes {old} to {new}, which mixes the token axis with others")
-
-
-def _reshape_groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """Smallest runs of old and new axes with equal sizes; axes of size 1 belong to no run."""
-    left = [axis for axis, size in enumerate(old) if size != 1]
-    right = [axis for axis, size in enumerate(new) if size != 1]
-    groups = []
-    while left and right:
-        before, after = [left.pop(0)], [right.pop(0)]
-        while prod(old[axis] for axis in before) != prod(new[axis] for axis in after):
-            if prod(old[axis] for axis in before) < prod(new[axis] for axis in after):
-                before.append(left.pop(0))
-            else:
-                after.append(right.pop(0))
-        groups.append((before, after))
-    return groups

@@ -28,7 +28,8 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def has_onednn() -> bool:
     """Whether this build of torch brings the oneDNN linear."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # untyped in torch
+    return bool(available) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @functools.cache

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from moeca_fx.graph.state import SCALES_WITH, Counter, StateSpec
 from moeca_fx.ops import dispatch, rows
+
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,15 @@ def measure_step_flops(
     return StepFlops(full_total, sum(none.values()), each)
 
 
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, with the attention kernel for CPUs that it has no formula for (torch 2.13)."""
+    return FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops})
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
 def node_flops(
     module: fx.GraphModule,
     leaves: Sequence[Any],
@@ -71,7 +82,7 @@ def node_flops(
         inputs = [fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
         inputs += [torch.empty(shape, dtype=state.dtype, device=device) for state, shape in caches]
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), flop_counter() as counter:
             interpreter = _FlopInterpreter(module, counter, selected)
             interpreter.run(*inputs)
     return interpreter.flops

@@ -5,21 +5,19 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from moeca_fx.discover import MoERegion
 from moeca_fx.errors import UnsupportedModelError
-from moeca_fx.graph.sites import kind_of
-from moeca_fx.graph.state import Counter
 from moeca_fx.policies import MoECa
-from moeca_fx.runtime.flops import StepFlops, measure_step_flops, node_flops
+from moeca_fx.runtime.accounting import Accounting
 from moeca_fx.runtime.memory import MemoryReport, report
 from moeca_fx.runtime.program import Program, Signature, build_program, check_finite, signature_of
-from moeca_fx.runtime.statistics import Statistics, site_statistics
+from moeca_fx.runtime.statistics import Statistics
 from moeca_fx.runtime.timestep import timestep_value
 from moeca_fx.runtime.trajectory import Trajectory
 
@@ -30,18 +28,6 @@ _MANY_PROGRAMS = 8
 
 class NothingReusedWarning(UserWarning):
     """A run in which no branch was reused: it cost as much as the uncached model."""
-
-
-@dataclass
-class _Tally:
-    """Steps of one program at one batch size."""
-
-    program: Program
-    leaves: list[Any]
-    batch: int
-    full_steps: int = 0
-    cached_steps: int = 0
-    counters: Tensor | None = None
 
 
 class Runtime:
@@ -97,7 +83,7 @@ class Runtime:
             program = self.prepare(model, args, kwargs)
             _, leaves, batch = signature_of(args, kwargs)
             if program.graphs is None:
-                tally = self._tally(program, leaves, batch)
+                tally = self.accounting.tally(program, leaves, batch)
                 tally.full_steps += 1
                 return program.split(program.plain(*leaves))[0]
             return self._step(program, leaves, batch)
@@ -109,7 +95,7 @@ class Runtime:
             check_finite(leaves)
             timestep = timestep_value(leaves[program.timestep])
             trajectory = self._continue_or_begin(name, program, batch, timestep)
-            tally = self._tally(program, leaves, batch)
+            tally = self.accounting.tally(program, leaves, batch)
             if self.policy.is_full_step(trajectory.step):
                 carried = self._carried(program, trajectory, batch, leaves[program.timestep].device)
                 result, states = program.split(program.graphs.full(*leaves, *carried))
@@ -118,8 +104,7 @@ class Runtime:
                 result, rest = program.split(program.graphs.cached(*leaves, *trajectory.states))
                 *states, counters = rest
                 trajectory.count(counters)
-                tally.cached_steps += 1
-                tally.counters = counters if tally.counters is None else tally.counters + counters
+                tally.count_cached(counters)
             trajectory.advance(timestep, states)
         except BaseException:
             # A step that stopped halfway has written some caches and not others.
@@ -143,16 +128,8 @@ class Runtime:
                 return current
             self._end(current, reason)
         self.trajectories[name] = Trajectory(program, batch)
-        self._begun += 1
+        self.accounting.trajectories += 1
         return self.trajectories[name]
-
-    def _tally(self, program: Program, leaves: list[Any], batch: int) -> _Tally:
-        key = (id(program), batch)
-        if key not in self._tallies:
-            shapes = [torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
-            self._tallies[key] = _Tally(program, [*shapes, device], batch)
-        return self._tallies[key]
 
     # -- contexts -----------------------------------------------------------------------------------------------
 
@@ -205,9 +182,7 @@ class Runtime:
 
     def reset_stats(self) -> None:
         """Start counting anew; trajectories go on."""
-        self._tallies: dict[tuple[int, int], _Tally] = {}
-        self._flops: dict[tuple[int, int], StepFlops] = {}
-        self._begun = 0
+        self.accounting = Accounting()
 
     def stats(self) -> Statistics:
         """Totals so far; waits for the device, and measures FLOPs once for each program and batch size."""
@@ -215,39 +190,7 @@ class Runtime:
             for trajectory in self.trajectories.values():
                 if trajectory.step > 1:
                     self._end(trajectory, "stats() was called")
-        sites: dict[str, list[Any]] = {}
-        executed = uncached = 0
-        for key, tally in self._tallies.items():
-            flops = self._step_flops(key, tally)
-            counts = _named_counts(tally)
-            executed += flops.executed(tally.full_steps, tally.cached_steps, counts)
-            uncached += flops.full * (tally.full_steps + tally.cached_steps)
-            actions = dict(tally.program.graphs.actions) if tally.program.graphs else {}
-            for site in tally.program.sites.ordered:
-                samples = tally.cached_steps * tally.batch
-                part = site_statistics(site, kind_of(site), actions.get(site.path, "full"), samples, counts)
-                sites.setdefault(site.path, []).append(part)
-        return Statistics(
-            sites=tuple(_sum_sites(parts) for parts in sites.values()),
-            full_steps=sum(tally.full_steps for tally in self._tallies.values()),
-            cached_steps=sum(tally.cached_steps for tally in self._tallies.values()),
-            trajectories=self._begun,
-            flops_executed=executed,
-            flops_uncached=uncached,
-        )
-
-    def _step_flops(self, key: tuple[int, int], tally: _Tally) -> StepFlops:
-        if key not in self._flops:
-            *shapes, device = tally.leaves
-            leaves = [torch.empty_like(s, device=device) if isinstance(s, Tensor) else s for s in shapes]
-            graphs = tally.program.graphs
-            if graphs is None:
-                total = sum(node_flops(tally.program.plain, leaves).values())
-                self._flops[key] = StepFlops(total, total, {})
-            else:
-                measured = measure_step_flops(graphs.full, graphs.cached, graphs.states, leaves, tally.batch)
-                self._flops[key] = measured
-        return self._flops[key]
+        return self.accounting.statistics()
 
     def memory(self) -> MemoryReport:
         """Bytes that caches hold now, all contexts together."""
@@ -278,19 +221,4 @@ def original_view(model: nn.Module) -> nn.Module:
 
 def _detached(value: Any) -> Any:
     """Inputs as ordinary tensors: inference tensors cannot be traced."""
-    from torch.utils import _pytree as pytree
-
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, value)
-
-
-def _named_counts(tally: _Tally) -> dict[Counter, int]:
-    if tally.counters is None or tally.program.graphs is None:
-        return {}
-    return dict(zip(tally.program.graphs.counters, tally.counters.tolist(), strict=True))
-
-
-def _sum_sites(parts: list[Any]) -> Any:
-    from dataclasses import fields, replace
-
-    numbers = [f.name for f in fields(parts[0]) if f.name not in ("path", "kind")]
-    return replace(parts[0], **{name: sum(getattr(part, name) for part in parts) for name in numbers})

@@ -23,18 +23,15 @@ def _call(clock: float | Sequence[float], batch: int = 2, seed: int = 0) -> tupl
 def _kinds(calls: Sequence[tuple[Tensor, Tensor]], policy: MoECa | None = None) -> str:
     """One letter a call: T a full step that begins a trajectory, f another full step, c a cached one."""
     _, fast = toy_pair(policy or MoECa(interval=3))
-    kinds = ""
-    seen = (0, 0, 0)
+    kinds, cached_before = "", 0
     for inputs in calls:
         run(fast, [inputs])
-        stats = fast._moeca
-        now = (
-            sum(tally.full_steps for tally in stats._tallies.values()),
-            sum(tally.cached_steps for tally in stats._tallies.values()),
-            stats._begun,
-        )
-        kinds += "c" if now[1] > seen[1] else "T" if now[2] > seen[2] else "f"
-        seen = now
+        now = fast._moeca.trajectories["default"]
+        if now.step == 1:
+            kinds, cached_before = kinds + "T", 0
+        else:
+            kinds += "c" if now.cached_steps > cached_before else "f"
+        cached_before = now.cached_steps
     return kinds
 
 
