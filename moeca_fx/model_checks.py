@@ -67,12 +67,15 @@ def run_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(module._forward_hooks or module._forward_pre_hooks or backward)
 
 
 def _is_quantised(module: nn.Module) -> bool:
     if ".quantized" in type(module).__module__:
         return True
+    if any(b.dtype in (torch.int8, torch.uint8) and b.dim() >= 2 for b in module.buffers(recurse=False)):
+        return True  # weight-only quantisation keeps its integers in buffers
     tensors = [*module.parameters(recurse=False)]
     return any(not tensor.is_floating_point() or type(tensor.data) is not Tensor for tensor in tensors)
 
