@@ -80,6 +80,8 @@ def _prove_region(region: TracedRegion, calls: list[Call]) -> MoERegion | Refusa
     arguments, output = calls[0]
     if not isinstance(output, Tensor):
         return refuse(f"returns {type(output).__name__}; expected one tensor")
+    if not bool(torch.isfinite(output).all()):
+        return refuse("returned NaN or infinity in the probe run; check the weights and the example inputs")
     tensors = {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
     rows = [k for k, v in tensors.items() if v.is_floating_point() and v.shape == output.shape]
     ids = [k for k, v in tensors.items() if not v.is_floating_point() and v.dtype != torch.bool and v.dim() >= 1]
