@@ -67,6 +67,10 @@ def sample(
         bar = progress.add_task(f"sampling {target}", total=steps)
         images = euler(flow.velocity(model), noise, labels, steps, lambda done, _: progress.update(bar, completed=done))
     seconds = time.perf_counter() - start
+    if not torch.isfinite(images).all():
+        raise InputError(
+            f"TARGET {target!r}: its samples hold NaN or infinity, no picture was written; check its weights"
+        )
 
     zoom = max(1, PICTURE_PIXELS // images.shape[-1])
     write_whole(out, sample_grid(images, COLUMNS, zoom).save)

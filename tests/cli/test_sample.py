@@ -8,6 +8,7 @@ from torch import nn
 from moeca_fx import zoo
 from moeca_fx.cli.classes import parse_classes
 from moeca_fx.cli.flow import flow_of
+from moeca_fx.cli.target import load_target
 from moeca_fx.errors import InputError, TargetError
 
 STEPS = ("--steps", "6")
@@ -94,6 +95,19 @@ def test_bad_options_are_refused_before_anything_is_written(refuse, arguments, p
 def test_an_unwritable_place_is_refused(refuse, project):
     (project / "a_file").write_text("in the way")
     assert "a_file" in refuse("sample", "tiny_models:tiny", *STEPS, "--out", "a_file/picture.png")
+
+
+@pytest.mark.parametrize("policy", ["original", "moeca"])
+def test_weights_that_are_not_finite_give_no_picture(refuse, project, policy):
+    state = load_target("tiny_models:tiny").model.state_dict()
+    torch.save({name: tensor * torch.nan for name, tensor in state.items()}, "nan.pt")
+    message = refuse("sample", "tiny_models:tiny", *STEPS, "--weights", "nan.pt", "--policy", policy)
+    assert "NaN" in message
+
+
+def test_a_corrupt_weights_file_gives_no_picture(refuse, project):
+    (project / "cut.pt").write_bytes(b"PK\x03\x04 and no more")
+    assert "cut.pt is no readable torch weights file" in refuse("sample", "tiny_models:tiny", "--weights", "cut.pt")
 
 
 def test_a_model_without_a_known_sampler_is_refused(refuse):
