@@ -1,6 +1,7 @@
 """The runtime behind a transformed model: programs, contexts, steps, statistics."""
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,14 @@ _MANY_PROGRAMS = 8
 
 class NothingReusedWarning(UserWarning):
     """A run in which no branch was reused: it cost as much as the uncached model."""
+
+
+def _levels_to_the_caller() -> int:
+    """`stacklevel` of the first frame outside this package and torch, for a warning raised by the caller of this."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(("moeca_fx.", "torch.")):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class Runtime:
@@ -159,7 +168,8 @@ class Runtime:
         why = self._why_nothing_reused(trajectory, reason)
         if why is not None and "nothing reused" not in self._warned:
             self._warned.add("nothing reused")
-            warnings.warn(f"moeca_fx: a run of {trajectory.step} steps reused nothing: {why}", NothingReusedWarning, 6)
+            message = f"moeca_fx: a run of {trajectory.step} steps reused nothing: {why}"
+            warnings.warn(message, NothingReusedWarning, _levels_to_the_caller())
 
     def _why_nothing_reused(self, trajectory: Trajectory, reason: str) -> str | None:
         assert self.policy is not None
