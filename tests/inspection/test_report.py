@@ -6,12 +6,12 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import moeca_fx
 from moeca_fx import MoECa
 from moeca_fx.errors import InputError, UnsupportedModelError
 from moeca_fx.inspection import InspectionReport, graph_text
+from moeca_fx.runtime.flops import flop_counter
 from tests.discover import layers
 from tests.helpers import zoo_models
 from tests.helpers.graphs import Compute, exported, stream
@@ -53,7 +53,7 @@ def test_flops(report: InspectionReport) -> None:
     total = sum(site.flops_share for site in report.sites)
     assert 0.5 < total <= 1.0  # the rest: embeddings, modulation and the final layer
     fast = moeca_fx.transform(zoo_models.tiny_dsmoe(depth=4), zoo_models.inputs(BATCH), policy=None)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         fast(*zoo_models.inputs(BATCH))
     assert report.flops == counter.get_total_flops()
 

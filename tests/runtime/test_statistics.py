@@ -6,11 +6,11 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import moeca_fx
 from moeca_fx import MoECa, NothingReusedWarning
 from moeca_fx.graph.sites import MoESite
+from moeca_fx.runtime.flops import flop_counter
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers import zoo_models
 from tests.helpers.toys import PICKS, TOKENS, toy, toy_inputs
@@ -52,7 +52,7 @@ def test_exact_counts_at_both_ends(policy: MoECa, share: int) -> None:
 
 def _counted(fast: TransformedModel, steps: list[tuple[Tensor, ...]]) -> int:
     """FLOPs that a counter sees while the calls really run."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         run(fast, steps)
     return int(counter.get_total_flops())
 
@@ -69,7 +69,7 @@ def test_flops_are_those_that_ran(family: Family) -> None:
     assert stats.flops_uncached == 6 * _counted(fast, steps[:1])
     assert stats.flops_saved == stats.flops_uncached - stats.flops_executed
     assert stats.flops_speedup == stats.flops_uncached / stats.flops_executed
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         model(*steps[0])
     # Grouping changes no work; the weighted sum of branches has become a product, which counts.
     branches = 3 * zoo_models.TOKENS * sum(site.top_k for site in _moe_sites(fast))
