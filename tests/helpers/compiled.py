@@ -1,5 +1,6 @@
 """Step graphs built once: vectorised stages, from which any policy's graphs follow in a moment."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ def vectorized(model: nn.Module, inputs: tuple[Tensor, ...]) -> Vectorized:
 
 
 def run_steps(
-    graphs: CachedGraphs, steps: list[tuple[Tensor, ...]], outputs: int = 1
+    graphs: CachedGraphs, steps: Sequence[tuple[Tensor, ...]], outputs: int = 1
 ) -> tuple[list[Tensor], list[Tensor]]:
     """One full step, then cached ones: the first output of each, and the counters of the cached steps."""
     batch = steps[0][0].shape[0]

@@ -16,10 +16,8 @@ from moeca_fx.passes.insert_cache import share_copy
 from moeca_fx.passes.locate import locate
 from moeca_fx.passes.normalize import normalize
 
-Target = Callable[..., Any]
 
-
-def count_ops(module: fx.GraphModule, target: Target) -> int:
+def count_ops(module: fx.GraphModule, target: Any) -> int:
     """How many nodes call `target`."""
     return sum(node.op == "call_function" and node.target is target for node in module.graph.nodes)
 
@@ -28,7 +26,7 @@ def check_pass(
     module: fx.GraphModule,
     run: Callable[[fx.GraphModule], object],
     examples: Sequence[Sequence[Any]],
-    ops: Mapping[Target, tuple[int, int]],
+    ops: Mapping[Any, tuple[int, int]],
     tolerance: float = 0.0,
 ) -> fx.GraphModule:
     """Run a pass on a copy of `module` and assert what must hold; returns the rewritten copy.

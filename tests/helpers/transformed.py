@@ -1,5 +1,6 @@
 """Transformed tiny models, made once a session and given out as new: no trajectories, statistics or warnings."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -47,7 +48,7 @@ def as_new(fast: TransformedModel) -> TransformedModel:
     return fast
 
 
-def run(fast: nn.Module, steps: list[tuple[Tensor, ...]]) -> list[Tensor]:
+def run(fast: nn.Module, steps: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
     """The predictions of consecutive calls, copied."""
     with torch.no_grad():
         return [zoo_models.prediction(fast(*inputs)).clone() for inputs in steps]
