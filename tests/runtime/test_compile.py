@@ -85,7 +85,7 @@ def _recomputed(graphs: CachedGraphs, pairs: list[list[tuple[Tensor, Tensor]]]) 
     return [int(call[-1][0][index]) for call in pairs]
 
 
-@pytest.mark.parametrize("family", ["dsmoe", "ditmoe-packed"])
+@pytest.mark.parametrize("family", ["dsmoe", pytest.param("ditmoe-packed", marks=pytest.mark.slow)])
 def test_one_graph_each_whatever_the_miss_rate(family: zoo_models.Family) -> None:
     _, fast = zoo_pair(family, REUSE_MATCHED)
     inputs = zoo_models.inputs(3, seed=1, t=0.3)

@@ -10,10 +10,10 @@ from tests.helpers.zoo_models import FAMILIES, Family, prediction, relative_erro
 
 EVERY_STEP_FULL = MoECa(interval=1)
 TOLERANCE = 1e-5
+FULL_RUNS = [*((family, EVERY_STEP_FULL) for family in FAMILIES), ("dsmoe", None), ("ditmoe-packed", None)]
 
 
-@pytest.mark.parametrize("policy", [EVERY_STEP_FULL, None], ids=["interval 1", "no policy"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "policy"), FULL_RUNS)
 def test_full_steps_equal_the_original(family: Family, policy: MoECa | None) -> None:
     model, fast = zoo_pair(family, policy)
     with torch.no_grad():
@@ -30,8 +30,7 @@ def test_full_steps_equal_the_original(family: Family, policy: MoECa | None) -> 
     assert stats.flops_executed == stats.flops_uncached > 0
 
 
-@pytest.mark.parametrize("policy", [EVERY_STEP_FULL, None], ids=["interval 1", "no policy"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "policy"), FULL_RUNS)
 def test_guided_full_steps_equal_the_original(family: Family, policy: MoECa | None) -> None:
     model, fast = zoo_pair(family, policy)
     with torch.no_grad():
