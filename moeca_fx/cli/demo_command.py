@@ -80,8 +80,8 @@ def print_result(console: Console, result: DemoResult) -> None:
         table.add_row(*table_cells(variant), style="bold" if variant.name == "cached" else None)
     console.print(table)
     console.print(
-        f"Seconds: median of {settings.repeats} interleaved trajectories on {settings.threads} CPU threads, "
-        "float32, without torch.compile. Speed-up: median of the ratios within a round. PSNR and SSIM: "
+        f"Seconds: median over interleaved rounds ({settings.repeats}); CPU threads: {settings.threads}; float32, "
+        "without torch.compile. Speed-up: median of the ratios within a round. PSNR and SSIM: "
         "against the original's images from the same noise. Reuse: share of routed branches of cached steps.",
         highlight=False,
         style="dim",

@@ -92,7 +92,7 @@ def _print_report(console: Console, name: str, report: InspectionReport) -> None
         _print_note(console, "left alone ", paths, reason)
     share = sum(site.flops_share for site in report.sites)
     console.print(
-        f"{len(report.sites)} sites hold {100 * share:.1f} % of {report.flops / 1e9:.3f} GFLOPs a full step; "
+        f"{len(report.sites)} sites hold {100 * share:.1f} % of {_readable(report.flops, 'FLOPs')} a full step; "
         f"{readable_bytes(report.cache_bytes)} of cache; batch {report.batch}.",
         highlight=False,
     )
@@ -127,12 +127,16 @@ def _inside(site: str, path: str) -> str:
 
 def readable_bytes(count: int) -> str:
     """Bytes in decimal units, three digits: ``"12.3 MB"``."""
-    amount, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
+    return _readable(count, "B")
+
+
+def _readable(count: int, unit: str) -> str:
+    amount, prefix = float(count), ""
+    for larger in ("k", "M", "G", "T"):
         if amount < 999.5:
             break
-        amount, unit = amount / 1000, larger
-    return f"{amount:.3g} {unit}"
+        amount, prefix = amount / 1000, larger
+    return f"{amount:.3g} {prefix}{unit}"
 
 
 def _number(value: int | None) -> str:

@@ -84,7 +84,7 @@ def _find_factory(text: str) -> Callable[..., Any]:
         ) from error
     for part in path.split("."):
         if not hasattr(found, part):
-            public = [name for name in vars(found) if not name.startswith("_") and callable(getattr(found, name))]
+            public = [name for name, value in vars(found).items() if _is_offered(name, value, module_name)]
             offered = f"; it offers: {', '.join(sorted(public))}" if public else ""
             raise TargetError(f"TARGET {text!r}: {module_name} has no attribute {path!r}{offered}")
         found = getattr(found, part)
@@ -92,6 +92,11 @@ def _find_factory(text: str) -> Callable[..., Any]:
         raise TargetError(f"TARGET {text!r}: expected a function that returns a model, found {type(found).__name__}")
     factory: Callable[..., Any] = found
     return factory
+
+
+def _is_offered(name: str, value: Any, module: str) -> bool:
+    """Whether a module defines this function or class itself, for others to use."""
+    return not name.startswith("_") and callable(value) and getattr(value, "__module__", None) == module
 
 
 def _call(text: str, factory: Callable[..., Any], batch: int) -> Any:

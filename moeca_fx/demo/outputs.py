@@ -1,6 +1,7 @@
 """Write what the demo found: the comparison picture and the numbers, each whole or not at all."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,8 +39,8 @@ def write_outputs(run: DemoRun, folder: Path) -> DemoFiles:
     footer = (
         f"{settings.batch} class-conditional samples, sorted by class,\n"
         "from the same noise in every panel.\n"
-        f"{settings.steps} Euler steps, {settings.threads} CPU threads, float32;\n"
-        f"seconds are the median of {settings.repeats}."
+        f"{settings.steps} Euler steps, float32, CPU threads: {settings.threads};\n"
+        f"seconds are medians, rounds: {settings.repeats}."
     )
     picture = comparison(panels, columns=8, zoom=6, footer=footer)
     write_whole(files.picture, picture.save)
@@ -52,4 +53,5 @@ def _caption(variant: VariantResult) -> str:
     seconds = f"{variant.median_seconds:.1f} s"
     if variant.name == ORIGINAL:
         return f"{seconds}, the reference"
-    return f"{seconds}, {variant.speedup:.2f}x faster, {variant.psnr:.1f} dB PSNR"
+    likeness = "equal images" if math.isinf(variant.psnr) else f"{variant.psnr:.1f} dB PSNR"
+    return f"{seconds}, speed-up {variant.speedup:.2f}, {likeness}"

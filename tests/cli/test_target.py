@@ -49,7 +49,7 @@ def test_weights_are_loaded_into_a_factory_model(project):
         ("tiny_models:", ["both sides"]),
         ("nobody_has_this:tiny", ["importing nobody_has_this failed", "ModuleNotFoundError"]),
         ("broken_module:tiny", ["importing broken_module failed", "a_package_nobody_has"]),
-        ("tiny_models:tinny", ["no attribute 'tinny'", "tiny_batch"]),
+        ("tiny_models:tinny", ["no attribute 'tinny'; it offers: Parallel, a_number", "tiny_batch"]),
         ("tiny_models:constant", ["expected a function", "found int"]),
         ("tiny_models:failing", ["the factory failed", "RuntimeError: out of luck"]),
         ("tiny_models:a_number", ["found int"]),
