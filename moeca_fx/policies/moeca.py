@@ -22,7 +22,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class MoECa:
-    """Expert-branch caching as published; the defaults are the paper's.
+    """Expert-branch caching as published; the numbers are the paper's, what it leaves open is settled by measurement.
 
     Args:
         interval: cycle length N; step j of a trajectory is full when ``j % interval == 0``. 1 makes every step full.
@@ -32,7 +32,7 @@ class MoECa:
         lambda1: weight of the routing-weight drift in the score (Eq. 9), >= 0.
         lambda2: weight of the cached branch's contribution in the score (Eq. 9), >= 0.
         score_weight: what the score reads: ``"share"`` of a token's total routing weight, or the ``"raw"`` weight.
-        entropy_norm: entropy scaled to [0, 1] over the experts of a site (``"minmax"``) or by log T (``"log"``).
+        entropy_norm: entropy scaled to [0, 1] by log T (``"log"``) or over the experts of a site (``"minmax"``).
         attention: ``"synchronized"`` refreshes the rows of tokens with a recomputed branch (section 4.1);
             ``"reuse"`` keeps the cached output on cached steps; ``"full"`` recomputes attention at every step.
         dense_ffn: dense blocks ``"inherit"`` the refreshed tokens of the nearest earlier MoE site, ``"reuse"`` or run
@@ -50,7 +50,7 @@ class MoECa:
     lambda1: float = 1.1
     lambda2: float = 0.6
     score_weight: ScoreWeight = "share"
-    entropy_norm: EntropyNorm = "minmax"
+    entropy_norm: EntropyNorm = "log"
     attention: AttentionMode = "synchronized"
     dense_ffn: RowMode = "inherit"
     shared_expert: RowMode = "inherit"
