@@ -26,7 +26,7 @@ def results_section(record: dict[str, Any]) -> str:
     lines = [
         f"`make demo`: the shipped digits model ({parameters:.1f} M parameters, 16 experts, top-4),",
         f"{settings['batch']} images, {settings['steps']} Euler steps, the same noise for all, on",
-        f"{settings['threads']} CPU threads in float32 with torch {torch_version}, without",
+        f"a CPU (threads: {settings['threads']}) in float32 with torch {torch_version}, without",
         f"`torch.compile`; medians of {settings['repeats']} interleaved trajectories.",
         "",
         "| " + " | ".join(HEADINGS) + " |",

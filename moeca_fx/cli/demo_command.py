@@ -11,7 +11,7 @@ from rich.table import Table
 from moeca_fx.cli.console import stdout, step_progress
 from moeca_fx.demo.files import prepare_folder
 from moeca_fx.demo.result import DemoResult
-from moeca_fx.demo.settings import DemoSettings, default_threads
+from moeca_fx.demo.settings import DemoSettings
 from moeca_fx.demo.table import HEADINGS, table_cells
 from moeca_fx.errors import require
 
@@ -24,7 +24,9 @@ def demo(
     repeats: Annotated[int, typer.Option(help="Timed trajectories of each variant.")] = DEFAULTS.repeats,
     interval: Annotated[int, typer.Option(help="Cycle length: every n-th step is full.")] = DEFAULTS.interval,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = DEFAULTS.seed,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="2, or the cores there are")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads.", show_default="1 or 2, whichever is faster")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("out/demo"),
 ) -> None:
     """Sample digits with the original, the vectorised and the cached model, and compare time and images."""
@@ -34,7 +36,7 @@ def demo(
         repeats=repeats,
         interval=interval,
         seed=seed,
-        threads=default_threads() if threads is None else threads,
+        threads=threads,
     )
     for package in ("PIL", "numpy", "safetensors", "sklearn", "torchmetrics"):
         require(package, "demo")

@@ -1,6 +1,6 @@
 """Run the demo: build the three variants, warm them up, time them in turns, compare their images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 import moeca_fx
 from moeca_fx.demo.result import DemoResult, VariantResult
-from moeca_fx.demo.settings import DemoSettings
-from moeca_fx.demo.timing import median_speedup, pinned_threads, time_interleaved
+from moeca_fx.demo.settings import DemoSettings, most_threads
+from moeca_fx.demo.timing import fastest_threads, median_speedup, pinned_threads, time_interleaved
 from moeca_fx.evaluate import psnr, psnr_per_image, ssim
 from moeca_fx.runtime.module import TransformedModel
 from moeca_fx.zoo.digits import classifier, sampling
 
 ORIGINAL, VECTORISED, CACHED = "original", "vectorised", "cached"
+TRIAL_STEPS = 4
+"""Steps of the original's trial runs when the number of threads is chosen."""
 
 
 class DemoObserver(Protocol):
@@ -59,14 +61,17 @@ def run_demo(settings: DemoSettings, observer: DemoObserver | None = None) -> De
         MoecaError: an extra is missing, the model cannot be transformed, or a variant does not repeat itself.
     """
     watch = observer or SilentObserver()
-    with pinned_threads(settings.threads):
-        return _measure(settings, watch)
-
-
-def _measure(settings: DemoSettings, watch: DemoObserver) -> DemoRun:
     watch.stage("building the model")
     model = moeca_fx.zoo.build("digits")
     noise, labels = sampling.noise_and_labels(settings.batch, settings.seed)
+    trial = partial(sampling.sample, model, noise, labels, steps=TRIAL_STEPS)
+    threads = settings.threads or fastest_threads(trial, most_threads())
+    settings = replace(settings, threads=threads)
+    with pinned_threads(threads):
+        return _measure(settings, watch, model, noise, labels)
+
+
+def _measure(settings: DemoSettings, watch: DemoObserver, model: nn.Module, noise: Tensor, labels: Tensor) -> DemoRun:
     models: dict[str, nn.Module] = {ORIGINAL: model}
     inputs = moeca_fx.zoo.example_inputs(model, batch=settings.batch)
     watch.stage("tracing and vectorising")

@@ -1,12 +1,12 @@
 """What the demo runs: a validated description, written into its JSON so that a result can be repeated."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from moeca_fx.errors import ConfigError
 
 
-def default_threads() -> int:
+def most_threads() -> int:
     """Two, the size the demo is measured for, or one where only one core is there."""
     return min(2, os.cpu_count() or 1)
 
@@ -21,7 +21,7 @@ class DemoSettings:
         repeats: trajectories of each variant; times are medians over them.
         seed: seed of the noise and the labels. The default was used for nothing else: no training, no tuning.
         interval: MoECa's cycle length; every `interval`-th step is full.
-        threads: CPU threads torch may use.
+        threads: CPU threads torch uses; None takes what is fastest for the original, up to `most_threads`.
 
     Raises:
         ConfigError: a field is out of range.
@@ -32,12 +32,12 @@ class DemoSettings:
     repeats: int = 3
     seed: int = 71_421
     interval: int = 4
-    threads: int = field(default_factory=default_threads)
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "repeats", "interval", "threads"):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise ConfigError(f"demo: {name} must be at least 1, found {value}")
         if self.seed < 0:
             raise ConfigError(f"demo: seed must not be negative, found {self.seed}")

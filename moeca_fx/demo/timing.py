@@ -18,6 +18,9 @@ from moeca_fx.errors import MoecaError
 Trajectory = Callable[[], Tensor]
 """Runs one whole trajectory and returns its images, [B, C, H, W]."""
 
+TRIALS = 3
+"""Runs for each number of threads before one is chosen."""
+
 
 @contextmanager
 def pinned_threads(threads: int) -> Iterator[None]:
@@ -28,6 +31,21 @@ def pinned_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def fastest_threads(run: Callable[[], object], most: int) -> int:
+    """How many CPU threads, 1 to `most`, make `run` fastest now.
+
+    On a busy machine threads wait for each other at every operation, and one is many times faster than two.
+    """
+    seconds: dict[int, list[float]] = {threads: [] for threads in range(1, most + 1)}
+    for _ in range(TRIALS):
+        for threads, times in seconds.items():
+            with pinned_threads(threads):
+                start = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - start)
+    return min(seconds, key=lambda threads: statistics.median(seconds[threads]))
 
 
 def time_interleaved(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from PIL import Image
 
 from moeca_fx.demo import DemoSettings, VariantResult
 from moeca_fx.demo.table import table_cells
-from moeca_fx.demo.timing import median_speedup, pinned_threads, time_interleaved
+from moeca_fx.demo.timing import fastest_threads, median_speedup, pinned_threads, time_interleaved
 from moeca_fx.errors import ConfigError, MoecaError
 
-QUICK = ("--steps", "9", "--batch", "10", "--repeats", "2", "--interval", "3", "--threads", "1")
+QUICK = ("--steps", "9", "--batch", "10", "--repeats", "2", "--interval", "3")
 
 
 @pytest.fixture
@@ -33,6 +34,7 @@ def test_the_demo_measures_shows_and_writes(quick_demo):
     assert 0 < cached["reuse_ratio"] <= 1
     assert cached["cache_bytes"] > 0
     assert record["settings"]["steps"] == 9
+    assert record["settings"]["threads"] in (1, 2)  # chosen by running
     assert record["versions"]["torch"] == torch.__version__
 
     rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.strip()}
@@ -92,6 +94,16 @@ def test_threads_are_pinned_and_restored():
     before = torch.get_num_threads()
     with pinned_threads(before + 1):
         assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_the_fastest_number_of_threads_is_found_by_running():
+    def slow_with_two():
+        time.sleep(0.02 if torch.get_num_threads() == 2 else 0.0)
+
+    before = torch.get_num_threads()
+    assert fastest_threads(slow_with_two, most=2) == 1
+    assert fastest_threads(lambda: time.sleep(0.02 / torch.get_num_threads()), most=2) == 2
     assert torch.get_num_threads() == before
 
 
