@@ -57,7 +57,7 @@ class InspectionReport:
         refused: (path, reason) of every candidate that is left alone.
         warnings: what the user should know.
         graphs: readable graph text after each pass: ``capture``, ``normalize``, ``locate``, ``vectorize_experts``,
-            ``insert_cache.full``, ``insert_cache.cached``, ``lower_inplace.cached``.
+            ``pack_stream``, ``insert_cache.full``, ``insert_cache.cached``, ``lower_inplace.cached``.
         flops: FLOPs of one full step.
         policy: fields of the policy.
     """

@@ -35,6 +35,7 @@ _RULES: dict[str, Callable[[fx.Node], str | None]] = {
     "normalize": _no_higher_order,
     "locate": _no_higher_order,
     "vectorize_experts": _no_marker,
+    "pack_stream": _no_marker,
     "insert_cache": _no_marker,
     "lower_linear": _no_marker,
     "lower_inplace": _no_marker,

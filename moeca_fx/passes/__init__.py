@@ -19,6 +19,7 @@ from moeca_fx.passes.locate import locate
 from moeca_fx.passes.lower_inplace import lower_inplace
 from moeca_fx.passes.lower_linear import lower_linear
 from moeca_fx.passes.normalize import normalize
+from moeca_fx.passes.pack_stream import pack_stream
 from moeca_fx.passes.vectorize_experts import vectorize_experts
 from moeca_fx.policies import MoECa
 
@@ -77,6 +78,11 @@ def _vectorize_experts(work: Compilation) -> Compilation:
     return replace(work, sites=sites)
 
 
+def _pack_stream(work: Compilation) -> Compilation:
+    assert work.module is not None and work.sites is not None
+    return replace(work, sites=pack_stream(work.module, work.sites))
+
+
 def _insert_cache(work: Compilation) -> Compilation:
     assert work.module is not None and work.sites is not None
     if work.policy is None:
@@ -104,6 +110,8 @@ PIPELINE: tuple[tuple[str, Callable[[Compilation], Compilation]], ...] = (
     ("locate", _locate),
     # Before caches: a cached step needs every branch's feature as a value.
     ("vectorize_experts", _vectorize_experts),
+    # Before caches: both steps, and every row gathered from the stream, then read it in order.
+    ("pack_stream", _pack_stream),
     ("insert_cache", _insert_cache),
     # After all matching, which knows linears by their ATen name.
     ("lower_linear", _lower_linear),

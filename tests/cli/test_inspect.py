@@ -9,6 +9,7 @@ STAGES = (
     "normalize",
     "locate",
     "vectorize_experts",
+    "pack_stream",
     "insert_cache.full",
     "insert_cache.cached",
     "lower_inplace.cached",

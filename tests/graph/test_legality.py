@@ -37,8 +37,16 @@ def _submodule(graph: fx.Graph, x: fx.Node) -> None:
     graph.call_module("inner", (x,))
 
 
-AFTER_NORMALIZE = ("normalize", "locate", "vectorize_experts", "insert_cache", "lower_linear", "lower_inplace")
-AFTER_VECTORIZE = ("vectorize_experts", "insert_cache", "lower_linear", "lower_inplace")
+AFTER_NORMALIZE = (
+    "normalize",
+    "locate",
+    "vectorize_experts",
+    "pack_stream",
+    "insert_cache",
+    "lower_linear",
+    "lower_inplace",
+)
+AFTER_VECTORIZE = ("vectorize_experts", "pack_stream", "insert_cache", "lower_linear", "lower_inplace")
 PLANTED: list[tuple[Callable[[fx.Graph, fx.Node], None], tuple[str, ...], str]] = [
     (_marker, AFTER_VECTORIZE, "experts markers must be lowered"),
     (_open_slice, AFTER_NORMALIZE, "a slice must start at a number"),

@@ -102,6 +102,7 @@ def test_graphs_of_every_stage(report: InspectionReport) -> None:
         "normalize",
         "locate",
         "vectorize_experts",
+        "pack_stream",
         "insert_cache.full",
         "insert_cache.cached",
         "lower_inplace.cached",

@@ -96,12 +96,8 @@ def _needed(block: dict[str, Tensor], first: bool, policy: moeca_fx.MoECa) -> se
     """The states of a block that cached steps read under this policy; others may be left out of the cache."""
     dense = "ffn" in block
     attention = policy.attention
-    if (
-        attention == "synchronized" and dense
-    ):  # a dense block follows its FFN; the first has nothing to inherit
-        attention = {"inherit": "reuse" if first else attention, "reuse": "reuse", "full": "full"}[
-            policy.dense_ffn
-        ]
+    if attention == "synchronized" and dense:  # a dense block follows its FFN; the first has nothing to inherit
+        attention = {"inherit": "reuse" if first else attention, "reuse": "reuse", "full": "full"}[policy.dense_ffn]
     needed = set(block)
     if attention == "full":
         needed -= {"attn"}

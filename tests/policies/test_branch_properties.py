@@ -111,9 +111,7 @@ def test_share_and_score_equal_the_reference(
                 moe_site.score(v, v0, o, lambda1, lambda2)
                 for v, v0, o in zip(values, then[b, i].tolist(), contributed, strict=True)
             ]
-            torch.testing.assert_close(
-                now[b, i].double(), torch.tensor(values).double(), rtol=1e-6, atol=1e-7
-            )
+            torch.testing.assert_close(now[b, i].double(), torch.tensor(values).double(), rtol=1e-6, atol=1e-7)
             found = scores[b, i].double()
             torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-6, atol=1e-7)
 
@@ -140,9 +138,7 @@ def test_activation_equals_the_reference(case: tuple[Tensor, Tensor, int], seed:
     assert after.dtype == torch.float32
     for b in range(now.shape[0]):
         expected = moe_site.update_activation(before[b].tolist(), now[b].tolist(), beta)
-        torch.testing.assert_close(
-            after[b].double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(after[b].double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6)
 
 
 @st.composite
@@ -158,9 +154,7 @@ norms: st.SearchStrategy[EntropyNorm] = st.sampled_from(["minmax", "log"])
 
 
 @given(activations(), st.floats(0, 3), st.floats(0, 0.99), norms)
-def test_thresholds_stay_within_alpha_of_tau0(
-    activation: Tensor, tau0: float, alpha: float, norm: EntropyNorm
-) -> None:
+def test_thresholds_stay_within_alpha_of_tau0(activation: Tensor, tau0: float, alpha: float, norm: EntropyNorm) -> None:
     tau = expert_threshold(activation, tau0, alpha, norm)
     assert tau.shape == activation.shape[:2]
     assert bool(torch.isfinite(tau).all())
@@ -170,16 +164,12 @@ def test_thresholds_stay_within_alpha_of_tau0(
 
 
 @given(activations(), st.floats(0.01, 3), st.floats(0, 0.99), norms)
-def test_thresholds_equal_the_reference(
-    activation: Tensor, tau0: float, alpha: float, norm: EntropyNorm
-) -> None:
+def test_thresholds_equal_the_reference(activation: Tensor, tau0: float, alpha: float, norm: EntropyNorm) -> None:
     tau = expert_threshold(activation, tau0, alpha, norm)
     for b, maps in enumerate(activation.double().tolist()):
         entropies = [moe_site.entropy(row) for row in maps]
         spread = max(entropies) - min(entropies)
-        assume(
-            norm == "log" or spread == 0.0 or spread > 0.01
-        )  # min-max blows up the rounding of a tiny spread
+        assume(norm == "log" or spread == 0.0 or spread > 0.01)  # min-max blows up the rounding of a tiny spread
         expected = torch.tensor(moe_site.thresholds(maps, tau0, alpha, norm), dtype=torch.float64)
         torch.testing.assert_close(tau[b].double(), expected, rtol=1e-3 * tau0, atol=1e-4 * tau0)
 
@@ -222,9 +212,7 @@ def test_grouped_linear_equals_one_linear_per_row(ids: list[int], seed: int, wit
 @given(seeds)
 def test_grouped_linear_of_no_rows_is_empty(seed: int) -> None:
     weight = _random((3, 2, 4), seed)
-    result = grouped_linear(
-        torch.zeros(0, 4, dtype=torch.float64), weight, None, torch.zeros(3, dtype=torch.int64)
-    )
+    result = grouped_linear(torch.zeros(0, 4, dtype=torch.float64), weight, None, torch.zeros(3, dtype=torch.int64))
     assert result.shape == (0, 2)
 
 
@@ -247,8 +235,7 @@ def test_decision_equals_the_reference(
         for i in range(shape[1]):
             experts, old = now[b, i].tolist(), cached[b, i].tolist()
             slots = [
-                moe_site.Slot(e, w, h.reshape(1))
-                for e, w, h in zip(old, then[b, i].tolist(), norm[b, i], strict=True)
+                moe_site.Slot(e, w, h.reshape(1)) for e, w, h in zip(old, then[b, i].tolist(), norm[b, i], strict=True)
             ]
             values = moe_site.score_values(weight[b, i].tolist(), kind)
             scores = moe_site.branch_scores(experts, values, slots, 1.1, 0.6)

@@ -48,9 +48,7 @@ _DSMOE = DSMoEConfig(
     expert_width=16,
     num_classes=10,
 )
-_DIT_MOE = DiTMoEConfig(
-    input_size=8, hidden_size=32, depth=3, num_heads=2, mlp_ratio=1, num_experts=5, num_classes=10
-)
+_DIT_MOE = DiTMoEConfig(input_size=8, hidden_size=32, depth=3, num_heads=2, mlp_ratio=1, num_experts=5, num_classes=10)
 _PACKED = replace(_DIT_MOE, packed_attention=True)
 
 

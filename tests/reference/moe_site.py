@@ -25,9 +25,7 @@ class SiteState:
     """Everything cached at one site for one sample."""
 
     slots: list[list[Slot]] = field(default_factory=list)  # [T][k]
-    shared: list[Tensor] = field(
-        default_factory=list
-    )  # [T] of [H]; empty when the model has no shared expert
+    shared: list[Tensor] = field(default_factory=list)  # [T] of [H]; empty when the model has no shared expert
     activation: list[list[float]] = field(default_factory=list)  # [E][T]
 
 
@@ -102,9 +100,7 @@ def normalized_entropies(activation: Sequence[Sequence[float]], entropy_norm: st
     raise ValueError(f"entropy_norm: expected 'minmax' or 'log', found {entropy_norm!r}")
 
 
-def thresholds(
-    activation: Sequence[Sequence[float]], tau0: float, alpha: float, entropy_norm: str
-) -> list[float]:
+def thresholds(activation: Sequence[Sequence[float]], tau0: float, alpha: float, entropy_norm: str) -> list[float]:
     """tau_e = tau0 * (1 + alpha * (2 * Hn_e - 1)) (Eq. 12), one for each expert."""
     return [tau0 * (1.0 + alpha * (2.0 * h - 1.0)) for h in normalized_entropies(activation, entropy_norm)]
 

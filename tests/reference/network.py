@@ -97,9 +97,7 @@ def _stack(states: list[BlockState]) -> dict[str, Tensor]:
         return tensors
     sites = [state.site for state in states]
     features = [[torch.stack([slot.feature for slot in token]) for token in site.slots] for site in sites]
-    tensors["expert"] = torch.tensor(
-        [[[slot.expert for slot in token] for token in site.slots] for site in sites]
-    )
+    tensors["expert"] = torch.tensor([[[slot.expert for slot in token] for token in site.slots] for site in sites])
     weights = [[[slot.weight for slot in token] for token in site.slots] for site in sites]
     tensors["weight"] = torch.tensor(weights, dtype=torch.float64)
     tensors["feature"] = torch.stack([torch.stack(tokens) for tokens in features])
