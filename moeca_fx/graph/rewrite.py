@@ -120,4 +120,6 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = str(stack[-1][0])
+    if path.startswith("_empty_nn_module_stack"):  # what torch.export writes on sizes of inputs
+        return ""
     return path.removeprefix("L['self']").removeprefix(".")
