@@ -219,6 +219,8 @@ def _reshaped(node: fx.Node, have: TokenAxes, old: tuple[int, ...], new: tuple[i
     for before, after in groups:
         for axis in before:
             place[axis] = (before, after)
+    if have.batch not in place or have.token not in place:
+        raise _refuse(node, "reshapes a token axis of size 1, which cannot be told from others")
     batch_group, token_group = place[have.batch], place[have.token]
     if have.merged:
         before, after = batch_group

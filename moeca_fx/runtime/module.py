@@ -57,12 +57,20 @@ class TransformedModel(nn.Module):
         return self._moeca.cache(context)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TransformedModel":
-        """Move or cast like any module; graphs are compiled again at the next call."""
+        """Move or cast like any module; when that changes anything, graphs are compiled again at the next call."""
+        before = self._where_and_what()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # nn.Module leaves it untyped
+        if self._where_and_what() == before:
+            return self
         for region in self._moeca.regions:
             stack_in_place([self.get_submodule(path) for path in region.experts])
         self._moeca.forget_programs()
         return self
+
+    def _where_and_what(self) -> list[tuple[int, torch.dtype, torch.device]]:
+        """Address, dtype and device of every parameter and buffer."""
+        tensors = [*self.parameters(), *self.buffers()]
+        return [(tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in tensors]
 
 
 def make_transformed(model: nn.Module, runtime: Runtime) -> TransformedModel:

@@ -257,3 +257,12 @@ def test_what_the_caller_does_to_results_does_not_reach_the_caches() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results, want, strict=True))
         for result in results:
             result.zero_()
+
+
+def test_a_move_that_changes_nothing_keeps_graphs_and_caches() -> None:
+    fast = moeca_fx.transform(toy(), toy_inputs(), policy=MoECa())
+    fast(*toy_inputs())
+    program, held = fast._moeca.trajectories["default"].program, fast.cache()
+    assert fast.to("cpu") is fast.float()
+    assert fast._moeca.trajectories["default"].program is program
+    assert all(fast.cache()[name] is tensor for name, tensor in held.items())
