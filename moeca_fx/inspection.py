@@ -11,7 +11,7 @@ from moeca_fx.discover import Refusal, discover
 from moeca_fx.graph.rewrite import module_path
 from moeca_fx.graph.sites import MoESite, Site, kind_of
 from moeca_fx.graph.slicing import between
-from moeca_fx.model_checks import check_inputs, check_model
+from moeca_fx.model_checks import check_inputs, check_model, check_policy
 from moeca_fx.passes import Compilation, run_pipeline
 from moeca_fx.passes.capture import at_least_two, batch_size
 from moeca_fx.policies import MoECa
@@ -114,6 +114,7 @@ def inspect(
     Raises:
         UnsupportedModelError, InputError, CaptureError, PassError: as `moeca_fx.transform`.
     """
+    check_policy(policy, required=True)
     kwargs = dict(example_kwargs or {})
     check_model(model)
     check_inputs(model, example_inputs, kwargs)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from moeca_fx.errors import InputError, UnsupportedModelError
+from moeca_fx.errors import ConfigError, InputError, UnsupportedModelError
+from moeca_fx.policies import MoECa
 
 _SHOWN = 3
 
@@ -20,6 +21,13 @@ def check_model(model: nn.Module) -> None:
         raise UnsupportedModelError(f"expected a torch.nn.Module, found {name}; pass the denoiser, not the pipeline")
     if "_moeca" in vars(model):
         raise UnsupportedModelError(f"{name}: is transformed already; pass the original model, with any policy")
+    check_autocast()
+    patched = [path or name for path, module in model.named_modules() if "forward" in vars(module)]
+    if patched:
+        raise UnsupportedModelError(
+            f"{_list(patched)}: forward was replaced on the instance, which hides what the model computes; undo that "
+            "(the tool that did it: offloading, compilation, a patch) and transform again"
+        )
     training = [path or name for path, module in model.named_modules() if module.training]
     if training:
         raise UnsupportedModelError(
@@ -39,6 +47,22 @@ def check_model(model: nn.Module) -> None:
         )
 
 
+def check_autocast() -> None:
+    """Raise `UnsupportedModelError` inside an autocast block: the graphs are traced and proven in the model's dtype."""
+    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+        raise UnsupportedModelError(
+            "autocast is on: a transformed model runs in the dtype of its weights; leave the autocast block and cast "
+            "the model instead, e.g. model.bfloat16()"
+        )
+
+
+def check_policy(policy: object, required: bool = False) -> None:
+    """Raise `ConfigError` unless `policy` is a policy, or None where none is required."""
+    if not isinstance(policy, MoECa) and (required or policy is not None):
+        expected = "moeca_fx.MoECa(...)" + ("" if required else " or None")
+        raise ConfigError(f"policy: expected {expected}, found {type(policy).__name__}; pass one")
+
+
 def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raise `InputError` when the example inputs do not fit forward's signature or are not finite."""
     if not isinstance(args, tuple):
@@ -51,8 +75,15 @@ def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
             f"example inputs do not fit {type(model).__name__}.forward{signature}: {error}; pass what one call takes"
         ) from error
     for index, leaf in enumerate(pytree.tree_leaves((args, dict(kwargs)))):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+        if isinstance(leaf, Tensor) and count_not_finite(leaf):
             raise InputError(f"example input {index}: expected finite values, found NaN or infinity; pass a real input")
+
+
+def count_not_finite(tensor: Tensor) -> int:
+    """How many values are NaN or +infinity; -infinity is what additive masks hold."""
+    if not tensor.is_floating_point():
+        return 0
+    return int((~(torch.isfinite(tensor) | torch.isneginf(tensor))).sum())
 
 
 def run_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from torch import nn
 
 from moeca_fx.discover import Discovery, discover
 from moeca_fx.errors import ConfigError, NoMoEFoundError, UnprovenRegionError
-from moeca_fx.model_checks import check_inputs, check_model
+from moeca_fx.model_checks import check_inputs, check_model, check_policy
 from moeca_fx.passes import Compilation, run_pipeline
 from moeca_fx.passes.cache.plan import plan_sites
 from moeca_fx.passes.capture import batch_size
@@ -49,7 +49,7 @@ def transform(
         CaptureError, PassError: tracing or a graph pass failed.
         ConfigError: `policy` is neither a policy nor None.
     """
-    _check_policy(policy)
+    check_policy(policy)
     kwargs = dict(example_kwargs or {})
     found = find_regions(model, example_inputs, kwargs)
     stack_experts(model, found.regions)
@@ -76,8 +76,8 @@ def estimate_memory(
     Raises:
         As `transform`.
     """
-    _check_policy(policy)
-    if batch is not None and batch < 1:
+    check_policy(policy, required=True)
+    if batch is not None and (not isinstance(batch, int) or batch < 1):
         raise ConfigError(f"batch: expected an integer >= 1, found {batch!r}; pass the batch size of the run")
     kwargs = dict(example_kwargs or {})
     found = find_regions(model, example_inputs, kwargs)
@@ -111,8 +111,3 @@ def find_regions(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
             f"top-k router). Looked at: {looked}. For a dense model use another cache"
         )
     return found
-
-
-def _check_policy(policy: object) -> None:
-    if policy is not None and not isinstance(policy, MoECa):
-        raise ConfigError(f"policy: expected moeca_fx.MoECa(...) or None, found {type(policy).__name__}")

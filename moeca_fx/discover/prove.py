@@ -13,7 +13,7 @@ from moeca_fx.discover.probe import TracedRegion
 from moeca_fx.discover.records import MoERegion, Refusal
 
 # Largest accepted error relative to the largest output. The reference accumulates in fp64, the model in its own dtype.
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 Call = tuple[dict[str, Any], Any]
 
@@ -96,7 +96,7 @@ def _prove_region(region: TracedRegion, calls: list[Call]) -> MoERegion | Refusa
             reason = f"an expert could not be run on token rows alone: {problem}"
             continue
         nearest = min(nearest, error)
-        if error <= _TOLERANCE.get(output.dtype, 0.0):
+        if error <= TOLERANCE.get(output.dtype, 0.0):
             count = tensors[x].numel() // tensors[x].shape[-1]
             return MoERegion(
                 path=region.owner,
@@ -109,7 +109,7 @@ def _prove_region(region: TracedRegion, calls: list[Call]) -> MoERegion | Refusa
                 weight=weight,
                 error=error,
             )
-        limit = _TOLERANCE.get(output.dtype, 0.0)
+        limit = TOLERANCE.get(output.dtype, 0.0)
         reason = f"sum_k weight_k * expert_k(x) differs from its output by {nearest:.1e} relative (allowed {limit:.0e})"
     return refuse(reason)
 

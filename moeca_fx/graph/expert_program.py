@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from moeca_fx.discover.prove import TOLERANCE
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.expert_stack import stacked_view
 from moeca_fx.graph.layout import NotTokenWise, TokenAxes, propagate
@@ -74,7 +75,29 @@ def build_expert_program(path: str, experts: Sequence[nn.Module], example: torch
         raise UnsupportedModelError(f"{path}: an expert mixes rows: {problem}; only row-wise experts work") from problem
     for node in inside:
         builder.add(node, rows)
-    return builder.finish(result)
+    program = builder.finish(result)
+    _prove(path, program, experts, example)
+    return program
+
+
+def _prove(path: str, program: fx.GraphModule, experts: Sequence[nn.Module], example: torch.Tensor) -> None:
+    """Run every expert and the program on the same rows: what differs between experts must be in their parameters."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(example.shape, generator=generator).to(example)
+    count = len(experts)
+    grouped = rows.repeat(count, 1)
+    row_expert = torch.arange(count, device=rows.device).repeat_interleave(rows.shape[0])
+    offsets = torch.arange(1, count + 1, device=rows.device) * rows.shape[0]
+    with torch.no_grad():
+        found = program(grouped, row_expert, offsets).chunk(count)
+        for index, (expert, have) in enumerate(zip(experts, found, strict=True)):
+            want = expert(rows)
+            error = float((want - have).abs().max() / want.abs().max().clamp_min(1e-30))
+            if not error <= TOLERANCE.get(want.dtype, 0.0):
+                raise UnsupportedModelError(
+                    f"{path}: expert {index} differs from its vectorised form by {error:.1e} relative; experts may "
+                    "differ in their parameters only, not in constants or operations"
+                )
 
 
 @dataclass

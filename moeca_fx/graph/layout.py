@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.reshape_groups import reshape_groups
 from moeca_fx.graph.rewrite import example_value
 from moeca_fx.graph.slicing import RESHAPES
@@ -26,7 +27,6 @@ KEEPS_AXES = (
     aten.contiguous.default,
     aten._to_copy.default,
     aten.to.dtype,
-    aten.expand.default,
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.full_like.default,
@@ -41,7 +41,7 @@ _MATMULS = (aten.matmul.default, aten.mm.default)
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
-class NotTokenWise(Exception):
+class NotTokenWise(UnsupportedModelError):
     """An operation mixes tokens, or is not known to act on each token alone."""
 
 
@@ -100,14 +100,18 @@ def _number(size: Any) -> int:
 def _step(node: fx.Node, tokens: dict[fx.Node, TokenAxes]) -> TokenAxes:
     target: Any = node.target
     first = node.args[0] if node.args else None
-    if isinstance(first, fx.Node) and first in tokens:
+    # What reads a second token tensor (rows times rows, say) relates tokens; indexing checks both operands itself.
+    if isinstance(first, fx.Node) and first in tokens and (len(tokens) == 1 or target in _INDEXED):
         source, have = first, tokens[first]
         rank = len(shape_of(source))
+        if target is aten.expand.default:
+            added = len(shape_of(node)) - rank
+            return TokenAxes(have.batch + added, have.token + added)
         if target is operator.getitem or target in KEEPS_AXES:
             return have
         if target is aten.linear.default:
             return _keep_if_apart(node, have, [rank - 1])
-        if target in _MATMULS and len(node.all_input_nodes) == 2 and len(tokens) == 1:
+        if target in _MATMULS and len(node.all_input_nodes) == 2:
             weight: Any = node.args[1]
             if len(shape_of(weight)) == 2:
                 return _keep_if_apart(node, have, [rank - 1])

@@ -4,6 +4,7 @@ Nodes are held by name, so that a record stays valid in every copy of the graph 
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class DenseFFNSite:
 
 
 Site = AttentionSite | MoESite | DenseFFNSite
+AnySite = TypeVar("AnySite", AttentionSite, MoESite, DenseFFNSite)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,11 @@ def combine_branches(feature: Tensor, weight: Tensor, like: Tensor) -> Tensor:
         like: [.., H] tensor whose shape and dtype the result takes.
     """
     tokens = like.numel() // like.shape[-1]
-    return _weighted_sum(feature.reshape(tokens, -1, feature.shape[-1]), weight.reshape(tokens, -1)).view(like.shape)
+    return (
+        _weighted_sum(feature.reshape(tokens, -1, feature.shape[-1]), weight.reshape(tokens, -1))
+        .to(like.dtype)
+        .view(like.shape)
+    )
 
 
 def combine_slots(feature: Tensor, weight: Tensor) -> Tensor:

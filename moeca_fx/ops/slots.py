@@ -46,11 +46,6 @@ def count_matched(code: Tensor, all_codes_like: Tensor) -> Tensor:
     return all_codes_like.numel() - unmatched
 
 
-def count_set(mask: Tensor) -> Tensor:
-    """How many entries are set, [] int64."""
-    return mask.sum(dtype=torch.int64)
-
-
 def count_rows(row: Tensor) -> Tensor:
     """How many rows were selected, [] int64."""
     return torch.ones_like(row).sum()

@@ -82,6 +82,7 @@ def capture(
     module.graph.set_codegen(fx.graph.CodeGen())
     module._forward_pre_hooks.clear()  # they check the original signature; this graph takes the flat inputs
     _flatten_output(module)
+    _check_batch_open(model, module, args, kwargs)
     captured = Captured(module, in_spec, out_spec, keyed)
     with live_regions({key: _region_call(model, region) for key, region in keyed.items()}):
         for example in ((args, kwargs), _second_input(args, kwargs)):
@@ -102,18 +103,19 @@ def at_least_two(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tupl
 
 
 def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Leading size of the first tensor input that has one.
+    """The leading size that most tensor inputs of at least two dimensions share; of one dimension, if there are none.
 
     Raises:
         InputError: no tensor with a batch dimension among the inputs.
     """
-    for leaf in pytree.tree_leaves((args, dict(kwargs))):
-        if isinstance(leaf, Tensor) and leaf.dim():
-            return int(leaf.shape[0])
-    raise InputError(
-        "example inputs: expected at least one tensor with a leading batch dimension, found none; "
-        "pass example_inputs=(x, t, ...) as the model's forward takes them"
-    )
+    tensors = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.dim()]
+    sizes = [int(leaf.shape[0]) for leaf in tensors if leaf.dim() > 1] or [int(leaf.shape[0]) for leaf in tensors]
+    if not sizes:
+        raise InputError(
+            "example inputs: expected at least one tensor with a leading batch dimension, found none; "
+            "pass example_inputs=(x, t, ...) as the model's forward takes them"
+        )
+    return max(sizes, key=sizes.count)  # the first of equally frequent ones
 
 
 def _dynamic_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,6 +129,24 @@ def _dynamic_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     return {name: pytree.tree_map(mark, value) for name, value in given.items()}
+
+
+def _check_batch_open(
+    model: nn.Module, module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    size = batch_size(args, kwargs)
+    leaves = pytree.tree_leaves((args, dict(kwargs)))
+    for node, leaf in zip(module.graph.find_nodes(op="placeholder"), leaves, strict=True):
+        if (
+            isinstance(leaf, Tensor)
+            and leaf.dim()
+            and leaf.shape[0] == size
+            and isinstance(node.meta["val"].shape[0], int)
+        ):
+            raise CaptureError(
+                f"{type(model).__name__}: its own code fixes the batch size (input {node.name!r} has {size} samples in "
+                "the trace); expected an open one: replace Python loops over the batch by tensor operations"
+            )
 
 
 @contextmanager

@@ -9,6 +9,8 @@
 Sites are found by dataflow alone: from the core forward to the addition that closes the residual, and from there back.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
@@ -16,7 +18,7 @@ from moeca_fx.discover import MoERegion
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.layout import HEADS, STREAM, NotTokenWise, TokenAxes, propagate, shape_of
 from moeca_fx.graph.rewrite import example_value, module_path
-from moeca_fx.graph.sites import AttentionSite, DenseFFNSite, MoESite, Site, Sites
+from moeca_fx.graph.sites import AnySite, AttentionSite, DenseFFNSite, MoESite, Site, Sites
 from moeca_fx.graph.slicing import (
     LINEAR,
     Residual,
@@ -45,9 +47,8 @@ def locate(module: fx.GraphModule, regions: dict[str, MoERegion]) -> Sites:
         UnsupportedModelError: a MoE layer has no residual addition over a token stream [B, T, H].
     """
     left: list[tuple[str, str]] = []
-    attention = [
-        site for node in module.graph.find_nodes(op="call_function", target=SDPA) if (site := _attention(node, left))
-    ]
+    cores = module.graph.find_nodes(op="call_function", target=SDPA)
+    attention = _with_own_paths([site for node in cores if (site := _attention(node, left))], set())
     marker = torch.ops.moeca.experts.default
     moe = [
         _moe(node, regions[str(node.args[3])], attention)
@@ -55,10 +56,25 @@ def locate(module: fx.GraphModule, regions: dict[str, MoERegion]) -> Sites:
     ]
     taken = {site.residual_out for site in attention} | {site.residual_out for site in moe}
     others = [node for node in module.graph.nodes if node.name not in taken]
+    moe = _with_own_paths(moe, {site.path for site in attention})
     dense = [ffn for node in others if (ffn := _dense_ffn(node, left))]
+    dense = _with_own_paths(dense, {site.path for site in attention} | {site.path for site in moe})
     order = {node.name: index for index, node in enumerate(module.graph.nodes)}
     sites: list[Site] = [*attention, *moe, *dense]
     return Sites(tuple(sorted(sites, key=lambda site: order[site.residual_out])), tuple(left))
+
+
+def _with_own_paths(sites: list[AnySite], taken: set[str]) -> list[AnySite]:
+    """Number sites that share a module path (two attentions written in one forward), so that each has its own."""
+    own: list[AnySite] = []
+    for site in sites:
+        path, count = site.path, 1
+        while path in taken:
+            count += 1
+            path = f"{site.path}_{count}"
+        taken.add(path)
+        own.append(replace(site, path=path))
+    return own
 
 
 def _attention(core: fx.Node, left: list[tuple[str, str]]) -> AttentionSite | None:

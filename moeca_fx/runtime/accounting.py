@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeca_fx.graph.sites import kind_of
+from moeca_fx.graph.sites import MoESite, kind_of
 from moeca_fx.graph.state import Counter
 from moeca_fx.runtime.flops import StepFlops, measure_step_flops, node_flops
 from moeca_fx.runtime.program import Program
@@ -82,8 +82,12 @@ class Accounting:
             uncached += flops.full * (tally.full_steps + tally.cached_steps)
             actions = dict(tally.program.graphs.actions) if tally.program.graphs else {}
             samples = tally.cached_steps * tally.batch
+            kept = {state.name for state in tally.program.graphs.states} if tally.program.graphs else set()
             for site in tally.program.sites.ordered:
-                part = site_statistics(site, kind_of(site), actions.get(site.path, "full"), samples, counts)
+                action = actions.get(site.path, "full")
+                if isinstance(site, MoESite) and site.shared and f"{site.path}.shared" not in kept:
+                    action = "full"  # a shared expert without a cache runs on every row
+                part = site_statistics(site, kind_of(site), action, samples, counts)
                 sites.setdefault(site.path, []).append(part)
         return Statistics(
             sites=tuple(_sum_up(parts) for parts in sites.values()),

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from moeca_fx.discover import MoERegion
+from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.expert_stack import stack_in_place
 from moeca_fx.runtime.memory import MemoryReport
 from moeca_fx.runtime.runtime import DEFAULT_CONTEXT, Runtime
 from moeca_fx.runtime.statistics import Statistics
+
+# Methods that a transformed model has besides the original's.
+_ADDED = ("context", "reset", "stats", "reset_stats", "memory", "cache")
 
 
 class TransformedModel(nn.Module):
@@ -60,12 +64,22 @@ class TransformedModel(nn.Module):
         """Move or cast like any module; when that changes anything, graphs are compiled again at the next call."""
         before = self._where_and_what()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # nn.Module leaves it untyped
-        if self._where_and_what() == before:
-            return self
+        if self._where_and_what() != before:
+            self._rebuild()
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module.load_state_dict`; with `assign`, graphs are compiled again over the new tensors."""
+        result = super().load_state_dict(state_dict, strict, assign)
+        if assign:
+            self._rebuild()
+        return result
+
+    def _rebuild(self) -> None:
+        """The weights are other tensors now: stack the experts again and drop graphs and caches."""
         for region in self._moeca.regions:
             stack_in_place([self.get_submodule(path) for path in region.experts])
         self._moeca.forget_programs()
-        return self
 
     def _where_and_what(self) -> list[tuple[int, torch.dtype, torch.device]]:
         """Address, dtype and device of every parameter and buffer."""
@@ -75,8 +89,14 @@ class TransformedModel(nn.Module):
 
 def make_transformed(model: nn.Module, runtime: Runtime) -> TransformedModel:
     """A copy of `model` that shares its tensors and runs through `runtime`."""
-    clone = share_weights(model)
     original = type(model)
+    taken = [name for name in _ADDED if hasattr(model, name)]
+    if taken:
+        raise UnsupportedModelError(
+            f"{original.__name__} has attributes of its own that a transformed model needs for itself: "
+            f"{', '.join(taken)}; rename them"
+        )
+    clone = share_weights(model)
 
     @functools.wraps(original.forward)
     def forward(self: TransformedModel, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +115,12 @@ def share_weights(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach()
-    clone = copy.deepcopy(model, memo)
+    try:
+        clone = copy.deepcopy(model, memo)
+    except TypeError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be copied: {error}; remove locks, open files and the like from it"
+        ) from error
     assert isinstance(clone, nn.Module)
     return clone
 

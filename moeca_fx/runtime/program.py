@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from moeca_fx.discover import MoERegion
 from moeca_fx.errors import InputError
 from moeca_fx.graph.sites import Sites
+from moeca_fx.model_checks import count_not_finite
 from moeca_fx.passes import Compilation, run_pipeline
 from moeca_fx.passes.capture import batch_size
 from moeca_fx.passes.insert_cache import CachedGraphs
@@ -84,7 +85,8 @@ def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Sign
 
 def _describe(leaf: Any, batch: int) -> Any:
     if not isinstance(leaf, Tensor):
-        return leaf if isinstance(leaf, (int, float, str, bool, type(None), torch.dtype)) else repr(leaf)
+        plain = isinstance(leaf, (int, float, str, bool, type(None), torch.dtype))
+        return (type(leaf), leaf if plain else repr(leaf))  # the type too: True == 1 == 1.0
     open_batch = leaf.dim() > 0 and leaf.shape[0] == batch
     shape = ("batch", *leaf.shape[1:]) if open_batch else tuple(leaf.shape)
     return (shape, leaf.dtype, leaf.device)
@@ -97,8 +99,7 @@ def check_finite(leaves: list[Any]) -> None:
         InputError: names the input by its position.
     """
     for index, leaf in enumerate(leaves):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-            bad = int((~torch.isfinite(leaf)).sum())
+        if isinstance(leaf, Tensor) and (bad := count_not_finite(leaf)):
             raise InputError(
                 f"input {index} of the transformed model: expected finite values, found {bad} of {leaf.numel()} that "
                 "are NaN or infinite; the trajectory was reset, fix the sampler and start it again"

@@ -14,13 +14,14 @@ from torch.utils import _pytree as pytree
 
 from moeca_fx.discover import MoERegion
 from moeca_fx.errors import UnsupportedModelError
+from moeca_fx.model_checks import check_autocast
 from moeca_fx.policies import MoECa
 from moeca_fx.runtime.accounting import Accounting
 from moeca_fx.runtime.memory import MemoryReport, report
 from moeca_fx.runtime.program import Program, Signature, build_program, check_finite, signature_of
 from moeca_fx.runtime.statistics import Statistics
 from moeca_fx.runtime.timestep import timestep_value
-from moeca_fx.runtime.trajectory import Trajectory
+from moeca_fx.runtime.trajectory import STOOD_STILL, Trajectory
 
 log = logging.getLogger(__name__)
 DEFAULT_CONTEXT = "default"
@@ -87,6 +88,7 @@ class Runtime:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is in training mode; caching is for inference: call .eval() first"
             )
+        check_autocast()
         # Caches outlive the call, so they must not become inference tensors, which cannot be written to outside.
         with torch.inference_mode(False), torch.no_grad():
             program = self.prepare(model, args, kwargs)
@@ -105,7 +107,9 @@ class Runtime:
             timestep = timestep_value(leaves[program.timestep])
             trajectory = self._continue_or_begin(name, program, batch, timestep)
             tally = self.accounting.tally(program, leaves, batch)
-            if self.policy.is_full_step(trajectory.step):
+            if trajectory.step == self.policy.interval:  # a whole cycle has run
+                self._warn_if_nothing_reused(trajectory, "")
+            if self.policy.is_full_step(trajectory.step) or trajectory.must_be_full(timestep):
                 carried = self._carried(program, trajectory, batch, leaves[program.timestep].device)
                 result, states = program.split(program.graphs.full(*leaves, *carried))
                 tally.full_steps += 1
@@ -130,13 +134,13 @@ class Runtime:
         return [torch.zeros(batch, *state.shape, dtype=state.dtype, device=device) for state in carried]
 
     def _continue_or_begin(self, name: str, program: Program, batch: int, timestep: Tensor) -> Trajectory:
-        current = self.trajectories.get(name)
+        current, reason = self.trajectories.get(name), ""
         if current is not None:
-            reason = current.why_over(program, batch, timestep)
-            if reason is None:
+            reason = current.why_over(program, batch, timestep) or ""
+            if not reason:
                 return current
-            self._end(current, reason)
-        self.trajectories[name] = Trajectory(program, batch)
+            self._warn_if_nothing_reused(current, reason)
+        self.trajectories[name] = Trajectory(program, batch, doubtful=reason == STOOD_STILL)
         self.accounting.trajectories += 1
         return self.trajectories[name]
 
@@ -155,7 +159,7 @@ class Runtime:
         """End the trajectory of one context, or of all; the next call is a full step and caches are freed."""
         for key in [name] if name is not None else list(self.trajectories):
             if (trajectory := self.trajectories.pop(key, None)) is not None:
-                self._end(trajectory, "reset() was called")
+                self._warn_if_nothing_reused(trajectory, "reset() was called")
 
     def forget_programs(self) -> None:
         """Drop graphs and caches: the weights moved or changed their type."""
@@ -163,7 +167,7 @@ class Runtime:
         self.programs.clear()
         self.reset_stats()
 
-    def _end(self, trajectory: Trajectory, reason: str) -> None:
+    def _warn_if_nothing_reused(self, trajectory: Trajectory, reason: str) -> None:
         """Say once when a finished trajectory reused nothing."""
         why = self._why_nothing_reused(trajectory, reason)
         if why is not None and "nothing reused" not in self._warned:
@@ -176,13 +180,13 @@ class Runtime:
         if trajectory.cached_steps == 0:
             if self.policy.interval == 1:
                 return "interval=1 makes every step full"
-            advice = ""
-            if "did not move" in reason:
-                advice = (
-                    "; if the sampler calls the model twice a step (guidance), wrap each call in "
-                    "`with model.context('cond'):` and `with model.context('uncond'):`"
-                )
-            return f"it had one call before a new trajectory began, because {reason}{advice}"
+            advice = (
+                "; if the sampler calls the model twice a step (guidance), wrap each call in "
+                "`with model.context('cond'):` and `with model.context('uncond'):`, else every step runs in full"
+            )
+            if trajectory.paired:
+                return f"every timestep came twice in one context{advice}"
+            return f"it had one call before a new trajectory began, because {reason}" + advice * (reason == STOOD_STILL)
         if trajectory.branches() == trajectory.recomputed_branches():
             steps = trajectory.cached_steps
             return f"every branch was recomputed on all {steps} cached steps; raise tau0 or lower lambda1"
@@ -199,7 +203,7 @@ class Runtime:
         if self.policy is not None:
             for trajectory in self.trajectories.values():
                 if trajectory.step > 1:
-                    self._end(trajectory, "stats() was called")
+                    self._warn_if_nothing_reused(trajectory, "stats() was called")
         return self.accounting.statistics()
 
     def memory(self) -> MemoryReport:

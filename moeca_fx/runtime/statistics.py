@@ -150,13 +150,14 @@ def site_statistics(site: Site, kind: str, action: str, samples: int, counts: Ma
     """Statistics of one site.
 
     Args:
-        site, kind, action: the site and what it does on cached steps.
+        site, kind: the site.
+        action: what it does with its rows on cached steps; for a MoE site, with those of its shared expert.
         samples: samples that passed on cached steps (steps times batch).
         counts: counter totals.
     """
     rows = samples * site.tokens
     recomputed_rows = counts.get(Counter(site.path, _ROW_KINDS[kind]), 0)
-    if action == "full" and not isinstance(site, MoESite):
+    if action == "full":
         recomputed_rows = rows
     return SiteStatistics(
         path=site.path,

@@ -8,6 +8,8 @@ from torch import Tensor
 from moeca_fx.runtime.program import Program
 from moeca_fx.runtime.timestep import direction_of, jumped_back
 
+STOOD_STILL = "the timestep did not move between the first two calls"
+
 
 @dataclass
 class Trajectory:
@@ -19,6 +21,8 @@ class Trajectory:
         states: cache tensors after the last call.
         counters: what its cached steps counted so far; None before the first.
         cached_steps: how many of the calls were cached.
+        doubtful: whether it began because two calls had the same first timestep: two guidance calls a step look so.
+        paired: whether the next timestep came twice as well; then every step is full, because states would mix.
     """
 
     program: Program
@@ -29,6 +33,8 @@ class Trajectory:
     cached_steps: int = 0
     timestep: Tensor | None = None
     direction: int = 0
+    doubtful: bool = False
+    paired: bool = False
 
     def why_over(self, program: Program, batch: int, timestep: Tensor) -> str | None:
         """Why a call with these inputs begins a new trajectory; None when it continues this one."""
@@ -42,8 +48,19 @@ class Trajectory:
         if self.direction and jumped_back(timestep, self.timestep, self.direction):
             return "the timestep jumped back"
         if self.step == 1 and torch.equal(timestep, self.timestep):
-            return "the timestep did not move between the first two calls"
+            return STOOD_STILL
         return None
+
+    def must_be_full(self, timestep: Tensor) -> bool:
+        """Whether this call may belong to another trajectory that runs through the same context.
+
+        After two calls at the first timestep, the next call is full; if its timestep comes twice too, all are.
+        """
+        if self.doubtful and self.step >= 2 and not self.paired:
+            assert self.timestep is not None, "a trajectory has made two calls"
+            self.paired = torch.equal(timestep, self.timestep)
+            self.doubtful = self.paired
+        return self.doubtful
 
     def advance(self, timestep: Tensor, states: list[Tensor]) -> None:
         """Record a finished call."""

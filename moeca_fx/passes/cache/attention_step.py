@@ -50,8 +50,8 @@ def rewrite_attention(
     if plan.action == "reuse":
         step.updated[state] = step.cache[state]
     else:
-        assert step.refreshed is not None and programs is not None, f"{site.path}: rows without an earlier MoE site"
-        refresh_attention(step, site, step.refreshed, programs)
+        assert plan.inherits is not None and programs is not None, f"{site.path}: rows without an earlier MoE site"
+        refresh_attention(step, site, step.refreshed[plan.inherits], programs)
     step.nodes[site.output].replace_all_uses_with(step.updated[state])
 
 

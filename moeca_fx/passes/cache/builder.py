@@ -25,7 +25,7 @@ class StepBuilder:
         nodes: nodes of the vectorised graph, by name.
         updated: node that holds every state after the step, by state name.
         counters: what is counted, with the node that counts it.
-        refreshed: [B, T] mask of the tokens that the last MoE site refreshed; None before the first.
+        refreshed: [B, T] mask of the tokens that each MoE site refreshed, by its path.
     """
 
     module: fx.GraphModule
@@ -34,7 +34,7 @@ class StepBuilder:
     nodes: dict[str, fx.Node]
     updated: dict[str, fx.Node] = field(default_factory=dict)
     counters: list[tuple[Counter, fx.Node]] = field(default_factory=list)
-    refreshed: fx.Node | None = None
+    refreshed: dict[str, fx.Node] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:

@@ -89,8 +89,8 @@ def _rewrite_dense_ffn(step: StepBuilder, site: DenseFFNSite, plan: SitePlan, pr
     if plan.action == "reuse":
         step.updated[state] = step.cache[state]
     else:
-        assert step.refreshed is not None and program is not None, f"{site.path}: rows without an earlier MoE site"
-        row = step.emit(rows.select_rows, step.refreshed, name=f"{base}_row")
+        assert plan.inherits is not None and program is not None, f"{site.path}: rows without an earlier MoE site"
+        row = step.emit(rows.select_rows, step.refreshed[plan.inherits], name=f"{base}_row")
         names, counter = (f"{base}_output_rows",), Counter(site.path, "ffn_rows")
         (fresh,) = step.run_program(program, row, f"{base}_rows", names, counter)
         step.write(state, row, fresh)

@@ -52,7 +52,7 @@ def decide_all(step: StepBuilder, site: MoESite) -> Decision:
     threshold = _threshold(step, site, expert)
     held = _held(step, site)
     slot, slot_expert, slot_weight, code = _decide(step, f"{base}", expert, weight, held, threshold)
-    step.refreshed = step.emit(slots.token_mask, code, name=f"{base}_refresh")
+    step.refreshed[site.path] = step.emit(slots.token_mask, code, name=f"{base}_refresh")
     step.updated[f"{site.path}.expert"] = slot_expert
     then = held[1]
     step.updated[f"{site.path}.weight"] = step.emit(
@@ -77,8 +77,8 @@ def decide_synchronized(
     threshold = _threshold(step, site, expert)
     held = _held(step, site)
     slot, slot_expert, _, code = _decide(step, f"{base}_provisional", expert, weight, held, threshold)
-    step.refreshed = step.emit(slots.token_mask, code, name=f"{base}_refresh")
-    row, fresh = refresh_attention(step, attention, step.refreshed, attention_programs)
+    mask = step.refreshed[site.path] = step.emit(slots.token_mask, code, name=f"{base}_refresh")
+    row, fresh = refresh_attention(step, attention, mask, attention_programs)
     output.replace_all_uses_with(step.updated[f"{attention.path}.attn"])
 
     names = tuple(f"{base}_{part}_rows" for part in ("expert", "weight", "x"))

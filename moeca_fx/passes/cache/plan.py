@@ -23,43 +23,50 @@ class SitePlan:
 
     ``full`` computes everything and keeps nothing; ``reuse`` reads the cached output; ``rows`` recomputes the inherited
     tokens; ``synchronized`` (attention before its MoE site) recomputes the tokens that the provisional routing picks;
-    a MoE site always has ``rows``: it recomputes by branch.
+    a MoE site always has ``rows``: it recomputes by branch. `inherits` is the path of the MoE site whose refreshed
+    tokens ``rows`` means: the nearest earlier one on the same token stream.
     """
 
     site: Site
     action: Action
     states: tuple[StateSpec, ...]
+    inherits: str | None = None
 
 
 def plan_sites(module: fx.GraphModule, sites: Sites, policy: MoECa) -> tuple[SitePlan, ...]:
     """One plan a site, in network order."""
     nodes = {node.name: node for node in module.graph.nodes}
     plans = []
-    inherited = False
+    streams: dict[str, str] = {}  # residual_out of each site -> where its stream begins
+    last_moe: dict[str, MoESite] = {}  # beginning of a stream -> its nearest earlier MoE site
     by_path = {site.path: site for site in sites.attention}
     followed = {site.attention: site for site in sites.moe if site.attention}
     for site in sites.ordered:
+        stream = streams[site.residual_out] = streams.get(site.residual_in, site.residual_in)
+        source = last_moe.get(stream)
+        inherited = source is not None and source.tokens == site.tokens
         if isinstance(site, AttentionSite):
             action = _attention_action(site, policy, followed.get(site.path), inherited)
             states = tuple(_attention_states(site, action, nodes))
         elif isinstance(site, MoESite):
-            action, inherited = "rows", True
+            action, last_moe[stream] = "rows", site
             assert site.attention is None or site.attention in by_path, f"{site.path}: unknown attention site"
             states = tuple(_moe_states(site, policy, nodes))
         else:
             action = _row_action(policy.dense_ffn, inherited)
             states = tuple(_ffn_states(site, action, nodes))
-        plans.append(SitePlan(site, action, states))
+        plans.append(SitePlan(site, action, states, source.path if source is not None and inherited else None))
     return tuple(plans)
 
 
 def _attention_action(site: AttentionSite, policy: MoECa, moe: MoESite | None, inherited: bool) -> Action:
     if policy.attention != "synchronized":
         return policy.attention
+    if site.refused:
+        return "full"
     if moe is not None:
-        return "full" if site.refused or moe.not_synchronized else "synchronized"
-    action = _row_action(policy.dense_ffn, inherited)
-    return "full" if site.refused and action == "rows" else action
+        return "full" if moe.not_synchronized else "synchronized"
+    return _row_action(policy.dense_ffn, inherited)
 
 
 def _row_action(mode: str, inherited: bool) -> Action:
