@@ -100,8 +100,9 @@ def _number(size: Any) -> int:
 def _step(node: fx.Node, tokens: dict[fx.Node, TokenAxes]) -> TokenAxes:
     target: Any = node.target
     first = node.args[0] if node.args else None
-    # What reads a second token tensor (rows times rows, say) relates tokens; indexing checks both operands itself.
-    if isinstance(first, fx.Node) and first in tokens and (len(tokens) == 1 or target in _INDEXED):
+    # What reads token rows twice (rows times rows, say) relates tokens; indexing checks its operands itself.
+    twice = any(isinstance(other, fx.Node) and other in tokens for other in node.args[1:])
+    if isinstance(first, fx.Node) and first in tokens and (not twice or target in _INDEXED):
         source, have = first, tokens[first]
         rank = len(shape_of(source))
         if target is aten.expand.default:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
 from moeca_fx.discover import MoERegion
@@ -137,12 +138,8 @@ def _check_batch_open(
     size = batch_size(args, kwargs)
     leaves = pytree.tree_leaves((args, dict(kwargs)))
     for node, leaf in zip(module.graph.find_nodes(op="placeholder"), leaves, strict=True):
-        if (
-            isinstance(leaf, Tensor)
-            and leaf.dim()
-            and leaf.shape[0] == size
-            and isinstance(node.meta["val"].shape[0], int)
-        ):
+        batched = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
+        if batched and not free_symbols(node.meta["val"].shape[0]):
             raise CaptureError(
                 f"{type(model).__name__}: its own code fixes the batch size (input {node.name!r} has {size} samples in "
                 "the trace); expected an open one: replace Python loops over the batch by tensor operations"
