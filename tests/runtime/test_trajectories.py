@@ -85,8 +85,9 @@ def test_shape_change() -> None:
 
 
 def test_equal_timesteps_at_the_start_are_two_runs() -> None:
-    """Two calls a step without contexts: their states must not mix."""
-    assert _kinds([_call(c) for c in (0.0, 0.0, 0.1)]) == "TTc"
+    """Two calls a step without contexts: their states must not mix, so the next step is full, and all if it repeats."""
+    assert _kinds([_call(c) for c in (0.0, 0.0, 0.1, 0.2)]) == "TTfc"
+    assert _kinds([_call(c) for c in (0.0, 0.0, 0.1, 0.1, 0.2, 0.2)]) == "TTffff"
 
 
 def test_pairs_of_equal_timesteps_go_on_once_the_direction_is_known() -> None:
