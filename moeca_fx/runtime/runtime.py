@@ -67,7 +67,11 @@ class Runtime:
 
     def prepare(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
         """The program for such a call, compiled when it is the first of its kind."""
-        signature, _, _ = signature_of(args, kwargs)
+        return self._program(model, args, kwargs, signature_of(args, kwargs)[0])
+
+    def _program(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], signature: Signature
+    ) -> Program:
         if signature not in self.programs:
             if len(self.programs) == _MANY_PROGRAMS:
                 log.warning(
@@ -91,8 +95,8 @@ class Runtime:
         check_autocast()
         # Caches outlive the call, so they must not become inference tensors, which cannot be written to outside.
         with torch.inference_mode(False), torch.no_grad():
-            program = self.prepare(model, args, kwargs)
-            _, leaves, batch = signature_of(args, kwargs)
+            signature, leaves, batch = signature_of(args, kwargs)
+            program = self._program(model, args, kwargs, signature)
             if program.graphs is None:
                 tally = self.accounting.tally(program, leaves, batch)
                 tally.full_steps += 1
@@ -109,7 +113,7 @@ class Runtime:
             tally = self.accounting.tally(program, leaves, batch)
             if trajectory.step == self.policy.interval:  # a whole cycle has run
                 self._warn_if_nothing_reused(trajectory, "")
-            if self.policy.is_full_step(trajectory.step) or trajectory.must_be_full(timestep):
+            if trajectory.must_be_full(timestep) or self.policy.is_full_step(trajectory.step):
                 carried = self._carried(program, trajectory, batch, leaves[program.timestep].device)
                 result, states = program.split(program.graphs.full(*leaves, *carried))
                 tally.full_steps += 1

@@ -121,8 +121,9 @@ def _clocks(fast: nn.Module, clocks: list[float]) -> str:
 
 
 @pytest.mark.filterwarnings("ignore::moeca_fx.NothingReusedWarning")
-def test_two_calls_a_timestep_in_one_context_run_in_full() -> None:
-    _, fast = toy_pair(MoECa(interval=3))
+@pytest.mark.parametrize("interval", [2, 3, 4])
+def test_two_calls_a_timestep_in_one_context_run_in_full(interval: int) -> None:
+    _, fast = toy_pair(MoECa(interval=interval))
     assert _clocks(fast, [0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4]) == "ffffffff"
 
 
