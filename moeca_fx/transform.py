@@ -7,13 +7,14 @@ from torch import nn
 
 from moeca_fx.discover import Discovery, discover
 from moeca_fx.errors import ConfigError, NoMoEFoundError, UnprovenRegionError
+from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.model_checks import check_inputs, check_model, check_policy
 from moeca_fx.passes import Compilation, run_pipeline
 from moeca_fx.passes.cache.plan import plan_sites
 from moeca_fx.passes.capture import batch_size
 from moeca_fx.policies import MoECa
 from moeca_fx.runtime.memory import MemoryReport, report
-from moeca_fx.runtime.module import TransformedModel, make_transformed, share_weights, stack_experts
+from moeca_fx.runtime.module import TransformedModel, make_transformed, share_weights
 from moeca_fx.runtime.runtime import Runtime
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -9,6 +9,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from moeca_fx.discover import MoERegion
+
+
+def stack_experts(model: nn.Module, regions: Sequence[MoERegion]) -> None:
+    """Stack the experts of every region of `model`, in place; what is stacked already stays."""
+    for region in regions:
+        stack_in_place([model.get_submodule(path) for path in region.experts])
+
 
 def stack_in_place(modules: Sequence[nn.Module]) -> None:
     """Give equal parameters of `modules` one common storage each; values and `Parameter` objects stay the same."""

@@ -11,7 +11,7 @@ from torch import fx, nn
 from moeca_fx.discover import MoERegion
 from moeca_fx.errors import MoecaError, PassError
 from moeca_fx.graph import legality
-from moeca_fx.graph.expert_stack import stack_in_place
+from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.graph.sites import Sites
 from moeca_fx.passes.capture import Captured, capture
 from moeca_fx.passes.insert_cache import CachedGraphs, insert_cache
@@ -72,8 +72,7 @@ def _locate(work: Compilation) -> Compilation:
 
 def _vectorize_experts(work: Compilation) -> Compilation:
     assert work.module is not None and work.captured is not None and work.sites is not None
-    for region in work.regions:
-        stack_in_place([work.model.get_submodule(path) for path in region.experts])
+    stack_experts(work.model, work.regions)
     sites = vectorize_experts(work.module, work.sites, work.captured.regions, work.model)
     return replace(work, sites=sites)
 

@@ -2,16 +2,15 @@
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moeca_fx.discover import MoERegion
 from moeca_fx.errors import UnsupportedModelError
-from moeca_fx.graph.expert_stack import stack_in_place
+from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.runtime.memory import MemoryReport
 from moeca_fx.runtime.runtime import DEFAULT_CONTEXT, Runtime
 from moeca_fx.runtime.statistics import Statistics
@@ -77,8 +76,7 @@ class TransformedModel(nn.Module):
 
     def _rebuild(self) -> None:
         """The weights are other tensors now: stack the experts again and drop graphs and caches."""
-        for region in self._moeca.regions:
-            stack_in_place([self.get_submodule(path) for path in region.experts])
+        stack_experts(self, self._moeca.regions)
         self._moeca.forget_programs()
 
     def _where_and_what(self) -> list[tuple[int, torch.dtype, torch.device]]:
@@ -123,10 +121,3 @@ def share_weights(model: nn.Module) -> nn.Module:
         ) from error
     assert isinstance(clone, nn.Module)
     return clone
-
-
-def stack_experts(model: nn.Module, regions: Sequence[MoERegion]) -> None:
-    """Give each layer's experts one storage, in the model given: its values and `Parameter` objects stay the same."""
-    with torch.no_grad():
-        for region in regions:
-            stack_in_place([model.get_submodule(path) for path in region.experts])
