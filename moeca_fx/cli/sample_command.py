@@ -18,7 +18,7 @@ from moeca_fx.demo.files import prepare_folder, write_whole
 from moeca_fx.demo.picture import sample_grid
 from moeca_fx.errors import ConfigError, InputError, require
 from moeca_fx.runtime.module import TransformedModel
-from moeca_fx.zoo.digits.sampling import sample as euler
+from moeca_fx.zoo.sampling import sample as euler
 
 COLUMNS = 10
 PICTURE_PIXELS = 96

@@ -12,7 +12,8 @@ from moeca_fx.demo.settings import DemoSettings, most_threads
 from moeca_fx.demo.timing import fastest_threads, median_speedup, pinned_threads, time_interleaved
 from moeca_fx.evaluate import psnr, psnr_per_image, ssim
 from moeca_fx.runtime.module import TransformedModel
-from moeca_fx.zoo.digits import classifier, sampling
+from moeca_fx.zoo import sampling
+from moeca_fx.zoo.digits import classifier
 
 ORIGINAL, VECTORISED, CACHED = "original", "vectorised", "cached"
 TRIAL_STEPS = 4

@@ -1,4 +1,4 @@
-"""Models to run the compiler on: DSMoE and DiT-MoE from their published facts, and a trained digits model.
+"""Models to run the compiler on: DSMoE and DiT-MoE from their published facts, and two trained models.
 
 Everything is imported when it is first asked for, so that ``import moeca_fx`` stays light.
 """

@@ -2,17 +2,27 @@
 
 from difflib import get_close_matches
 from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from moeca_fx.errors import InputError, TargetError
-from moeca_fx.zoo.digits.config import DIGITS, WEIGHTS
+from moeca_fx.errors import InputError, TargetError, WeightsError
+from moeca_fx.zoo.digits import config as digits
 from moeca_fx.zoo.dit_moe import DIT_MOE_CONFIGS, DiTMoE, DiTMoEConfig
 from moeca_fx.zoo.dsmoe import DSMOE_CONFIGS, DSMoE, DSMoEConfig
+from moeca_fx.zoo.glyphs import config as glyphs
 from moeca_fx.zoo.initialize import randomize_
 
-CONFIGS: dict[str, DSMoEConfig | DiTMoEConfig] = {**DSMOE_CONFIGS, **DIT_MOE_CONFIGS, "digits": DIGITS}
+CONFIGS: dict[str, DSMoEConfig | DiTMoEConfig] = {
+    **DSMOE_CONFIGS,
+    **DIT_MOE_CONFIGS,
+    "digits": digits.DIGITS,
+    "glyphs": glyphs.GLYPHS,
+}
+TRAINED: dict[str, Path] = {"digits": digits.WEIGHTS, "glyphs": glyphs.WEIGHTS}
+"""Where the trained weights live; they are used when none are given."""
+
 DDPM_STEPS = 1000
 
 
@@ -39,10 +49,10 @@ def build(name: str, *, weights: str | PathLike[str] | None = None, seed: int = 
 
     Args:
         name: one of `names()`.
-        weights: a local file or a hub id, see `moeca_fx.zoo.load_weights`. Without it, ``digits`` gets its
-            shipped trained weights; every other model gets seeded random weights. Unlike a published start of
-            training, those do *not* zero the adaLN gates and the final layer, so that attention and experts
-            reach the output.
+        weights: a local file or a hub id, see `moeca_fx.zoo.load_weights`. Without it, ``digits`` and
+            ``glyphs`` get their trained weights; every other model gets seeded random weights. Unlike a published
+            start of training, those do *not* zero the adaLN gates and the final layer, so that attention and
+            experts reach the output.
         seed: of the random weights.
 
     Raises:
@@ -51,8 +61,8 @@ def build(name: str, *, weights: str | PathLike[str] | None = None, seed: int = 
     """
     config = config_of(name)
     model: nn.Module = DSMoE(config) if isinstance(config, DSMoEConfig) else DiTMoE(config)
-    if weights is None and name == "digits":
-        weights = WEIGHTS
+    if weights is None and name in TRAINED:
+        weights = _trained(name)
     if weights is None:
         randomize_(model, seed)
     else:
@@ -60,6 +70,17 @@ def build(name: str, *, weights: str | PathLike[str] | None = None, seed: int = 
 
         load_weights(model, weights)
     return model.eval()
+
+
+def _trained(name: str) -> Path:
+    path = TRAINED[name]
+    if not path.is_file():
+        raise WeightsError(
+            f"the trained weights of {name!r} are expected at {path}, and no file is there; clone the repository "
+            "(an installed wheel may leave them out), or train them with "
+            f"`python -m moeca_fx.zoo.training.train --model {name} --out DIR` and pass weights=DIR/{path.name}"
+        )
+    return path
 
 
 def example_inputs(model: nn.Module | str, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

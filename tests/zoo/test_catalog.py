@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import moeca_fx.zoo as zoo
-from moeca_fx.errors import InputError, TargetError
+from moeca_fx.errors import InputError, TargetError, WeightsError
+from moeca_fx.zoo import catalog
 
 
-def test_names_list_every_published_size_and_the_digits():
+def test_names_list_every_published_size_and_the_trained_models():
     assert set(zoo.names()) == {
         "dsmoe-s-e16",
         "dsmoe-s-e48",
@@ -24,6 +25,7 @@ def test_names_list_every_published_size_and_the_digits():
         "dit-moe-xl",
         "dit-moe-g",
         "digits",
+        "glyphs",
     }
 
 
@@ -55,12 +57,12 @@ def test_an_unknown_name_lists_near_ones():
         zoo.build("???")
 
 
-@pytest.mark.parametrize("name", ["dsmoe-s-e16", "dit-moe-s", "digits"])
+@pytest.mark.parametrize("name", ["dsmoe-s-e16", "dit-moe-s", "digits", "glyphs"])
 def test_example_inputs_fit_by_name(name):
     x, t, y = zoo.example_inputs(name, batch=5, seed=1)
     assert x.shape[0] == t.shape[0] == y.shape[0] == 5
-    assert x.shape[1:] == ((1, 8, 8) if name == "digits" else (4, 32, 32))
-    assert y.dtype == torch.int64 and y.max() < (10 if name == "digits" else 1000)
+    assert x.shape[1:] == {"digits": (1, 8, 8), "glyphs": (1, 32, 32)}.get(name, (4, 32, 32))
+    assert y.dtype == torch.int64 and y.max() < {"digits": 10, "glyphs": 62}.get(name, 1000)
     assert (t < 1).all() if name != "dit-moe-s" else torch.equal(t, t.floor())
     assert torch.equal(x, zoo.example_inputs(name, batch=5, seed=1)[0])
     assert not torch.equal(x, zoo.example_inputs(name, batch=5, seed=2)[0])
@@ -71,6 +73,13 @@ def test_example_inputs_refuse_strangers():
         zoo.example_inputs(torch.nn.Linear(2, 2))
     with pytest.raises(InputError, match="at least 1"):
         zoo.example_inputs("digits", batch=0)
+
+
+@pytest.mark.parametrize("name", ["digits", "glyphs"])
+def test_missing_trained_weights_are_an_error_and_never_random_ones(name, monkeypatch, tmp_path):
+    monkeypatch.setitem(catalog.TRAINED, name, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=rf"{name}.*expected at .*w\.safetensors.*clone .*--model {name}"):
+        zoo.build(name)
 
 
 def test_the_zoo_has_no_other_attributes():

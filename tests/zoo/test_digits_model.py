@@ -6,9 +6,9 @@ import torch
 from moeca_fx.zoo import build
 from moeca_fx.zoo.digits.classifier import accuracy
 from moeca_fx.zoo.digits.config import WEIGHTS
-from moeca_fx.zoo.digits.measure import measure
-from moeca_fx.zoo.digits.sampling import noise_and_labels, sample
 from moeca_fx.zoo.dsmoe import MoELayer
+from moeca_fx.zoo.sampling import noise_and_labels, sample
+from moeca_fx.zoo.training.measure import measure
 
 
 @pytest.fixture(scope="module")

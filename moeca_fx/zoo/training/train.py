@@ -1,8 +1,8 @@
-"""Train the digits model: ``python -m moeca_fx.zoo.digits.train --out DIR [--resume]``.
+"""Train a model of the zoo: ``python -m moeca_fx.zoo.training.train --model NAME --out DIR [--resume]``.
 
 Rectified flow (arXiv 2209.03003): x_t = (1 - t) * noise + t * image, and the model regresses the velocity
-image - noise at a uniform t. Images get uniform noise of half a grey level, which undoes their rounding to 17
-levels. The weights that ship are the exponential moving average, in half precision.
+image - noise at a uniform t. Images get uniform noise of half a grey level, which undoes their rounding. The weights
+that ship are the exponential moving average, in half precision.
 """
 
 import argparse
@@ -18,20 +18,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moeca_fx.errors import require
-from moeca_fx.zoo.digits.balance import LoadBalancer
-from moeca_fx.zoo.digits.config import DIGITS
-from moeca_fx.zoo.digits.data import PIXEL_MAX, load_split
-from moeca_fx.zoo.digits.train_state import TrainOptions, TrainState
 from moeca_fx.zoo.dsmoe import DSMoE
 from moeca_fx.zoo.dsmoe_config import DSMoEConfig
 from moeca_fx.zoo.initialize import publish_init_
+from moeca_fx.zoo.training.balance import LoadBalancer
+from moeca_fx.zoo.training.state import TrainOptions, TrainState
+from moeca_fx.zoo.training.task import TASKS, find_task
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.pt"
-WEIGHTS = "digits.safetensors"
 LOG_EVERY = 100
 CLIP_NORM = 1.0
+# On a CPU the plain attention kernel has the faster backward up to this many tokens.
+PLAIN_ATTENTION_TOKENS = 64
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
@@ -42,28 +42,28 @@ def learning_rate(step: int, options: TrainOptions) -> float:
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def flow_batch(images: Tensor, labels: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def flow_batch(images: Tensor, labels: Tensor, batch: int, grey_step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw one training batch from the global generator.
 
     Args:
         images: [N, C, S, S] in [-1, 1].
         labels: [N].
         batch: B.
+        grey_step: distance of two grey levels; the images get uniform noise of half of it.
 
     Returns:
         x_t [B, C, S, S], t [B] (one draw in each of B equal intervals of [0, 1)), labels [B], and the
         velocity [B, C, S, S].
     """
     pick = torch.randint(len(images), (batch,))
-    half_level = 1 / PIXEL_MAX
-    target = images[pick] + (torch.rand(batch, *images.shape[1:]) * 2 - 1) * half_level
+    target = images[pick] + (torch.rand(batch, *images.shape[1:]) * 2 - 1) * (grey_step / 2)
     noise = torch.randn_like(target)
     t = (torch.arange(batch) + torch.rand(batch)) / batch
     mix = t.view(-1, 1, 1, 1)
     return (1 - mix) * noise + mix * target, t, labels[pick], target - noise
 
 
-def start(options: TrainOptions, config: DSMoEConfig = DIGITS) -> TrainState:
+def start(options: TrainOptions, config: DSMoEConfig) -> TrainState:
     """A seeded model, its optimiser and average, at step 0."""
     torch.manual_seed(options.seed)
     model = DSMoE(config)
@@ -79,6 +79,7 @@ def train(
     state: TrainState,
     options: TrainOptions,
     data: tuple[Tensor, Tensor],
+    grey_step: float,
     until: int | None = None,
     after_step: Callable[[TrainState, float, float], None] | None = None,
 ) -> None:
@@ -88,17 +89,19 @@ def train(
         state: from `start`, possibly restored.
         options: the run's options.
         data: images [N, C, S, S] and labels [N].
+        grey_step: see `flow_batch`.
         until: stop before this step.
         after_step: called as `after_step(state, loss, imbalance)`.
     """
     balancer = LoadBalancer(state.model, options.balance_rate)
+    plain = state.model.config.tokens <= PLAIN_ATTENTION_TOKENS
+    kernel = SDPBackend.MATH if plain else SDPBackend.FLASH_ATTENTION
     try:
         while state.step < (options.steps if until is None else until):
-            x, t, y, velocity = flow_batch(*data, options.batch)
+            x, t, y, velocity = flow_batch(*data, options.batch, grey_step)
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, options)
-            # On a CPU the plain attention kernel has the faster backward at this size.
-            with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+            with sdpa_kernel(kernel), torch.autocast("cpu", torch.bfloat16):
                 prediction = state.model(x, t, y)[0]
             loss = (prediction[:, : velocity.shape[1]].float() - velocity).square().mean()
             state.optimizer.zero_grad(set_to_none=True)
@@ -125,7 +128,8 @@ def export(average: dict[str, Tensor], path: Path) -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train the digits model of moeca_fx.")
+    parser = argparse.ArgumentParser(description="Train a model of the zoo.")
+    parser.add_argument("--model", choices=tuple(TASKS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint and the weights")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS")
@@ -147,8 +151,9 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     options = TrainOptions(**{field.name: getattr(arguments, field.name) for field in fields(TrainOptions)})
     arguments.out.mkdir(parents=True, exist_ok=True)
-    checkpoint, weights = arguments.out / CHECKPOINT, arguments.out / WEIGHTS
-    state = start(options)
+    chosen = find_task(arguments.model)
+    checkpoint, weights = arguments.out / CHECKPOINT, arguments.out / chosen.weights.name
+    state = start(options, chosen.config)
     if arguments.resume:
         state.restore(checkpoint, options)
     smooth = 0.0
@@ -166,7 +171,7 @@ def main() -> None:
                 state.save(checkpoint, options)
                 export(state.average, weights)
 
-        train(state, options, load_split()[0], after_step=after_step)
+        train(state, options, chosen.load_split()[0], chosen.grey_step, after_step=after_step)
     log.info("weights written to %s", weights)
 
 

@@ -1,4 +1,4 @@
-"""The Euler sampler against closed forms, and the classifier that judges samples."""
+"""The sampler against closed forms, its starting points, and the classifier that judges digits."""
 
 import sys
 
@@ -7,7 +7,8 @@ import torch
 
 from moeca_fx.errors import InputError, MissingExtraError
 from moeca_fx.zoo.digits import classifier, data
-from moeca_fx.zoo.digits.sampling import noise_and_labels, sample
+from moeca_fx.zoo.glyphs.config import GLYPHS
+from moeca_fx.zoo.sampling import noise_and_labels, sample
 
 
 def test_euler_on_a_linear_velocity_has_its_closed_form():
@@ -45,6 +46,18 @@ def test_noise_is_seeded_and_labels_cycle():
     assert labels.tolist() == [i % 10 for i in range(23)]
 
 
+def test_digits_keep_the_noise_they_always_had():
+    noise, _ = noise_and_labels(3, seed=7)
+    assert torch.equal(noise, torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(7)))
+
+
+def test_noise_and_labels_fit_the_model_and_the_classes_asked_for():
+    noise, labels = noise_and_labels(5, seed=0, config=GLYPHS, classes=range(1, 62, 2))
+    assert noise.shape == (5, 1, 32, 32)
+    assert labels.tolist() == [1, 3, 5, 7, 9]
+    assert noise_and_labels(5, seed=0, classes=(3, 8))[1].tolist() == [3, 8, 3, 8, 3]
+
+
 def test_noise_is_not_changed_in_place():
     noise, labels = noise_and_labels(2, seed=0)
     before = noise.clone()
@@ -60,6 +73,10 @@ def test_wrong_arguments_are_refused():
         sample(lambda x, t, y: x, noise, labels[:1])
     with pytest.raises(InputError, match="batch must be at least 1"):
         noise_and_labels(0, seed=0)
+    with pytest.raises(InputError, match=r"expected classes 0 to 9, found \[10, -1\]"):
+        noise_and_labels(2, seed=0, classes=(0, 10, -1))
+    with pytest.raises(InputError, match="expected classes 0 to 9, found none"):
+        noise_and_labels(2, seed=0, classes=())
 
 
 def test_the_classifier_knows_real_digits_and_rejects_noise():

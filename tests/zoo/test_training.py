@@ -1,4 +1,4 @@
-"""Training the digits model: its pieces, and a run that is stopped and resumed."""
+"""Training a model of the zoo: its tasks and pieces, and a run that is stopped and resumed."""
 
 import math
 import sys
@@ -8,13 +8,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from moeca_fx.errors import ConfigError, WeightsError
+from moeca_fx.errors import ConfigError, TargetError, WeightsError
 from moeca_fx.zoo import DSMoE, DSMoEConfig, load_weights, randomize_
-from moeca_fx.zoo.digits import train as training
-from moeca_fx.zoo.digits.balance import LoadBalancer
-from moeca_fx.zoo.digits.config import DIGITS
-from moeca_fx.zoo.digits.data import load_split
-from moeca_fx.zoo.digits.train_state import TrainOptions
+from moeca_fx.zoo.catalog import CONFIGS, TRAINED
+from moeca_fx.zoo.training import train as training
+from moeca_fx.zoo.training.balance import LoadBalancer
+from moeca_fx.zoo.training.state import TrainOptions
+from moeca_fx.zoo.training.task import TASKS, find_task
 
 TINY = DSMoEConfig(
     input_size=8,
@@ -30,31 +30,49 @@ TINY = DSMoEConfig(
     learn_sigma=False,
 )
 OPTIONS = TrainOptions(steps=8, batch=16, seed=3, warmup=2)
+GREY_STEP = 1 / 8
 
 
 @pytest.fixture
 def digits():
-    return load_split()[0]
+    return find_task("digits").load_split()[0]
 
 
 def run(options, digits, until=None, state=None):
     state = state or training.start(options, TINY)
     losses = []
-    training.train(state, options, digits, until=until, after_step=lambda _, loss, __: losses.append(loss))
+    training.train(state, options, digits, GREY_STEP, until=until, after_step=lambda _, loss, __: losses.append(loss))
     return state, losses
 
 
-def test_the_digits_config_keeps_its_promises():
+@pytest.mark.parametrize(
+    ("name", "parameters", "tokens", "experts", "top_k"),
+    [("digits", 2_000_000, 64, 16, 4), ("glyphs", 8_000_000, 256, 48, 5)],
+)
+def test_the_models_keep_their_promises(name, parameters, tokens, experts, top_k):
+    config = find_task(name).config
     with torch.device("meta"):
-        model = DSMoE(DIGITS)
-    assert sum(p.numel() for p in model.parameters()) >= 2_000_000
-    assert DIGITS.tokens == 64
-    assert DIGITS.num_experts >= 16 and DIGITS.top_k >= 4
-    assert {DIGITS.is_moe(i) for i in range(DIGITS.depth)} == {True, False}
+        model = DSMoE(config)
+    assert sum(p.numel() for p in model.parameters()) >= parameters
+    assert (config.tokens, config.num_experts, config.top_k) == (tokens, experts, top_k)
+    assert {config.is_moe(i) for i in range(config.depth)} == {True, False}
+
+
+def test_tasks_are_the_trained_models_of_the_zoo():
+    assert {name: task.weights for name, task in TASKS.items()} == TRAINED
+    assert all(CONFIGS[name] is task.config and task.name == name for name, task in TASKS.items())
+    with pytest.raises(TargetError, match="'dsmoe-s-e16' is no trained model of the zoo; trained models: digits, gl"):
+        find_task("dsmoe-s-e16")
+
+
+def test_the_grey_step_is_the_distance_of_two_grey_levels(digits):
+    levels = digits[0].unique()
+    assert find_task("digits").grey_step == GREY_STEP == float(levels.diff().min())
+    assert find_task("glyphs").grey_step == pytest.approx(2 / 255)
 
 
 def test_splits_are_disjoint_and_scaled():
-    (images, labels), (held, held_labels) = load_split()
+    (images, labels), (held, held_labels) = find_task("digits").load_split()
     assert len(images) + len(held) == 1797
     assert images.shape[1:] == (1, 8, 8)
     assert images.min() == -1 and images.max() == 1
@@ -64,7 +82,7 @@ def test_splits_are_disjoint_and_scaled():
 
 def test_flow_batch_lies_on_the_line_from_noise_to_image(digits):
     images, labels = digits
-    x, t, y, velocity = training.flow_batch(images, labels, 64)
+    x, t, y, velocity = training.flow_batch(images, labels, 64, GREY_STEP)
     target = x + (1 - t.view(-1, 1, 1, 1)) * velocity
     nearest = torch.cdist(target.flatten(1), images.flatten(1), p=math.inf)
     assert nearest.min(dim=1).values.max() <= 1 / 16 + 1e-5  # half a grey level of jitter
@@ -103,7 +121,7 @@ def test_balancer_raises_idle_experts_and_lowers_busy_ones():
 
 def test_training_starts_at_the_published_zero_gates(digits):
     model = training.start(OPTIONS, TINY).model
-    x, t, y, _ = training.flow_batch(*digits, 4)
+    x, t, y, _ = training.flow_batch(*digits, 4, GREY_STEP)
     assert not model(x, t, y)[0].any()
     assert not model.blocks[1].adaLN_modulation[1].weight.any()
     assert model.blocks[1].mlp.experts.blocks[0].up_proj.weight.any()
@@ -162,14 +180,23 @@ def test_exported_weights_load_into_the_model(digits, tmp_path):
 
 
 def test_the_script_trains_checkpoints_and_resumes(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "start", lambda options: START(options, TINY))
-    arguments = ["train", "--out", str(tmp_path), "--batch", "8", "--warmup", "1", "--checkpoint-every", "1"]
+    monkeypatch.setitem(TASKS, "digits", replace(TASKS["digits"], config=TINY))
+    arguments = [
+        "train",
+        "--model",
+        "digits",
+        "--out",
+        str(tmp_path),
+        "--batch",
+        "8",
+        "--warmup",
+        "1",
+        "--checkpoint-every",
+        "1",
+    ]
     monkeypatch.setattr(sys, "argv", [*arguments, "--steps", "2"])
     training.main()
     monkeypatch.setattr(sys, "argv", [*arguments, "--steps", "3", "--resume"])
     training.main()
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
     load_weights(DSMoE(TINY), tmp_path / "digits.safetensors")
-
-
-START = training.start

@@ -1,4 +1,4 @@
-"""Measure the trained model: ``python -m moeca_fx.zoo.digits.measure [--samples 1000 --steps 100 --seed 7]``.
+"""Measure the digits model: ``python -m moeca_fx.zoo.training.measure [--samples 1000 --steps 100 --seed 7]``.
 
 Draws class-conditional samples, asks the classifier of real digits, and reports the share it recognises, per
 class too, with the distance to the nearest training image (near zero for a model that only copies its data).
@@ -16,7 +16,7 @@ from moeca_fx.zoo.catalog import build
 from moeca_fx.zoo.digits.classifier import load_classifier
 from moeca_fx.zoo.digits.config import CLASSES
 from moeca_fx.zoo.digits.data import load_split
-from moeca_fx.zoo.digits.sampling import noise_and_labels, sample
+from moeca_fx.zoo.sampling import noise_and_labels, sample
 
 log = logging.getLogger(__name__)
 

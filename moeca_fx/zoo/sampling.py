@@ -1,21 +1,42 @@
 """Euler sampling of a rectified flow: from noise at t = 0 to data at t = 1 along the predicted velocity."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from moeca_fx.errors import InputError
-from moeca_fx.zoo.digits.config import CLASSES, IMAGE_SIZE
+from moeca_fx.zoo.digits.config import DIGITS
+from moeca_fx.zoo.dsmoe_config import DSMoEConfig
 
 
-def noise_and_labels(batch: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Starting points: noise [B, 1, 8, 8] from `seed`, and labels [B] running 0, 1, ..., 9, 0, ..."""
+def noise_and_labels(
+    batch: int, seed: int, config: DSMoEConfig = DIGITS, classes: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Starting points of a batch of samples.
+
+    Args:
+        batch: B.
+        seed: of the noise; a private generator on the CPU.
+        config: the model's, for the shape and the number of classes.
+        classes: labels to take in turn, e.g. ``range(0, 62, 2)``; all of them by default.
+
+    Returns:
+        noise [B, C, S, S], standard normal, and labels [B] int64 that cycle over `classes`.
+
+    Raises:
+        InputError: `batch` < 1, `classes` is empty or names a class the model does not have.
+    """
     if batch < 1:
         raise InputError(f"noise_and_labels: batch must be at least 1, got {batch}")
+    cycle = list(range(config.num_classes) if classes is None else classes)
+    strangers = [label for label in cycle if not 0 <= label < config.num_classes]
+    if not cycle or strangers:
+        found = f"found {strangers}" if strangers else "found none"
+        raise InputError(f"noise_and_labels: expected classes 0 to {config.num_classes - 1}, {found}")
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(batch, 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
-    return noise, torch.arange(batch) % CLASSES
+    noise = torch.randn(batch, config.in_channels, config.input_size, config.input_size, generator=generator)
+    return noise, torch.tensor(cycle)[torch.arange(batch) % len(cycle)]
 
 
 @torch.no_grad()
