@@ -1,13 +1,71 @@
-"""Euler sampling of a rectified flow: from noise at t = 0 to data at t = 1 along the predicted velocity."""
+"""Sampling of a rectified flow, from noise at t = 0 to data at t = 1: Euler, and an ancestral (DDPM-like) sampler.
+
+A sampler is one rule that takes the state from t to s; the rules share one loop and sit in `SAMPLERS`.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moeca_fx.errors import InputError
+from moeca_fx.errors import ConfigError, InputError
 from moeca_fx.zoo.digits.config import DIGITS
 from moeca_fx.zoo.dsmoe_config import DSMoEConfig
+
+FRESH_NOISE = 1_000_003
+"""Added to the seed of fresh noise, so that it differs from starting noise drawn with the same seed."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a state at t = i/n becomes one at s = (i+1)/n.
+
+    Attributes:
+        name: what users call it.
+        stochastic: whether it draws fresh noise, and so depends on the seed.
+        advance: called as `advance(x, velocity, noise, i, n)`, tensors [B, C, S, S]; `noise` is standard normal when
+            `stochastic` and i < n - 1, else None. Returns the next state.
+    """
+
+    name: str
+    stochastic: bool
+    advance: Callable[[Tensor, Tensor, Tensor | None, int, int], Tensor]
+
+
+def _euler(x: Tensor, velocity: Tensor, noise: Tensor | None, i: int, n: int) -> Tensor:
+    return x + velocity / n
+
+
+def _ancestral(x: Tensor, velocity: Tensor, noise: Tensor | None, i: int, n: int) -> Tensor:
+    """DDPM's posterior (arXiv 2006.11239, equations 6 and 7) for alpha = t, sigma = 1 - t.
+
+    With SNR = (alpha / sigma)^2 the fresh noise has variance tau^2 = sigma_s^2 (1 - SNR_t / SNR_s), and
+    x_s = alpha_s D + sqrt(sigma_s^2 - tau^2) N + tau noise, where D and N are the predicted data and noise.
+    """
+    t, s = i / n, (i + 1) / n
+    data = x + (1 - t) * velocity
+    if noise is None:
+        return data
+    kept = i * (n - i - 1) / ((i + 1) * (n - i))  # sqrt(SNR_t / SNR_s)
+    predicted = x - t * velocity
+    return s * data + (1 - s) * (kept * predicted + (1 - kept**2) ** 0.5 * noise)
+
+
+SAMPLERS: dict[str, Sampler] = {
+    each.name: each for each in (Sampler("euler", False, _euler), Sampler("ancestral", True, _ancestral))
+}
+
+
+def find_sampler(name: str) -> Sampler:
+    """The sampler of a name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in SAMPLERS:
+        raise ConfigError(f"no sampler is called {name!r}; samplers: {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
 
 
 def noise_and_labels(
@@ -46,6 +104,9 @@ def sample(
     labels: Tensor,
     steps: int = 250,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    sampler: str = "euler",
+    seed: int = 0,
 ) -> Tensor:
     """Draw one image per row of `noise`.
 
@@ -55,25 +116,33 @@ def sample(
             sigma) are dropped.
         noise: [B, C, S, S], the state at t = 0.
         labels: [B] int64.
-        steps: equal Euler steps to t = 1.
+        steps: equal steps to t = 1.
         progress: called after each step as `progress(done, steps)`.
+        sampler: one of `SAMPLERS`.
+        seed: of a stochastic sampler's fresh noise: a private generator on the CPU, one draw of `noise`'s shape a
+            step, whatever the model returns. Chunks of one batch want different seeds.
 
     Returns:
         [B, C, S, S].
 
     Raises:
         InputError: `steps` < 1, or `noise` and `labels` disagree on the batch.
+        ConfigError: there is no such sampler.
     """
+    chosen = find_sampler(sampler)
     if steps < 1:
         raise InputError(f"sample: steps must be at least 1, got {steps}")
     if noise.shape[0] != labels.shape[0]:
         raise InputError(f"sample: noise has batch {noise.shape[0]} but labels have {labels.shape[0]}")
+    generator = torch.Generator().manual_seed(seed + FRESH_NOISE)
     x = noise.clone()
     for step in range(steps):
         t = torch.full((x.shape[0],), step / steps, dtype=x.dtype, device=x.device)
         output = model(x, t, labels)
-        velocity = output if isinstance(output, Tensor) else output[0]
-        x = x + velocity[:, : x.shape[1]] / steps
+        velocity = (output if isinstance(output, Tensor) else output[0])[:, : x.shape[1]]
+        draws = chosen.stochastic and step < steps - 1
+        fresh = torch.randn(x.shape, generator=generator).to(x) if draws else None
+        x = chosen.advance(x, velocity, fresh, step, steps)
         if progress is not None:
             progress(step + 1, steps)
     return x

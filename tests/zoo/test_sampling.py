@@ -1,4 +1,4 @@
-"""The sampler against closed forms, its starting points, and the classifier that judges digits."""
+"""The sampling loop against closed forms, its starting points, and the classifier that judges digits."""
 
 import sys
 
