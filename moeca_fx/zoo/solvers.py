@@ -26,9 +26,9 @@ SOLVERS: dict[str, tuple[int, ...]] = {
     "unipc": (1, 2, 3),
     STOCHASTIC: (1, 2),
 }
-"""Orders of each solver. `sde-dpmsolver++` of order 1 is this package's ancestral sampler; its order 3 does not converge
-along a fixed noise path (measured on Gaussian data, diffusers 0.42) and is left out. UniPC corrects each step with the
-next model call, so its order 1 behaves like an order 2."""
+"""Orders of each solver. `sde-dpmsolver++` of order 1 is this package's ancestral sampler; its order 3 does not
+converge along a fixed noise path (measured on Gaussian data, diffusers 0.42) and is left out. UniPC corrects each step
+with the next model call, so its order 1 behaves like an order 2."""
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Solvers from diffusers on flows whose exact answer is known."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -47,11 +49,11 @@ def test_sde_dpmsolver_of_order_1_is_our_ancestral_sampler():
 @pytest.mark.parametrize(("solver", "order"), [(s, o) for s in ("dpmsolver++", "unipc") for o in (2, 3)])
 def test_higher_orders_converge_faster_than_euler(solver, order):
     def gain(**options):
-        return error(20, **options) / error(80, **options)
+        return error(20, **options) / error(160, **options)
 
-    assert 3.0 < gain(solver="euler", order=1) < 5.0  # first order: a quarter of the step, a quarter of the error
-    assert gain(solver=solver, order=order) > 7
-    assert error(40, solver=solver, order=order) < error(40, solver="euler", order=1) / 7
+    assert 6 < gain(solver="euler", order=1) < 9  # first order: an eighth of the step, an eighth of the error
+    assert gain(solver=solver, order=order) > 14
+    assert error(160, solver=solver, order=order) < error(160, solver="euler", order=1) / 20
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -76,7 +78,7 @@ def test_one_first_order_step_on_an_own_grid_by_hand():
     noise, labels = noise_and_labels(2, seed=4)
     x = noise
     times = [0.0, 0.2, 0.7, 1.0]
-    for t, s in zip(times, times[1:], strict=False):
+    for t, s in pairwise(times):
         x = x + (s - t) * gaussian_velocity(x, torch.full((2,), t), labels)
     for solver in ("euler", "dpmsolver++"):
         found = sample_with_solver(gaussian_velocity, noise, labels, 3, solver=solver, order=1, times=times[:-1])
