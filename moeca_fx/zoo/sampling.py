@@ -3,6 +3,7 @@
 A sampler is one rule that takes the state from t to s; the rules share one loop and sit in `SAMPLERS`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ def _ancestral(x: Tensor, velocity: Tensor, noise: Tensor | None, i: int, n: int
         return data
     kept = i * (n - i - 1) / ((i + 1) * (n - i))  # sqrt(SNR_t / SNR_s)
     predicted = x - t * velocity
-    return s * data + (1 - s) * (kept * predicted + (1 - kept**2) ** 0.5 * noise)
+    return s * data + (1 - s) * (kept * predicted + math.sqrt(1 - kept**2) * noise)
 
 
 SAMPLERS: dict[str, Sampler] = {

@@ -5,6 +5,7 @@ from pathlib import Path
 from moeca_fx.zoo.dsmoe_config import DSMoEConfig
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
+JUDGE = Path(__file__).with_name("judge.safetensors")
 
 IMAGE_SIZE = 8
 CLASSES = 10

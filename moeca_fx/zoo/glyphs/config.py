@@ -7,6 +7,7 @@ from moeca_fx.zoo.glyphs.data import CLASSES, IMAGE_SIZE
 
 # Outside the package, so that the wheel stays small: a clone of the repository has it.
 WEIGHTS = Path(__file__).parents[3] / "weights" / "glyphs.safetensors"
+JUDGE = Path(__file__).with_name("judge.safetensors")
 
 GLYPHS = DSMoEConfig(
     input_size=IMAGE_SIZE,

@@ -19,6 +19,9 @@ IMAGE_SIZE = 32
 CLASSES = string.digits + string.ascii_uppercase + string.ascii_lowercase
 GREY_LEVELS = 256
 
+LOOK_ALIKES = ("0Oo", "1Il", "Cc", "Ss", "Uu", "Vv", "Ww", "Xx", "Zz")
+"""Characters whose shapes differ in size alone, or in some faces not at all."""
+
 LEARN_VARIANTS = 16
 HELD_OUT_VARIANTS = 4
 SEED = 20260920

@@ -24,21 +24,39 @@ class Task:
         name: the zoo's name of the model.
         config: its size.
         weights: where the trained weights live.
+        judge: where the weights of its `moeca_fx.zoo.judge.Judge` live.
         load_split: (images, labels) to learn from and held out; images [N, C, S, S] in [-1, 1].
         grey_step: distance of two grey levels in [-1, 1]; training adds uniform noise of half of it.
+        look_alikes: groups of classes that a reader could not tell apart for certain.
     """
 
     name: str
     config: DSMoEConfig
     weights: Path
+    judge: Path
     load_split: Callable[[], Split]
     grey_step: float
+    look_alikes: tuple[tuple[int, ...], ...] = ()
 
 
-TASKS = {
-    "digits": Task("digits", digits.DIGITS, digits.WEIGHTS, digits_data.load_split, 2 / digits_data.PIXEL_MAX),
-    "glyphs": Task("glyphs", glyphs.GLYPHS, glyphs.WEIGHTS, glyphs_data.load_split, 2 / (glyphs_data.GREY_LEVELS - 1)),
-}
+DIGITS = Task(
+    name="digits",
+    config=digits.DIGITS,
+    weights=digits.WEIGHTS,
+    judge=digits.JUDGE,
+    load_split=digits_data.load_split,
+    grey_step=2 / digits_data.PIXEL_MAX,
+)
+GLYPHS = Task(
+    name="glyphs",
+    config=glyphs.GLYPHS,
+    weights=glyphs.WEIGHTS,
+    judge=glyphs.JUDGE,
+    load_split=glyphs_data.load_split,
+    grey_step=2 / (glyphs_data.GREY_LEVELS - 1),
+    look_alikes=tuple(tuple(map(glyphs_data.CLASSES.index, group)) for group in glyphs_data.LOOK_ALIKES),
+)
+TASKS = {task.name: task for task in (DIGITS, GLYPHS)}
 
 
 def find_task(name: str) -> Task:
