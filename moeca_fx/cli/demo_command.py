@@ -9,11 +9,11 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from moeca_fx.cli.console import stdout, step_progress
-from moeca_fx.demo.files import prepare_folder
 from moeca_fx.demo.result import DemoResult
 from moeca_fx.demo.settings import DemoSettings
 from moeca_fx.demo.table import HEADINGS, table_cells
 from moeca_fx.errors import require
+from moeca_fx.files import prepare_folder
 
 DEFAULTS = DemoSettings()
 

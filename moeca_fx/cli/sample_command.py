@@ -14,9 +14,9 @@ from moeca_fx.cli.classes import parse_classes
 from moeca_fx.cli.console import stdout, step_progress
 from moeca_fx.cli.flow import flow_of
 from moeca_fx.cli.target import HELP, Target, load_target
-from moeca_fx.demo.files import prepare_folder, write_whole
 from moeca_fx.demo.picture import sample_grid
 from moeca_fx.errors import ConfigError, InputError, require
+from moeca_fx.files import prepare_folder, write_whole
 from moeca_fx.runtime.module import TransformedModel
 from moeca_fx.zoo.sampling import sample as euler
 

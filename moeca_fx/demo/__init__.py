@@ -6,12 +6,11 @@
 
 from moeca_fx.demo.outputs import DemoFiles, write_outputs
 from moeca_fx.demo.result import DemoResult, VariantResult
-from moeca_fx.demo.run import DemoObserver, DemoRun, run_demo
+from moeca_fx.demo.run import DemoRun, run_demo
 from moeca_fx.demo.settings import DemoSettings
 
 __all__ = [
     "DemoFiles",
-    "DemoObserver",
     "DemoResult",
     "DemoRun",
     "DemoSettings",

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from moeca_fx.demo.files import write_whole
 from moeca_fx.demo.picture import Panel, comparison
 from moeca_fx.demo.result import VariantResult
 from moeca_fx.demo.run import CACHED, ORIGINAL, VECTORISED, DemoRun
+from moeca_fx.files import write_whole
 
 TITLES = {ORIGINAL: "Original", VECTORISED: "Vectorised experts", CACHED: "Cached with MoECa"}
 

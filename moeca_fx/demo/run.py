@@ -2,42 +2,22 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 from torch import Tensor, nn
 
 import moeca_fx
 from moeca_fx.demo.result import DemoResult, VariantResult
-from moeca_fx.demo.settings import DemoSettings, most_threads
-from moeca_fx.demo.timing import fastest_threads, median_speedup, pinned_threads, time_interleaved
+from moeca_fx.demo.settings import DemoSettings
 from moeca_fx.evaluate import psnr, psnr_per_image, ssim
+from moeca_fx.progress import Observer, SilentObserver
 from moeca_fx.runtime.module import TransformedModel
+from moeca_fx.timing import fastest_threads, median_speedup, most_threads, pinned_threads, time_interleaved
 from moeca_fx.zoo import sampling
 from moeca_fx.zoo.digits import classifier
 
 ORIGINAL, VECTORISED, CACHED = "original", "vectorised", "cached"
 TRIAL_STEPS = 4
 """Steps of the original's trial runs when the number of threads is chosen."""
-
-
-class DemoObserver(Protocol):
-    """Told what the demo does, to draw a progress bar with; `run_demo` works without one."""
-
-    def stage(self, text: str) -> None:
-        """A new stage begins."""
-
-    def step(self) -> None:
-        """One denoising step of a timed trajectory is done."""
-
-
-class SilentObserver:
-    """Ignores everything."""
-
-    def stage(self, text: str) -> None:
-        """Ignore it."""
-
-    def step(self) -> None:
-        """Ignore it."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +35,7 @@ class DemoRun:
     labels: Tensor
 
 
-def run_demo(settings: DemoSettings, observer: DemoObserver | None = None) -> DemoRun:
+def run_demo(settings: DemoSettings, observer: Observer | None = None) -> DemoRun:
     """Sample the digits model as it is, vectorised and cached, from the same noise.
 
     Raises:
@@ -72,7 +52,7 @@ def run_demo(settings: DemoSettings, observer: DemoObserver | None = None) -> De
         return _measure(settings, watch, model, noise, labels)
 
 
-def _measure(settings: DemoSettings, watch: DemoObserver, model: nn.Module, noise: Tensor, labels: Tensor) -> DemoRun:
+def _measure(settings: DemoSettings, watch: Observer, model: nn.Module, noise: Tensor, labels: Tensor) -> DemoRun:
     models: dict[str, nn.Module] = {ORIGINAL: model}
     inputs = moeca_fx.zoo.example_inputs(model, batch=settings.batch)
     watch.stage("tracing and vectorising")
@@ -100,7 +80,7 @@ def _measure(settings: DemoSettings, watch: DemoObserver, model: nn.Module, nois
     return DemoRun(DemoResult(settings, parameters, variants), images, labels)
 
 
-def _trajectory(model: nn.Module, noise: Tensor, labels: Tensor, steps: int, watch: DemoObserver) -> Tensor:
+def _trajectory(model: nn.Module, noise: Tensor, labels: Tensor, steps: int, watch: Observer) -> Tensor:
     return sampling.sample(model, noise, labels, steps=steps, progress=lambda *_: watch.step())
 
 

@@ -1,14 +1,8 @@
 """What the demo runs: a validated description, written into its JSON so that a result can be repeated."""
 
-import os
 from dataclasses import dataclass
 
 from moeca_fx.errors import ConfigError
-
-
-def most_threads() -> int:
-    """Two, the size the demo is measured for, or one where only one core is there."""
-    return min(2, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -21,7 +15,8 @@ class DemoSettings:
         repeats: trajectories of each variant; times are medians over them.
         seed: seed of the noise and the labels. The default was used for nothing else: no training, no tuning.
         interval: MoECa's cycle length; every `interval`-th step is full.
-        threads: CPU threads torch uses; None takes what is fastest for the original, up to `most_threads`.
+        threads: CPU threads torch uses; None takes what is fastest for the original, up to
+            `moeca_fx.timing.most_threads`.
 
     Raises:
         ConfigError: a field is out of range.

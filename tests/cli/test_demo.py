@@ -10,8 +10,8 @@ from PIL import Image
 
 from moeca_fx.demo import DemoSettings, VariantResult
 from moeca_fx.demo.table import table_cells
-from moeca_fx.demo.timing import fastest_threads, median_speedup, pinned_threads, time_interleaved
 from moeca_fx.errors import ConfigError, MoecaError
+from moeca_fx.timing import fastest_threads, median_speedup, pinned_threads, time_interleaved
 
 QUICK = ("--steps", "9", "--batch", "10", "--repeats", "2", "--interval", "3")
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 import moeca_fx
-from moeca_fx.demo.files import write_whole
 from moeca_fx.errors import MoecaError
+from moeca_fx.files import write_whole
 
 WITHOUT_TYPER = """
 import sys

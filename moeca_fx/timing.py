@@ -5,6 +5,7 @@ process and a speed-up is the median of the ratios *within* a round, never a rat
 The order rotates from round to round, so that no variant always runs first.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,11 @@ Trajectory = Callable[[], Tensor]
 
 TRIALS = 3
 """Runs for each number of threads before one is chosen."""
+
+
+def most_threads() -> int:
+    """Two, the size the demo and the bench are measured for, or one where only one core is there."""
+    return min(2, os.cpu_count() or 1)
 
 
 @contextmanager
