@@ -1,0 +1,48 @@
+"""The output forecast on a model whose prediction is a known function of the step."""
+
+import pytest
+
+from tests.policies.peers.hand_model import HandBlock, HandModel, constant, inputs
+from tests.reference.peers import Forecast
+
+
+def _run(reference: Forecast, steps: int) -> list[float]:
+    """Predictions for x = 0 at t = 0, 1, 2, ..."""
+    return [float(reference(*inputs(float(j), 0.0))) for j in range(steps)]
+
+
+def _square() -> HandModel:
+    return HandModel(HandBlock(shift_a=lambda t: t * t, shift_f=constant(0.0)))
+
+
+def test_order_one() -> None:
+    """Slope 1 from 0 and 1; (16 - 1) / 3 = 5 from 1 and 4; (64 - 16) / 4 = 12 from 4 and 8."""
+    reference = Forecast(_square(), order=1, interval=4)
+    assert _run(reference, 10) == [0, 1, 2, 3, 16, 21, 26, 31, 64, 76]
+    assert reference.kinds == ["full"] * 2 + ["forecast"] * 2 + (["full"] + ["forecast"] * 3 + ["full", "forecast"])
+
+
+def test_order_two() -> None:
+    """At 4: F1 = 5, F2 = (5 - 1) / 3."""
+    reference = Forecast(_square(), order=2, interval=4)
+    assert _run(reference, 7)[5:] == pytest.approx([16 + 5 + 2 / 3, 16 + 10 + 8 / 3])
+
+
+def test_order_zero_holds() -> None:
+    reference = Forecast(_square(), order=0, interval=4)
+    assert _run(reference, 6) == [0, 0, 0, 0, 16, 16]
+    assert reference.kinds == ["full", "forecast", "forecast", "forecast", "full", "forecast"]
+
+
+def test_warmup() -> None:
+    """Full at 0, 1, 2 and 4; order 2 is exact from the third full step of a square on: F = 4, 3, 2 at 2."""
+    reference = Forecast(_square(), order=2, interval=4, warmup=3)
+    assert _run(reference, 4) == [0, 1, 4, 4 + 3 + 2 / 2]
+
+
+def test_only_full_steps_run_the_model() -> None:
+    model = _square()
+    _run(Forecast(model, order=1, interval=4), 10)
+    block = model.blocks[0]
+    assert isinstance(block, HandBlock)
+    assert block.attn.rows == block.mlp.rows == 4
