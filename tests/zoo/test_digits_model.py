@@ -8,7 +8,9 @@ from moeca_fx.zoo.digits.classifier import accuracy
 from moeca_fx.zoo.digits.config import WEIGHTS
 from moeca_fx.zoo.dsmoe import MoELayer
 from moeca_fx.zoo.sampling import noise_and_labels, sample
-from moeca_fx.zoo.training.measure import measure
+from moeca_fx.zoo.training.measure import Draw, draw, portray_held_out
+from moeca_fx.zoo.training.portrait import find_classifier, portray
+from moeca_fx.zoo.training.task import DIGITS
 
 
 @pytest.fixture(scope="module")
@@ -62,4 +64,7 @@ def test_the_label_decides_the_digit(model):
 
 @pytest.mark.slow
 def test_the_reported_figure(model):
-    assert measure(model, samples=1000, steps=100, seed=7).accuracy >= 0.95
+    images, labels = draw(DIGITS, model, Draw(samples=1000, steps=100, seed=7))
+    machine = find_classifier(DIGITS, "svm")
+    assert portray(DIGITS, images, labels, machine).accuracy >= 0.97
+    assert portray_held_out(DIGITS, 360, machine).accuracy >= 0.98
