@@ -7,6 +7,7 @@ from typer.core import TyperGroup
 
 import moeca_fx
 from moeca_fx.cli import USAGE_ERROR
+from moeca_fx.cli.bench_command import bench
 from moeca_fx.cli.console import plain_warnings, show_error
 from moeca_fx.cli.demo_command import demo
 from moeca_fx.cli.inspect_command import inspect
@@ -35,6 +36,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(bench)
 app.command()(demo)
 app.command()(inspect)
 app.command()(sample)
