@@ -69,6 +69,11 @@ def test_the_held_out_images_are_all_there_are_at_most():
     assert (more.accuracy, more.distance) == (pytest.approx(every.accuracy), every.distance)
 
 
+def test_the_frechet_distance_is_of_as_many_images_as_are_held_out():
+    images, labels = DIGITS.load_split()[0]
+    assert portray(DIGITS, images, labels).frechet == portray(DIGITS, images[:360], labels[:360]).frechet > 1
+
+
 def test_the_support_vector_machine_can_judge_the_digits_only(copies):
     assert portray(DIGITS, copies, LABELS, find_classifier(DIGITS, "svm")).accuracy > 0.99
     with pytest.raises(ConfigError, match="the glyphs have no classifier 'svm'"):

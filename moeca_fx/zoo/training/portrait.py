@@ -31,7 +31,8 @@ class Portrait:
         accuracy: share of all images recognised as their class.
         merged_accuracy: the same with look-alikes merged.
         distance: median L2 distance of an image to the nearest training image, pixels in [-1, 1].
-        frechet: Fréchet distance of the judge's features to those of the training images.
+        frechet: Fréchet distance of the judge's features to those of the training images, of as many images as are
+            held out at most: it depends on the number, and samples are to compare with held-out images.
         score: Inception-style score of the judge's probabilities.
     """
 
@@ -55,7 +56,7 @@ def portray(task: Task, images: Tensor, labels: Tensor, classifier: Classifier |
     Raises:
         InputError: the images have another shape, or are too few for their features.
     """
-    judge, (train_images, _) = load_judge(task.name), task.load_split()[0]
+    judge, ((train_images, _), (held_images, _)) = load_judge(task.name), task.load_split()
     found = (judge if classifier is None else classifier).predict(images)
     right = (found == labels).float()
     merged = merge_look_alikes(found, task.look_alikes) == merge_look_alikes(labels, task.look_alikes)
@@ -64,7 +65,7 @@ def portray(task: Task, images: Tensor, labels: Tensor, classifier: Classifier |
         accuracy=float(right.mean()),
         merged_accuracy=float(merged.float().mean()),
         distance=_nearest(images, train_images),
-        frechet=frechet_distance(judge.features(images), judge.features(train_images)),
+        frechet=frechet_distance(judge.features(images[: len(held_images)]), judge.features(train_images)),
         score=inception_score(judge.probabilities(images)),
     )
 
