@@ -16,16 +16,16 @@ def _square() -> HandModel:
 
 
 def test_order_one() -> None:
-    """Slope 1 from 0 and 1; (16 - 1) / 3 = 5 from 1 and 4; (64 - 16) / 4 = 12 from 4 and 8."""
+    """Full at 0, 1, 5, 9. Slope 1 from 0 and 1; (25 - 1) / 4 = 6 from 1 and 5."""
     reference = Forecast(_square(), order=1, interval=4)
-    assert _run(reference, 10) == [0, 1, 2, 3, 16, 21, 26, 31, 64, 76]
-    assert reference.kinds == ["full"] * 2 + ["forecast"] * 2 + (["full"] + ["forecast"] * 3 + ["full", "forecast"])
+    assert _run(reference, 10) == [0, 1, 2, 3, 4, 25, 31, 37, 43, 81]
+    assert reference.kinds == ["full", *(["full"] + ["forecast"] * 3) * 2, "full"]
 
 
 def test_order_two() -> None:
-    """At 4: F1 = 5, F2 = (5 - 1) / 3."""
+    """At 5: F1 = 6, F2 = (6 - 1) / 4."""
     reference = Forecast(_square(), order=2, interval=4)
-    assert _run(reference, 7)[5:] == pytest.approx([16 + 5 + 2 / 3, 16 + 10 + 8 / 3])
+    assert _run(reference, 8)[6:] == pytest.approx([25 + 6 + 1.25 / 2, 25 + 12 + 1.25 * 4 / 2])
 
 
 def test_order_zero_holds() -> None:
@@ -35,9 +35,9 @@ def test_order_zero_holds() -> None:
 
 
 def test_warmup() -> None:
-    """Full at 0, 1, 2 and 4; order 2 is exact from the third full step of a square on: F = 4, 3, 2 at 2."""
+    """Full at 0, 1, 2 and 6; F = 4, 3, 2 at 2."""
     reference = Forecast(_square(), order=2, interval=4, warmup=3)
-    assert _run(reference, 4) == [0, 1, 4, 4 + 3 + 2 / 2]
+    assert _run(reference, 7) == [0, 1, 4, 4 + 3 + 1, 4 + 6 + 4, 4 + 9 + 9, 36]
 
 
 def test_only_full_steps_run_the_model() -> None:

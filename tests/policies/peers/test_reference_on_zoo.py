@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.helpers.zoo_models import FAMILIES, Family, prediction, relative_error
-from tests.policies.peers.compare import tiny_double, trajectory
+from tests.policies.peers.cases import tiny_double, trajectory
 from tests.reference.peers import FORA, DBCache, DuCa, FirstBlockCache, Forecast, Reference, TaylorSeer, TeaCache, ToCa
-from tests.reference.peers.sublayers import SublayerReference
 
 STEPS = 10
 Make = Callable[[torch.nn.Module], Reference]
@@ -101,8 +100,8 @@ def test_samples_choose_their_own_tokens() -> None:
     model = tiny_double("dsmoe", depth=2)
     reference = SOME["toca"](model)
     _run(reference, list(trajectory(3, 2)))
-    assert isinstance(reference, ToCa) and isinstance(reference, SublayerReference)
-    computed = reference.computed[0]
-    assert computed[0] != computed[1]
-    assert [sum(when) for when in computed] == [sum(computed[0])] * 3  # as many in each
-    assert 0 < sum(computed[0]) < 16
+    assert isinstance(reference, ToCa)
+    ages = reference.ages[0]
+    assert ages[0] != ages[1]
+    assert [sum(sample) for sample in ages] == [sum(ages[0])] * 3  # as many in each
+    assert 0 < sum(ages[0]) < 16

@@ -12,8 +12,8 @@ def _full(steps: int, interval: int, warmup: int) -> list[int]:
 
 def test_fixed_cycles() -> None:
     assert _full(10, 4, warmup=1) == [0, 4, 8]
-    assert _full(10, 4, warmup=2) == [0, 1, 4, 8]
-    assert _full(7, 3, warmup=3) == [0, 1, 2, 3, 6]
+    assert _full(10, 4, warmup=2) == [0, 1, 5, 9]
+    assert _full(9, 3, warmup=3) == [0, 1, 2, 5, 8]
     assert _full(3, 1, warmup=1) == [0, 1, 2]
 
 

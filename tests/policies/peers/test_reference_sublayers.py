@@ -27,19 +27,20 @@ def test_fora_reuses_outputs_under_current_gates() -> None:
 
 
 def test_taylorseer_forecasts_outputs_under_current_gates() -> None:
-    """Full at 0, 1, 3.
+    """Full at 0, 1, 4.
 
-    2: attention 1 + 1, feed-forward 1 + 1: 3 * 2 + 2 * 2. 3: 4 * 3 + 2 * 9. Slopes then: attention (3 - 1) / 2 = 1,
-    feed-forward (9 - 1) / 2 = 4. 4: 5 * 4 + 2 * 13. 5: 6 * 5 + 2 * 17.
+    Slopes 1 and 1 at first: 2: 3 * 2 + 2 * 2; 3: 4 * 3 + 2 * 3. 4: 5 * 4 + 2 * 16. Slopes then: attention
+    (4 - 1) / 3 = 1, feed-forward (16 - 1) / 3 = 5. 5: 6 * 5 + 2 * 21.
     """
     reference = TaylorSeer(_model(), order=1, interval=3)
-    assert _run(reference, [0, 1, 2, 3, 4, 5]) == pytest.approx([0, 4, 10, 30, 46, 64])
-    assert reference.kinds == ["full", "full", "taylorseer", "full", "taylorseer", "taylorseer"]
+    assert _run(reference, [0, 1, 2, 3, 4, 5]) == pytest.approx([0, 4, 10, 18, 52, 72])
+    assert reference.kinds == ["full", "full", "taylorseer", "taylorseer", "full", "taylorseer"]
 
 
 def test_taylorseer_second_order() -> None:
-    """At 3 the feed-forward has F2 = (4 - 1) / 2: at 4, 9 + 4 + 0.75; attention t stays exact. 5 * 4 + 2 * 13.75."""
-    assert _run(TaylorSeer(_model(), order=2, interval=3), [0, 1, 2, 3, 4])[4] == pytest.approx(47.5)
+    """At 4 the feed-forward has F2 = (5 - 1) / 3, the attention 0: at 5, 6 * 5 + 2 * (21 + 4 / 6)."""
+    last = _run(TaylorSeer(_model(), order=2, interval=3), [0, 1, 2, 3, 4, 5])[5]
+    assert last == pytest.approx(30 + 2 * (21 + 4 / 6))
 
 
 def test_taylorseer_of_order_zero_is_fora() -> None:

@@ -48,9 +48,9 @@ def test_toca_by_hand() -> None:
     token of four.
 
     0: attention 10 x, then feed-forward 11 x: 22 x.
-    1: attention still 10, 20, 30, 40: 15, 26, 37, 48. All are of age 1: token 0 is the first of equals, feed-forward
+    1: attention still 10, 20, 30, 40: 15, 26, 37, 48. All are of age 0: token 0 is the first of equals, feed-forward
        15 + 1; the others 22, 33, 44.
-    2: 10, 21, 30, 40. Token 0 is of age 1, the others of age 2: token 1, 21 + 2; token 0 keeps the 16 of step 1.
+    2: 10, 21, 30, 40. Token 0 is of age 0, the others of age 1: token 1, 21 + 2; token 0 keeps the 16 of step 1.
     3: full: 1 + 10, then 11 + 3.
     """
     model = HandModel(_block())
@@ -80,16 +80,31 @@ def test_duca_by_hand() -> None:
 
 def test_duca_alternates_within_a_cycle() -> None:
     """Eight steps: full at 0, 3, 7. At 4 one token is computed, the first of equals; at 6 two (a ratio of .585): the
-    first of those older than token 0 leads its block, the next older one follows.
+    first of those older than token 0 leads its block, the next older one follows. At 5 nothing ages.
     """
     reference = EvenDuCa(HandModel(_block()), steps=8, fresh_ratio=0.1)
-    computed = []
+    ages = []
     for j in range(8):
         reference(*inputs(float(j), 1.0, 2.0, 3.0, 4.0))
-        computed.append([list(when) for when in reference.computed[0]])
-    assert [when[0] for when in computed[3:]] == [[3] * 4, [4, 3, 3, 3], [4, 3, 3, 3], [4, 6, 6, 3], [7] * 4]
+        ages.append(reference.ages[0][0])
+    assert ages[3:] == [[0] * 4, [0, 1, 1, 1], [0, 1, 1, 1], [1, 0, 0, 2], [0] * 4]
     cycles = [["full", "toca", "aggressive"], ["full", "toca", "aggressive", "toca"], ["full"]]
     assert reference.kinds == [kind for cycle in cycles for kind in cycle]
+
+
+def test_age_beats_attention() -> None:
+    """s1 = .6, .4, .4, .4 and no bonus: token 0 at step 1; at step 2 the others are at .4 + weight / 4."""
+
+    class FirstToCa(ToCa):
+        def attention_score(self, index: int, inputs: Tensor) -> list[float]:
+            return [0.6, 0.4, 0.4, 0.4]
+
+    chosen = []
+    for weight in (0.25, 1.0):
+        reference = FirstToCa(HandModel(_block()), steps=8, fresh_ratio=0.1, age_weight=weight, bonus=0.0)
+        _run(reference, 3)
+        chosen.append(reference.ages[0][0])
+    assert chosen == [[0, 2, 2, 2], [1, 0, 2, 2]]
 
 
 def test_the_trajectory_may_not_be_longer_than_said() -> None:

@@ -2,13 +2,12 @@
 
 
 def is_full(j: int, interval: int, warmup: int) -> bool:
-    """Fixed cycle: full iff j < warmup or j mod interval == 0.
+    """Fixed cycle: the first `warmup` steps, then every `interval`-th counted from the last of them.
 
-    FORA and output forecasts of order 0 have warmup 1, which step 0 is anyway. TaylorSeer ("the first 2 steps full,
-    then every N-th") has warmup 2: full steps are 0, 1, N, 2N, ... - the cycle is counted from step 0, not from the
-    last warm-up step.
+    FORA and output forecasts of order 0 have warmup 1: 0, N, 2N, ... TaylorSeer ("the first 2 steps full, then every
+    N-th") has warmup 2, and its published code counts from the last warm-up step: 0, 1, 1 + N, 1 + 2N, ...
     """
-    return j < warmup or j % interval == 0
+    return j < warmup or (j - (warmup - 1)) % interval == 0
 
 
 def toca_full_steps(steps: int, interval: int) -> list[bool]:

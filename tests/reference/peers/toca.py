@@ -14,9 +14,10 @@ class ToCa(SublayerReference):
     """Full steps by `schedules.toca_full_steps`; a cached step reuses every attention output and, in every
     feed-forward (dense or mixture of experts, with its shared expert), recomputes int(r(l, s) * T) tokens.
 
-    Decided where the paper leaves room: a token's age is the number of steps since it was last computed in that
-    layer, so it is 1 at the first step after a full one and steps of any kind count; recomputed rows replace the
-    cached ones; everything is per sample; ties go to the lower token index.
+    Decided where the description leaves room, as the published code has it: a token's age is how often its cached row
+    was reused since it was last computed in that layer, so it is 0 at the first step after a full one, and steps that
+    do not come to the layer (DuCa's aggressive ones) do not count. Recomputed rows replace the cached ones; everything
+    is per sample; ties go to the lower token index.
 
     Args:
         model: the model.
@@ -43,7 +44,7 @@ class ToCa(SublayerReference):
         self.j = 0
         self.cache: dict[tuple[int, str], Tensor] = {}  # [B, T, H]
         self.scores: dict[int, list[list[float]]] = {}  # layer -> [B][T], s1 at the last full step
-        self.computed: dict[int, list[list[int]]] = {}  # layer -> [B][T], step at which the row was computed
+        self.ages: dict[int, list[list[int]]] = {}  # layer -> [B][T], reuses since the row was computed
 
     def step(self, j: int, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, str]:
         self.begin(j)
@@ -70,15 +71,15 @@ class ToCa(SublayerReference):
         block = self.model.blocks[index]
         if self.schedule[self.j]:
             self.cache[index, "ffn"] = network.ffn(block, inputs)
-            self.computed[index] = [[self.j] * tokens for _ in range(batch)]
+            self.ages[index] = [[0] * tokens for _ in range(batch)]
             return self.cache[index, "ffn"]
         output = self.cache[index, "ffn"].clone()
         for b in range(batch):
             rows = self.fresh_tokens(index, b)
             if rows:
                 output[b, rows] = network.ffn(block, inputs[b : b + 1, rows])[0]
-            for token in rows:
-                self.computed[index][b][token] = self.j
+            ages = self.ages[index][b]
+            self.ages[index][b] = [0 if token in rows else ages[token] + 1 for token in range(tokens)]
         self.cache[index, "ffn"] = output
         return output
 
@@ -86,10 +87,11 @@ class ToCa(SublayerReference):
         """The tokens of sample `b` that block `index` recomputes at this step."""
         s = self.steps - 1 - self.j
         ratio = token_scores.fresh_ratio(self.fresh_ratio, index, len(self.model.blocks), s, self.steps)
-        ages = [self.j - when for when in self.computed[index][b]]
-        scores = token_scores.with_age(self.scores[index][b], ages, self.age_weight, self.interval)
+        scores = token_scores.with_age(self.scores[index][b], self.ages[index][b], self.age_weight, self.interval)
         scores, lead = token_scores.with_block_bonus(scores, self.bonus)
         rows, gap = token_scores.best_tokens(scores, token_scores.fresh_count(ratio, len(scores)))
         if 0 < len(rows) < len(scores):
             self.decided(min(lead, gap))
+        if 0 < ratio < 1:  # a count next to an integer may be rounded to it
+            self.decided(abs(ratio * len(scores) - round(ratio * len(scores))))
         return rows
