@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from os import PathLike
 from typing import Any
 
 from torch import fx, nn
@@ -11,10 +12,10 @@ from moeca_fx.discover import Refusal, discover
 from moeca_fx.graph.rewrite import module_path
 from moeca_fx.graph.sites import MoESite, Site, kind_of
 from moeca_fx.graph.slicing import between
-from moeca_fx.model_checks import check_inputs, check_model, check_policy
+from moeca_fx.model_checks import check_inputs, check_model, resolve_policy
 from moeca_fx.passes import Compilation, run_pipeline
 from moeca_fx.passes.capture import at_least_two, batch_size
-from moeca_fx.policies import MoECa
+from moeca_fx.policies import Method, MoECa, Policy, as_method
 from moeca_fx.runtime.flops import node_flops
 from moeca_fx.runtime.module import share_weights
 
@@ -101,7 +102,7 @@ def inspect(
     model: nn.Module,
     example_inputs: tuple[Any, ...] = (),
     example_kwargs: Mapping[str, Any] | None = None,
-    policy: MoECa = _DEFAULT,
+    policy: Method | Policy | str | PathLike[str] = _DEFAULT,
 ) -> InspectionReport:
     """Run discovery and every pass, and report; nothing is executed faster and the model stays as it is.
 
@@ -114,7 +115,8 @@ def inspect(
     Raises:
         UnsupportedModelError, InputError, CaptureError, PassError: as `moeca_fx.transform`.
     """
-    check_policy(policy, required=True)
+    chosen = as_method(policy)
+    parts = resolve_policy(chosen)
     kwargs = dict(example_kwargs or {})
     check_model(model)
     check_inputs(model, example_inputs, kwargs)
@@ -124,9 +126,9 @@ def inspect(
     unproven = [refusal for refusal in found.refused if refusal.is_moe]
     if not found.regions or unproven:
         warnings = _why_not(unproven)
-        return InspectionReport(type(model).__name__, batch, (), tuple(refused), warnings, {}, 0, policy.as_dict())
+        return InspectionReport(type(model).__name__, batch, (), tuple(refused), warnings, {}, 0, chosen.as_dict())
     graphs: dict[str, str] = {}
-    work = Compilation(share_weights(model), found.regions, example_inputs, kwargs, policy)
+    work = Compilation(share_weights(model), found.regions, example_inputs, kwargs, parts)
     done = run_pipeline(work, observe=lambda stage, state: graphs.update(_texts(stage, state)))
     assert done.sites is not None and done.module is not None and done.graphs is not None
     leaves = pytree.tree_leaves(at_least_two(example_inputs, kwargs))
@@ -148,15 +150,16 @@ def inspect(
         warnings=tuple(_warnings(done.sites.ordered)),
         graphs=graphs,
         flops=total,
-        policy=policy.as_dict(),
+        policy=chosen.as_dict(),
     )
 
 
 def _texts(stage: str, work: Compilation) -> dict[str, str]:
     if stage == "lower_linear":
         return {}  # another library for the same operation; seen in the last stage
-    if stage == "lower_inplace":  # touches the cached step alone
-        return {"lower_inplace.cached": graph_text(work.graph_modules()["cached"])}
+    if stage == "lower_inplace":  # touches the rules' steps alone
+        rules = work.graphs.rules if work.graphs is not None else ()
+        return {f"lower_inplace.{rule.name}": graph_text(rule.module) for rule in rules}
     return {f"{stage}.{name}".rstrip("."): graph_text(module) for name, module in work.graph_modules().items()}
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from moeca_fx.errors import ConfigError, InputError, UnsupportedModelError
-from moeca_fx.policies import MoECa
+from moeca_fx.errors import InputError, UnsupportedModelError
+from moeca_fx.policies import Method, Policy, as_method
 
 _SHOWN = 3
 
@@ -56,11 +56,14 @@ def check_autocast() -> None:
         )
 
 
-def check_policy(policy: object, required: bool = False) -> None:
-    """Raise `ConfigError` unless `policy` is a policy, or None where none is required."""
-    if not isinstance(policy, MoECa) and (required or policy is not None):
-        expected = "moeca_fx.MoECa(...)" + ("" if required else " or None")
-        raise ConfigError(f"policy: expected {expected}, found {type(policy).__name__}; pass one")
+def resolve_policy(policy: object) -> Policy:
+    """The parts of what was given as a policy.
+
+    Raises:
+        ConfigError: it is no method, policy, method's name or policy file.
+    """
+    chosen = as_method(policy)
+    return chosen.policy() if isinstance(chosen, Method) else chosen
 
 
 def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """`transform`: from an unmodified model to one of the same class that reuses expert branches across steps."""
 
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any, TypeVar
 
 from torch import nn
@@ -8,11 +9,11 @@ from torch import nn
 from moeca_fx.discover import Discovery, discover
 from moeca_fx.errors import ConfigError, NoMoEFoundError, UnprovenRegionError
 from moeca_fx.graph.expert_stack import stack_experts
-from moeca_fx.model_checks import check_inputs, check_model, check_policy
+from moeca_fx.model_checks import check_inputs, check_model, resolve_policy
 from moeca_fx.passes import Compilation, run_pipeline
-from moeca_fx.passes.cache.plan import plan_sites
 from moeca_fx.passes.capture import batch_size
-from moeca_fx.policies import MoECa
+from moeca_fx.passes.insert_cache import plan_states
+from moeca_fx.policies import Method, MoECa, Policy
 from moeca_fx.runtime.memory import MemoryReport, report
 from moeca_fx.runtime.module import TransformedModel, make_transformed, share_weights
 from moeca_fx.runtime.runtime import Runtime
@@ -25,7 +26,7 @@ def transform(
     model: nn.Module,
     example_inputs: tuple[Any, ...] = (),
     example_kwargs: Mapping[str, Any] | None = None,
-    policy: MoECa | None = _DEFAULT,
+    policy: Method | Policy | str | PathLike[str] | None = _DEFAULT,
     *,
     timestep: str | int | None = None,
 ) -> TransformedModel:
@@ -35,7 +36,8 @@ def transform(
         model: any diffusion transformer with token-level mixture-of-experts layers, in eval mode. It is left untouched;
             the experts' parameters are re-pointed at one shared storage a layer, values unchanged.
         example_inputs, example_kwargs: inputs of one forward call, used to trace it. The batch size stays open.
-        policy: what is recomputed when; None vectorises the experts and caches nothing.
+        policy: what is recomputed when: a method such as `MoECa`, a method's name, a YAML policy file, or a `Policy` of
+            your own parts; None vectorises the experts and caches nothing.
         timestep: name or position of forward's timestep parameter, when it is not found by itself.
 
     Returns:
@@ -48,13 +50,13 @@ def transform(
         UnprovenRegionError: a layer was found whose routing could not be proven.
         InputError: the example inputs do not fit the model.
         CaptureError, PassError: tracing or a graph pass failed.
-        ConfigError: `policy` is neither a policy nor None.
+        ConfigError: `policy` is none of these.
     """
-    check_policy(policy)
+    parts = None if policy is None else resolve_policy(policy)
     kwargs = dict(example_kwargs or {})
     found = find_regions(model, example_inputs, kwargs)
     stack_experts(model, found.regions)
-    runtime = Runtime(found.regions, policy, timestep)
+    runtime = Runtime(found.regions, parts, timestep)
     fast = make_transformed(model, runtime)
     runtime.prepare(fast, example_inputs, kwargs)
     return fast
@@ -64,7 +66,7 @@ def estimate_memory(
     model: nn.Module,
     example_inputs: tuple[Any, ...] = (),
     example_kwargs: Mapping[str, Any] | None = None,
-    policy: MoECa = _DEFAULT,
+    policy: Method | Policy | str | PathLike[str] = _DEFAULT,
     *,
     batch: int | None = None,
 ) -> MemoryReport:
@@ -77,17 +79,17 @@ def estimate_memory(
     Raises:
         As `transform`.
     """
-    check_policy(policy, required=True)
+    parts = resolve_policy(policy)
     if batch is not None and (not isinstance(batch, int) or batch < 1):
         raise ConfigError(f"batch: expected an integer >= 1, found {batch!r}; pass the batch size of the run")
     kwargs = dict(example_kwargs or {})
     found = find_regions(model, example_inputs, kwargs)
-    work = Compilation(share_weights(model), found.regions, example_inputs, kwargs, policy)
+    work = Compilation(share_weights(model), found.regions, example_inputs, kwargs, parts)
     located = run_pipeline(work, until="locate")
     assert located.module is not None and located.sites is not None
     size = batch_size(example_inputs, kwargs) if batch is None else batch
-    plans = plan_sites(located.module, located.sites, policy)
-    return report(((state, state.bytes(size)) for plan in plans for state in plan.states), size)
+    states = plan_states(located.module, located.sites, parts)
+    return report(((state, state.bytes(size)) for state in states), size)
 
 
 def find_regions(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Discovery:

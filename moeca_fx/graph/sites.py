@@ -47,6 +47,7 @@ class MoESite:
         router: the router's form, e.g. ``sigmoid, bias-corrected top-2, renormalised, scaled``.
         shared: output node of the shared expert, if any; `shared_root` is the tensor it is computed from.
         shared_path: its module path.
+        output: the layer's result [B, T, H] before the gate.
         gate, residual_in, residual_out: as for attention; they are None where no residual addition was found.
         attention: path of the attention site whose residual output this layer reads; the two stay synchronized.
         tokens: T.
@@ -66,6 +67,7 @@ class MoESite:
     shared: str | None
     shared_root: str | None
     shared_path: str | None
+    output: str
     gate: str | None
     residual_in: str
     residual_out: str

@@ -1,6 +1,6 @@
 """Cache states: what a transformed model keeps between steps, named, typed and sized in one place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,11 +41,29 @@ class StateSpec:
         return batch * torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def older(name: str, terms: int) -> tuple[str, ...]:
+    """Names of a state and of the values it had at the full steps before: ``x``, ``x_1``, ``x_2``, ..."""
+    return (name, *(f"{name}_{index}" for index in range(1, terms)))
+
+
+def with_older(state: StateSpec, terms: int, all_carried: bool = False) -> tuple[StateSpec, ...]:
+    """A state and its older values; a full step reads each to make the next older one of it.
+
+    Args:
+        all_carried: whether a full step reads the oldest too.
+    """
+    kinds = older(state.kind, terms)
+    return tuple(
+        replace(state, kind=kind, carried=state.carried or all_carried or index < terms - 1)
+        for index, kind in enumerate(kinds)
+    )
+
+
 @dataclass(frozen=True)
 class Counter:
     """One number that a cached step counts: (`site`, `kind`), e.g. (``blocks.1.mlp``, ``recomputed``).
 
-    Kinds: ``matched`` and ``recomputed`` branches, ``shared_rows``, ``ffn_rows``, ``attention_rows``, and
+    Kinds: ``matched`` and ``recomputed`` branches, ``shared_rows``, ``ffn_rows``, ``moe_rows``, ``attention_rows``, and
     ``attention_padded`` (query rows that row attention executes, padding included).
     """
 

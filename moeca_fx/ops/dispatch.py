@@ -72,11 +72,13 @@ def combine_branches(feature: Tensor, weight: Tensor, like: Tensor) -> Tensor:
         like: [.., H] tensor whose shape and dtype the result takes.
     """
     tokens = like.numel() // like.shape[-1]
-    return (
-        _weighted_sum(feature.reshape(tokens, -1, feature.shape[-1]), weight.reshape(tokens, -1))
-        .to(like.dtype)
-        .view(like.shape)
-    )
+    combined = _weighted_sum(feature.reshape(tokens, -1, feature.shape[-1]), weight.reshape(tokens, -1))
+    return combined.to(like.dtype).view(like.shape)
+
+
+def combine_rows(feature: Tensor, weight: Tensor, top_k: int) -> Tensor:
+    """`combine_branches` for any number of token rows, none too: feature [M*k, H], weight [M, k] -> [M, H]."""
+    return _weighted_sum(feature.reshape(-1, top_k, feature.shape[-1]), weight.reshape(-1, top_k)).to(feature.dtype)
 
 
 def combine_slots(feature: Tensor, weight: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moeca_fx.policies.branch import score_weight
-from moeca_fx.policies.moeca import ScoreWeight
+from moeca_fx.policies.selector import ScoreWeight
 
 REUSED = 0
 UNMATCHED = 2
@@ -51,6 +51,16 @@ def count_rows(row: Tensor) -> Tensor:
     return torch.ones_like(row).sum()
 
 
+def count_branches(row: Tensor, top_k: int) -> Tensor:
+    """How many branches the selected rows have, [] int64."""
+    return torch.ones_like(row).sum() * top_k
+
+
 def count_padded(mask: Tensor) -> Tensor:
     """Query rows that padded row attention executes for a refresh mask [B, T], [] int64."""
     return mask.sum(1).amax() * mask.shape[0]
+
+
+def unmatched_rows(code: Tensor, local: Tensor, picked: Tensor, top_k: int) -> Tensor:
+    """Which computed branches are new: code [.., k], local and picked [M] from `plan_recomputed` -> [M] bool."""
+    return code.reshape(-1, top_k)[local, picked % top_k] == UNMATCHED

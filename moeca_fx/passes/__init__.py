@@ -13,15 +13,16 @@ from moeca_fx.errors import MoecaError, PassError
 from moeca_fx.graph import legality
 from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.graph.sites import Sites
+from moeca_fx.passes.cache.graphs import CachedGraphs
 from moeca_fx.passes.capture import Captured, capture
-from moeca_fx.passes.insert_cache import CachedGraphs, insert_cache
+from moeca_fx.passes.insert_cache import insert_cache
 from moeca_fx.passes.locate import locate
 from moeca_fx.passes.lower_inplace import lower_inplace
 from moeca_fx.passes.lower_linear import lower_linear
 from moeca_fx.passes.normalize import normalize
 from moeca_fx.passes.pack_stream import pack_stream
 from moeca_fx.passes.vectorize_experts import vectorize_experts
-from moeca_fx.policies import MoECa
+from moeca_fx.policies.policy import Policy
 
 __all__ = ["PIPELINE", "Compilation", "run_pipeline"]
 
@@ -42,7 +43,7 @@ class Compilation:
     regions: tuple[MoERegion, ...]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    policy: MoECa | None
+    policy: Policy | None
     captured: Captured | None = None
     module: fx.GraphModule | None = None
     sites: Sites | None = None
@@ -51,7 +52,7 @@ class Compilation:
     def graph_modules(self) -> dict[str, fx.GraphModule]:
         """The graphs that exist at this point, by name."""
         if self.graphs is not None:
-            return {"full": self.graphs.full, "cached": self.graphs.cached}
+            return self.graphs.modules()
         return {"": self.module} if self.module is not None else {}
 
 
@@ -96,8 +97,8 @@ def _lower_linear(work: Compilation) -> Compilation:
 
 
 def _lower_inplace(work: Compilation) -> Compilation:
-    if work.graphs is not None:
-        lower_inplace(work.graphs.cached)
+    for rule in work.graphs.rules if work.graphs is not None else ():
+        lower_inplace(rule.module)
     return work
 
 

@@ -1,45 +1,51 @@
-"""insert_cache: from one vectorised graph, a full step and a cached step with explicit cache inputs and outputs.
+"""insert_cache: from one vectorised graph, a full step and one step for each rule, with explicit caches.
 
-    eps = graph(x, t, y)      -->     eps, caches           = full(x, t, y, activation)
-                                      eps, caches, counters = cached(x, t, y, caches)
+    eps = graph(x, t, y)      -->     eps, caches           = full(x, t, y, caches carried over)
+                                      eps, caches, counters = cached(x, t, y, caches, [clock])
 
-Caches are placeholders and results, named ``cache_<site>_<kind>``; nothing is hidden in hooks or modules. What the two
-steps do is in `cache/full_step.py` and `cache/cached_step.py`.
+Caches are placeholders and results, named ``cache_<site>_<kind>``; nothing is hidden in hooks or modules. What a rule's
+step does is in `cache/`, one file a level; the clock holds the numbers of this step that the host knows.
 """
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from moeca_fx.errors import PassError
-from moeca_fx.graph.rewrite import call, finish
+from moeca_fx.graph.rewrite import call, copy_meta, finish
 from moeca_fx.graph.sites import Sites
-from moeca_fx.graph.state import Counter, StateSpec
-from moeca_fx.passes.cache.cached_step import insert_cached_step
-from moeca_fx.passes.cache.full_step import insert_full_step
-from moeca_fx.passes.cache.plan import plan_sites
-from moeca_fx.policies import MoECa
+from moeca_fx.graph.state import StateSpec
+from moeca_fx.passes.cache.blocks_level import BlocksLevel
+from moeca_fx.passes.cache.branch_level import BranchLevel
+from moeca_fx.passes.cache.builder import StepBuilder
+from moeca_fx.passes.cache.graphs import CachedGraphs, StepGraph
+from moeca_fx.passes.cache.level import Level, actions_of, nodes_by_name
+from moeca_fx.passes.cache.output_level import OutputLevel
+from moeca_fx.passes.cache.probe import build_probe, continues_from
+from moeca_fx.passes.cache.sublayer_level import SublayerLevel
+from moeca_fx.policies.policy import Policy
+from moeca_fx.policies.rules import BlocksRule, BranchRule, OutputRule, Rule, SublayerRule
+
+CLOCK = "clock"
+PREFIX = "prefix"
 
 
-@dataclass(frozen=True)
-class CachedGraphs:
-    """The two step graphs of a transformed model.
+def plan_level(module: fx.GraphModule, sites: Sites, rule: Rule) -> Level:
+    """The level of a rule on a located graph; nothing is edited."""
+    if isinstance(rule, OutputRule):
+        return OutputLevel(module, sites, rule)
+    if isinstance(rule, BlocksRule):
+        return BlocksLevel(module, sites, rule)
+    if isinstance(rule, SublayerRule):
+        return SublayerLevel(module, sites, rule)
+    assert isinstance(rule, BranchRule), f"{rule!r}: no level that this pass knows"
+    return BranchLevel(module, sites, rule)
 
-    Attributes:
-        full: ``(*inputs, *carried states) -> (*outputs, *states)``.
-        cached: ``(*inputs, *states) -> (*outputs, *states, counters [C] int64)``.
-        states: cache tensors, in that order.
-        counters: meaning of each counter.
-        actions: (site path, what it does on a cached step), in network order.
-    """
 
-    full: fx.GraphModule
-    cached: fx.GraphModule
-    states: tuple[StateSpec, ...]
-    counters: tuple[Counter, ...]
-    actions: tuple[tuple[str, str], ...]
+def plan_states(module: fx.GraphModule, sites: Sites, policy: Policy) -> tuple[StateSpec, ...]:
+    """Every cache tensor that the policy keeps, from a located graph; a probe's value is not among them."""
+    return tuple(state for rule in policy.rules for state in plan_level(module, sites, rule).states)
 
 
 def stack_counters(counters: list[Tensor]) -> Tensor:
@@ -47,37 +53,80 @@ def stack_counters(counters: list[Tensor]) -> Tensor:
     return torch.stack(counters)
 
 
-def insert_cache(module: fx.GraphModule, sites: Sites, policy: MoECa) -> CachedGraphs:
-    """Build both steps; `module` is left as it is.
+def insert_cache(module: fx.GraphModule, sites: Sites, policy: Policy) -> CachedGraphs:
+    """Build every step; `module` is left as it is.
 
     Args:
         module: vectorised graph.
         sites: its sites, from `vectorize_experts`.
         policy: what is recomputed when.
     """
-    plans = plan_sites(module, sites, policy)
-    states = tuple(state for plan in plans for state in plan.states)
-    full, cached = share_copy(module), share_copy(module)
-
-    carried = _add_inputs(full, [state for state in states if state.carried])
-    stored = insert_full_step(full, plans, policy, carried)
-    _append_outputs(full, [stored[state.name] for state in states])
-
-    step = insert_cached_step(cached, plans, policy, _add_inputs(cached, states))
-    results = [step.updated[state.name] for state in states]
-    with cached.graph.inserting_before(cached.graph.output_node()):
-        results.append(call(cached.graph, stack_counters, [node for _, node in step.counters], name="counters"))
-    _append_outputs(cached, results)
-
-    graphs = CachedGraphs(
-        full=finish(full, "insert_cache (full step)"),
-        cached=finish(cached, "insert_cache (cached step)"),
-        states=states,
-        counters=tuple(counter for counter, _ in step.counters),
-        actions=tuple((plan.site.path, plan.action) for plan in plans),
+    levels = [plan_level(module, sites, rule) for rule in policy.rules]
+    states = tuple(state for level in levels for state in level.states)
+    probe = policy.schedule.probe
+    stream = continues_from(sites, probe)
+    full = _full_step(share_copy(module), sites, levels, states, stream)
+    rules = tuple(
+        _rule_step(share_copy(module), rule, levels, position, states, stream)
+        for position, rule in enumerate(policy.rules)
     )
-    _check_caches_used(graphs)
-    return graphs
+    _check_caches_used(rules, states)
+    made = build_probe(share_copy(module), sites, probe) if probe is not None else None
+    return CachedGraphs(full, rules, states, made)
+
+
+def _full_step(
+    module: fx.GraphModule, sites: Sites, levels: list[Level], states: tuple[StateSpec, ...], stream: str | None
+) -> StepGraph:
+    reads = tuple(state for state in states if state.carried)
+    with_clock = any(level.store_reads_clock for level in levels)
+    step = _open(module, reads, with_clock, stream)
+    with module.graph.inserting_before(module.graph.output_node()):
+        for level in levels:
+            step.terms = level.terms
+            level.store(step)
+    _append_outputs(module, [step.updated[state.name] for state in states])
+    module = finish(module, "insert_cache (full step)")
+    return StepGraph("full", module, reads, with_clock, stream is not None, (), actions_of(sites, "full"))
+
+
+def _rule_step(
+    module: fx.GraphModule,
+    rule: Rule,
+    levels: list[Level],
+    position: int,
+    states: tuple[StateSpec, ...],
+    stream: str | None,
+) -> StepGraph:
+    level = levels[position]
+    step = _open(module, states, rule.has_clock, stream)
+    with module.graph.inserting_before(module.graph.output_node()):
+        step.terms = level.terms
+        level.rewrite(step)
+        for other in levels:
+            if other is not level:
+                step.terms = other.terms
+                other.follow(step)
+        results = [step.updated.get(state.name, step.cache[state.name]) for state in states]
+        if step.counters:
+            results.append(call(module.graph, stack_counters, [node for _, node in step.counters], name="counters"))
+    _append_outputs(module, results)
+    module = finish(module, f"insert_cache ({rule.name} step)")
+    counters = tuple(counter for counter, _ in step.counters)
+    return StepGraph(rule.name, module, states, rule.has_clock, stream is not None, counters, level.actions)
+
+
+def _open(module: fx.GraphModule, reads: tuple[StateSpec, ...], clock: bool, stream: str | None) -> StepBuilder:
+    """Add the step's inputs; the token stream that a probe computed replaces the nodes that compute it."""
+    nodes = nodes_by_name(module)
+    cache = _add_inputs(module, reads)
+    step = StepBuilder(module, cache, nodes, _add_input(module, CLOCK) if clock else None)
+    if stream is not None:
+        prefix = _add_input(module, PREFIX)
+        copy_meta(nodes[stream], prefix)
+        nodes[stream].replace_all_uses_with(prefix)
+        nodes[stream] = prefix
+    return step
 
 
 def share_copy(module: fx.GraphModule) -> fx.GraphModule:
@@ -94,13 +143,13 @@ def _copy_names(source: fx.Graph, target: fx.Graph) -> None:
         assert old.op == "output" or new.name == old.name, f"{old.name} became {new.name} in the copy"
 
 
-def _add_inputs(module: fx.GraphModule, states: list[StateSpec] | tuple[StateSpec, ...]) -> dict[str, fx.Node]:
-    last = module.graph.find_nodes(op="placeholder")[-1]
-    inputs = {}
-    for state in states:
-        with module.graph.inserting_after(last):
-            last = inputs[state.name] = module.graph.placeholder(state.node_name)
-    return inputs
+def _add_input(module: fx.GraphModule, name: str) -> fx.Node:
+    with module.graph.inserting_after(module.graph.find_nodes(op="placeholder")[-1]):
+        return module.graph.placeholder(name)
+
+
+def _add_inputs(module: fx.GraphModule, states: tuple[StateSpec, ...]) -> dict[str, fx.Node]:
+    return {state.name: _add_input(module, state.node_name) for state in states}
 
 
 def _append_outputs(module: fx.GraphModule, results: list[fx.Node]) -> None:
@@ -110,8 +159,9 @@ def _append_outputs(module: fx.GraphModule, results: list[fx.Node]) -> None:
     output.args = ((*existing, *results),)
 
 
-def _check_caches_used(graphs: CachedGraphs) -> None:
-    """Every cache input must be read: a tied or forgotten one would silently hold old values."""
-    for node in graphs.cached.graph.find_nodes(op="placeholder"):
-        if node.name.startswith("cache_") and not node.users:
-            raise PassError(f"insert_cache: the cached step never reads {node.name}; please report this model")
+def _check_caches_used(rules: tuple[StepGraph, ...], states: tuple[StateSpec, ...]) -> None:
+    """Some step must compute with every cache: a tied or forgotten one would silently hold old values."""
+    for state in states:
+        inputs = [node for rule in rules for node in rule.module.graph.nodes if node.name == state.node_name]
+        if not any(user.op != "output" for node in inputs for user in node.users):
+            raise PassError(f"insert_cache: no step reads {state.node_name}; please report this model")

@@ -154,6 +154,7 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
         shared=shared.name if shared else None,
         shared_root=strip_reshapes(x).name if shared else None,
         shared_path=_common_path(_linears(strip_reshapes(x), shared)) if shared else None,
+        output=residual.output.name,
         gate=residual.gate.name if residual.gate else None,
         residual_in=residual.residual_in.name,
         residual_out=residual.residual_out.name,

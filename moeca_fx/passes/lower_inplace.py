@@ -2,6 +2,8 @@
 
     new_feature = write_rows(cache_feature, branch, h)   -->   new_feature = write_rows_(cache_feature, branch, h)
 
+Corrections of kept values (`add_rows`, `restart_rows`) likewise.
+
 Done last: every pass before it may rely on the graph being functional. A write moves in place only when all that reads
 the old value has run before it.
 """
@@ -9,16 +11,22 @@ the old value has run before it.
 from torch import fx
 
 from moeca_fx.graph.slicing import ancestors
-from moeca_fx.ops import rows
+from moeca_fx.ops import forecast, rows
+
+IN_PLACE = {
+    rows.write_rows: rows.write_rows_,
+    forecast.add_rows: forecast.add_rows_,
+    forecast.restart_rows: forecast.restart_rows_,
+}
 
 
 def lower_inplace(module: fx.GraphModule) -> int:
     """Lower every legal write, in place; returns how many were lowered."""
     lowered = 0
-    for write in module.graph.find_nodes(op="call_function", target=rows.write_rows):
+    for write in [node for node in module.graph.nodes if node.target in IN_PLACE]:
         cache = write.args[0]
         if isinstance(cache, fx.Node) and cache.op == "placeholder" and _is_last_reader(cache, write):
-            write.target = rows.write_rows_
+            write.target = IN_PLACE[write.target]
             lowered += 1
     module.graph.lint()
     module.recompile()

@@ -81,6 +81,8 @@ def _vectorize(
     for node in (plan, branch, row_expert, offsets, rows, hidden, feature):
         node.meta["nn_module_stack"] = marker.meta.get("nn_module_stack", {})
     copy_meta(marker, combined)
+    name = marker.name
     marker.replace_all_uses_with(combined)
     graph.erase_node(marker)
-    return replace(site, experts=combined.name, feature=feature.name)
+    output = combined.name if site.output == name else site.output
+    return replace(site, experts=combined.name, feature=feature.name, output=output)

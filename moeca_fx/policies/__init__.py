@@ -1,5 +1,7 @@
-"""Caching policies: when a step is full, which branches are recomputed, what a reused value is."""
+"""Caching policies: when a step is full, what is recomputed, what a reused value is; and the named methods."""
 
-from moeca_fx.policies.moeca import MoECa
+from moeca_fx.policies.methods.moeca import MoECa
+from moeca_fx.policies.policy import Method, Policy
+from moeca_fx.policies.registry import as_method, build, load, names, save
 
-__all__ = ["MoECa"]
+__all__ = ["Method", "MoECa", "Policy", "as_method", "build", "load", "names", "save"]

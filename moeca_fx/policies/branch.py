@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from moeca_fx.policies.moeca import EntropyNorm, ScoreWeight
+from moeca_fx.policies.selector import EntropyNorm, ScoreWeight
 
 # Entropies (nats) closer than this differ by rounding only.
 ALIKE_ENTROPIES = 1e-5
@@ -103,6 +103,20 @@ def expert_threshold(activation: Tensor, tau0: float, alpha: float, entropy_norm
     return tau0 * (1.0 + alpha * (2.0 * scaled - 1.0))
 
 
+def assign(expert: Tensor, weight: Tensor, cached: Tensor, kind: ScoreWeight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give every branch its slot.
+
+    Args:
+        expert, weight: [B, T, k] the current routing in branch order.
+        cached: [B, T, k] expert held by each slot.
+
+    Returns:
+        slot [B, T, k] (branch order -> slot); in slot order, each [B, T, k]: expert, score weight, matched.
+    """
+    slot, matched = match_branches(expert, cached)
+    return slot, to_slots(expert, slot), to_slots(score_weight(weight, kind), slot), to_slots(matched, slot)
+
+
 def decide(
     expert: Tensor,
     weight: Tensor,
@@ -125,11 +139,66 @@ def decide(
         slot [B, T, k] (branch order -> slot), the expert and the score weight that each slot now holds [B, T, k],
         and code [B, T, k] int8: 0 reused, 1 matched and recomputed, 2 unmatched and recomputed.
     """
-    slot, matched = match_branches(expert, cached_expert)
-    slot_expert = to_slots(expert, slot)
-    slot_weight = to_slots(score_weight(weight, kind), slot)
-    slot_matched = to_slots(matched, slot)
+    slot, slot_expert, slot_weight, slot_matched = assign(expert, weight, cached_expert, kind)
     score = branch_score(slot_weight, cached_weight, cached_norm, lambda1, lambda2)
     limit = threshold.gather(1, slot_expert.flatten(1)).view_as(slot_expert)
     code = torch.where(slot_matched, (score > limit).to(torch.int8), 2)
     return slot, slot_expert, slot_weight, code
+
+
+def decide_picked(
+    expert: Tensor,
+    weight: Tensor,
+    cached_expert: Tensor,
+    cached_weight: Tensor,
+    picked: Tensor,
+    kind: ScoreWeight,
+    margin: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A decision whose matched branches were picked before.
+
+    Args:
+        picked: [B, T, k] bool, slots to recompute where they match.
+        margin: a new expert takes a slot only when its score weight exceeds the one the slot was computed with by more
+            than this; else the slot stays and its feature serves the new branch. None: it always takes it.
+
+    Returns:
+        As `decide`.
+    """
+    slot, slot_expert, slot_weight, slot_matched = assign(expert, weight, cached_expert, kind)
+    code = torch.where(slot_matched, picked.to(torch.int8), 2)
+    if margin is not None:
+        stays = ~slot_matched & (slot_weight - cached_weight <= margin)
+        slot_expert = torch.where(stays, cached_expert, slot_expert)
+        code = torch.where(stays, torch.zeros_like(code), code)
+    return slot, slot_expert, slot_weight, code
+
+
+def rank_by_score(
+    expert: Tensor,
+    weight: Tensor,
+    cached_expert: Tensor,
+    cached_weight: Tensor,
+    cached_norm: Tensor,
+    lambda1: float,
+    lambda2: float,
+    kind: ScoreWeight,
+) -> Tensor:
+    """Score (Eq. 9) of each slot, [B, T, k]; minus infinity where the slot's expert is not routed to any more."""
+    _, _, slot_weight, slot_matched = assign(expert, weight, cached_expert, kind)
+    score = branch_score(slot_weight, cached_weight, cached_norm, lambda1, lambda2)
+    return score.masked_fill(~slot_matched, -math.inf)
+
+
+def pick_share(rank: Tensor, share: float) -> Tensor:
+    """The `share` of each sample's slots with the highest rank, first come first among equals: [B, T, k] -> bool."""
+    flat = rank.flatten(1)
+    count = round(share * flat.shape[1])
+    chosen = flat.argsort(dim=1, descending=True, stable=True)[:, :count]
+    mask = torch.zeros_like(flat, dtype=torch.bool).scatter(1, chosen, True)
+    return (mask & (flat > -math.inf)).view_as(rank)
+
+
+def pick_none(expert: Tensor) -> Tensor:
+    """No slot: [B, T, k] -> bool."""
+    return torch.zeros_like(expert, dtype=torch.bool)

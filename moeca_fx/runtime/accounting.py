@@ -1,7 +1,7 @@
 """Accounting: what the steps of every program executed, summed up as statistics."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moeca_fx.graph.sites import MoESite, kind_of
 from moeca_fx.graph.state import Counter
-from moeca_fx.runtime.flops import StepFlops, measure_step_flops, node_flops
+from moeca_fx.runtime.flops import StepFlops, measure_step_flops
 from moeca_fx.runtime.program import Program
 from moeca_fx.runtime.statistics import SiteStatistics, Statistics, site_statistics
 
@@ -20,7 +20,7 @@ class Tally:
 
     Attributes:
         shapes: the flat inputs, tensors without data; device: where they live.
-        counters: sum of the cached steps' counters, on the device.
+        rule_steps: steps of each rule; counters: sum of each rule's counters, on the device.
     """
 
     program: Program
@@ -28,32 +28,57 @@ class Tally:
     shapes: list[Any]
     device: torch.device
     full_steps: int = 0
-    cached_steps: int = 0
-    counters: Tensor | None = None
+    rule_steps: dict[int, int] = field(default_factory=dict)
+    counters: dict[int, Tensor] = field(default_factory=dict)
     flops: StepFlops | None = None
 
-    def count_cached(self, counters: Tensor) -> None:
-        """Add one cached step."""
-        self.cached_steps += 1
-        self.counters = counters if self.counters is None else self.counters + counters
+    @property
+    def cached_steps(self) -> int:
+        """Steps of any rule."""
+        return sum(self.rule_steps.values())
 
-    def counts(self) -> dict[Counter, int]:
-        """Counter totals; waits for the device."""
-        if self.counters is None or self.program.graphs is None:
+    def count_cached(self, rule: int, counters: Tensor | None) -> None:
+        """Add one step of a rule."""
+        self.rule_steps[rule] = self.rule_steps.get(rule, 0) + 1
+        if counters is not None:
+            self.counters[rule] = self.counters[rule] + counters if rule in self.counters else counters
+
+    def counts(self, rule: int) -> dict[Counter, int]:
+        """Counter totals of a rule; waits for the device."""
+        if rule not in self.counters or self.program.graphs is None:
             return {}
-        return dict(zip(self.program.graphs.counters, self.counters.tolist(), strict=True))
+        return dict(zip(self.program.graphs.rules[rule].counters, self.counters[rule].tolist(), strict=True))
 
     def step_flops(self) -> StepFlops:
         """FLOPs of this program's steps at this batch size, measured once."""
         if self.flops is None:
             leaves = [torch.empty_like(s, device=self.device) if isinstance(s, Tensor) else s for s in self.shapes]
-            graphs = self.program.graphs
-            if graphs is None:
-                total = sum(node_flops(self.program.plain, leaves).values())
-                self.flops = StepFlops(total, total, {})
-            else:
-                self.flops = measure_step_flops(graphs.full, graphs.cached, graphs.states, leaves, self.batch)
+            self.flops = measure_step_flops(self.program.plain, self.program.graphs, leaves, self.batch)
         return self.flops
+
+    def executed(self) -> int:
+        """FLOPs of all these steps."""
+        flops = self.step_flops()
+        probes = flops.probe * (self.full_steps + self.cached_steps)
+        rules = (flops.rules[rule].executed(steps, self.counts(rule)) for rule, steps in self.rule_steps.items())
+        return flops.full * self.full_steps + probes + sum(rules)
+
+    def site_statistics(self) -> list[SiteStatistics]:
+        """One entry a site, summed over the rules."""
+        graphs, found = self.program.graphs, []
+        for site in self.program.sites.ordered:
+            parts = [site_statistics(site, kind_of(site), "full", 0, {})]
+            for rule, steps in self.rule_steps.items():
+                assert graphs is not None
+                action = dict(graphs.rules[rule].actions)[site.path]
+                kept = {state.name for state in graphs.states}
+                caches_branches = isinstance(site, MoESite) and f"{site.path}.feature" in kept
+                shared_in_full = caches_branches and f"{site.path}.shared" not in kept
+                rule_counts = self.counts(rule)
+                samples = steps * self.batch
+                parts.append(site_statistics(site, kind_of(site), action, samples, rule_counts, shared_in_full))
+            found.append(_sum_up(parts))
+        return found
 
 
 class Accounting:
@@ -77,18 +102,10 @@ class Accounting:
         sites: dict[str, list[SiteStatistics]] = {}
         executed = uncached = 0
         for tally in self.tallies.values():
-            flops, counts = tally.step_flops(), tally.counts()
-            executed += flops.executed(tally.full_steps, tally.cached_steps, counts)
-            uncached += flops.full * (tally.full_steps + tally.cached_steps)
-            actions = dict(tally.program.graphs.actions) if tally.program.graphs else {}
-            samples = tally.cached_steps * tally.batch
-            kept = {state.name for state in tally.program.graphs.states} if tally.program.graphs else set()
-            for site in tally.program.sites.ordered:
-                action = actions.get(site.path, "full")
-                if isinstance(site, MoESite) and site.shared and f"{site.path}.shared" not in kept:
-                    action = "full"  # a shared expert without a cache runs on every row
-                part = site_statistics(site, kind_of(site), action, samples, counts)
-                sites.setdefault(site.path, []).append(part)
+            executed += tally.executed()
+            uncached += tally.step_flops().uncached * (tally.full_steps + tally.cached_steps)
+            for part in tally.site_statistics():
+                sites.setdefault(part.path, []).append(part)
         return Statistics(
             sites=tuple(_sum_up(parts) for parts in sites.values()),
             full_steps=sum(tally.full_steps for tally in self.tallies.values()),

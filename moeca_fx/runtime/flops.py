@@ -16,8 +16,23 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from moeca_fx.graph.state import SCALES_WITH, Counter, StateSpec
 from moeca_fx.ops import dispatch, rows
+from moeca_fx.passes.cache.graphs import CachedGraphs, StepGraph
 
+# At least as many numbers as any clock holds; FLOPs do not depend on it.
+CLOCK_ROOM = 64
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(frozen=True)
+class RuleFlops:
+    """FLOPs of a rule's step at one batch size: `fixed` when it recomputes nothing, and by one unit of each counter."""
+
+    fixed: int
+    each: dict[Counter, int]
+
+    def executed(self, steps: int, counts: dict[Counter, int]) -> int:
+        """FLOPs of this many steps with these counter totals."""
+        return self.fixed * steps + sum(cost * counts.get(counter, 0) for counter, cost in self.each.items())
 
 
 @dataclass(frozen=True)
@@ -25,36 +40,55 @@ class StepFlops:
     """FLOPs of one batch size.
 
     Attributes:
-        full: of a full step.
-        fixed: of a cached step that recomputes nothing.
-        each: added by one unit of each counter.
+        uncached: of a call of the model without a policy.
+        full: of a full step, without its probe.
+        probe: of the probe that precedes every step of an adaptive schedule.
+        rules: of each rule's step, without its probe.
     """
 
+    uncached: int
     full: int
-    fixed: int
-    each: dict[Counter, int]
-
-    def executed(self, full_steps: int, cached_steps: int, counts: dict[Counter, int]) -> int:
-        """FLOPs of a run with these steps and counter totals."""
-        picked = sum(cost * counts.get(counter, 0) for counter, cost in self.each.items())
-        return self.full * full_steps + self.fixed * cached_steps + picked
+    probe: int = 0
+    rules: tuple[RuleFlops, ...] = ()
 
 
 def measure_step_flops(
-    full: fx.GraphModule, cached: fx.GraphModule, states: Sequence[StateSpec], leaves: Sequence[Any], batch: int
+    plain: fx.GraphModule, graphs: CachedGraphs | None, leaves: Sequence[Any], batch: int
 ) -> StepFlops:
-    """Measure both graphs for inputs like `leaves`; nothing is executed."""
-    caches = [(state, (batch, *state.shape)) for state in states]
-    carried = [item for item in caches if item[0].carried]
-    full_total = sum(node_flops(full, leaves, carried).values())
-    none = node_flops(cached, leaves, caches, selected=0)
-    one = node_flops(cached, leaves, caches, selected=1)
+    """Measure all graphs for inputs like `leaves`; nothing is executed."""
+    uncached = sum(node_flops(plain, leaves).values())
+    if graphs is None:
+        return StepFlops(uncached, uncached)
+    prefix: list[Tensor] = []
+    probe = 0
+    if graphs.probe is not None:
+        state = graphs.probe.state
+        probe = sum(node_flops(graphs.probe.module, leaves, [_cache(state, batch)]).values())
+        prefix = [_cache(state, batch)]
+    full = sum(node_flops(graphs.full, leaves, _extra(graphs.full_step, batch, prefix)).values())
+    rules = tuple(_rule_flops(rule, leaves, _extra(rule, batch, prefix)) for rule in graphs.rules)
+    return StepFlops(uncached, full, probe, rules)
+
+
+def _cache(state: StateSpec, batch: int) -> Tensor:
+    return torch.empty(batch, *state.shape, dtype=state.dtype, device="meta")
+
+
+def _extra(step: StepGraph, batch: int, prefix: list[Tensor]) -> list[Tensor]:
+    """What a step takes after the model's inputs."""
+    clock = [torch.empty(CLOCK_ROOM, device="meta")] if step.clock else []
+    return [*(_cache(state, batch) for state in step.reads), *clock, *(prefix if step.prefix else [])]
+
+
+def _rule_flops(rule: StepGraph, leaves: Sequence[Any], extra: Sequence[Tensor]) -> RuleFlops:
+    none = node_flops(rule.module, leaves, extra, selected=0)
+    one = node_flops(rule.module, leaves, extra, selected=1)
     each: dict[Counter, int] = {}
-    for node in cached.graph.nodes:
+    for node in rule.module.graph.nodes:
         if SCALES_WITH in node.meta:
             counter = node.meta[SCALES_WITH]
             each[counter] = each.get(counter, 0) + one[node.name] - none[node.name]
-    return StepFlops(full_total, sum(none.values()), each)
+    return RuleFlops(sum(none.values()), each)
 
 
 def flop_counter() -> FlopCounterMode:
@@ -69,19 +103,19 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: An
 def node_flops(
     module: fx.GraphModule,
     leaves: Sequence[Any],
-    caches: Sequence[tuple[StateSpec, tuple[int, ...]]] = (),
+    extra: Sequence[Tensor] = (),
     selected: int = 0,
 ) -> dict[str, int]:
     """FLOPs of every node for inputs of the same shapes as `leaves`.
 
     Args:
-        caches: cache inputs that follow the leaves.
+        extra: tensors, also without data, that follow the leaves.
         selected: how many rows or branches each selection finds.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         inputs = [fake.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
-        inputs += [torch.empty(shape, dtype=state.dtype, device=device) for state, shape in caches]
+        inputs += [torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for tensor in extra]
         with torch.no_grad(), flop_counter() as counter:
             interpreter = _FlopInterpreter(module, counter, selected)
             interpreter.run(*inputs)

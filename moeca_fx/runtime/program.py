@@ -13,9 +13,9 @@ from moeca_fx.errors import InputError
 from moeca_fx.graph.sites import Sites
 from moeca_fx.model_checks import count_not_finite
 from moeca_fx.passes import Compilation, run_pipeline
+from moeca_fx.passes.cache.graphs import CachedGraphs
 from moeca_fx.passes.capture import batch_size
-from moeca_fx.passes.insert_cache import CachedGraphs
-from moeca_fx.policies import MoECa
+from moeca_fx.policies.policy import Policy
 from moeca_fx.runtime.timestep import find_timestep
 
 Signature = tuple[Any, ...]
@@ -27,7 +27,7 @@ class Program:
 
     Attributes:
         plain: the vectorised graph, all there is without a policy.
-        graphs: full and cached step; None without a policy.
+        graphs: full step and one step a rule; None without a policy.
         sites: located sites.
         out_spec: structure of the model's result; `outputs` is its number of leaves.
         timestep: index of the timestep among the flat inputs; None without a policy.
@@ -56,7 +56,7 @@ def build_program(
     regions: tuple[MoERegion, ...],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    policy: MoECa | None,
+    policy: Policy | None,
     timestep: str | int | None,
 ) -> Program:
     """Run the pipeline for calls like ``model(*args, **kwargs)``."""

@@ -1,6 +1,7 @@
 """The runtime behind a transformed model: programs, contexts, steps, statistics."""
 
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,8 @@ from torch.utils import _pytree as pytree
 from moeca_fx.discover import MoERegion
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.model_checks import check_autocast
-from moeca_fx.policies import MoECa
+from moeca_fx.policies.policy import Policy
+from moeca_fx.policies.schedule import FULL, Cycle
 from moeca_fx.runtime.accounting import Accounting
 from moeca_fx.runtime.memory import MemoryReport, report
 from moeca_fx.runtime.program import Program, Signature, build_program, check_finite, signature_of
@@ -49,7 +51,7 @@ class Runtime:
         timestep: parameter name or position of the timestep; None finds it.
     """
 
-    def __init__(self, regions: tuple[MoERegion, ...], policy: MoECa | None, timestep: str | int | None) -> None:
+    def __init__(self, regions: tuple[MoERegion, ...], policy: Policy | None, timestep: str | int | None) -> None:
         self.regions = regions
         self.policy = policy
         self.timestep = timestep
@@ -111,23 +113,64 @@ class Runtime:
             timestep = timestep_value(leaves[program.timestep])
             trajectory = self._continue_or_begin(name, program, batch, timestep)
             tally = self.accounting.tally(program, leaves, batch)
-            if trajectory.step == self.policy.interval:  # a whole cycle has run
+            if trajectory.step == self.policy.schedule.settles:
                 self._warn_if_nothing_reused(trajectory, "")
-            if trajectory.must_be_full(timestep) or self.policy.is_full_step(trajectory.step):
-                carried = self._carried(program, trajectory, batch, leaves[program.timestep].device)
-                result, states = program.split(program.graphs.full(*leaves, *carried))
-                tally.full_steps += 1
+            device = leaves[program.timestep].device
+            probed, change, prefix = self._probe(program, trajectory, leaves)
+            rule = self._choose(trajectory, timestep, change)
+            step = program.graphs.full_step if rule == FULL else program.graphs.rules[rule]
+            if rule == FULL:
+                held = self._carried(program, trajectory, batch, device)
             else:
-                result, rest = program.split(program.graphs.cached(*leaves, *trajectory.states))
-                *states, counters = rest
-                trajectory.count(counters)
-                tally.count_cached(counters)
+                held = trajectory.states
+            clock = [self._clock(trajectory, rule, device)] if step.clock else []
+            result, rest = program.split(step.module(*leaves, *held, *clock, *(prefix if step.prefix else [])))
+            states, counters = rest[: len(program.graphs.states)], rest[len(program.graphs.states) :]
+            if rule == FULL:
+                tally.full_steps += 1
+                trajectory.full_steps.insert(0, trajectory.step)
+            else:
+                counted = counters[0] if counters else None
+                trajectory.count(rule, counted)
+                tally.count_cached(rule, counted)
+            if program.graphs.probe is not None and (rule == FULL or program.graphs.probe.every_step):
+                trajectory.probed = probed
             trajectory.advance(timestep, states)
         except BaseException:
             # A step that stopped halfway has written some caches and not others.
             self.trajectories.pop(name, None)
             raise
         return result
+
+    def _probe(
+        self, program: Program, trajectory: Trajectory, leaves: list[Any]
+    ) -> tuple[Tensor | None, float, list[Tensor]]:
+        """The probe's value, its change (NaN where there is nothing to compare), and the stream to continue from."""
+        assert program.graphs is not None and program.timestep is not None
+        probe = program.graphs.probe
+        if probe is None:
+            return None, math.nan, []
+        before = trajectory.probed
+        if before is None:
+            device = leaves[program.timestep].device
+            before = torch.zeros(trajectory.batch, *probe.state.shape, dtype=probe.state.dtype, device=device)
+        change, value, *prefix = probe.module(*leaves, before)
+        # A probed value may be a view of the caller's tensors.
+        return value.clone(), math.nan if trajectory.probed is None else float(change), prefix
+
+    def _choose(self, trajectory: Trajectory, timestep: Tensor, change: float) -> int:
+        """`FULL` or the position of a rule."""
+        assert self.policy is not None
+        chosen, trajectory.memory = self.policy.schedule.choose(trajectory.step, change, trajectory.memory)
+        must = trajectory.must_be_full(timestep) or not trajectory.full_steps
+        return FULL if must else chosen
+
+    def _clock(self, trajectory: Trajectory, rule: int, device: torch.device) -> Tensor:
+        """The numbers of this step; a full step that measures forecasts reads those of the first rule."""
+        assert self.policy is not None
+        step, full = trajectory.step, trajectory.full_steps
+        numbers = self.policy.rules[max(rule, 0)].clock(step, full or [step - 1])
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
 
     def _carried(self, program: Program, trajectory: Trajectory, batch: int, device: torch.device) -> list[Tensor]:
         assert program.graphs is not None
@@ -182,7 +225,8 @@ class Runtime:
     def _why_nothing_reused(self, trajectory: Trajectory, reason: str) -> str | None:
         assert self.policy is not None
         if trajectory.cached_steps == 0:
-            if self.policy.interval == 1:
+            schedule = self.policy.schedule
+            if isinstance(schedule, Cycle) and schedule.interval == 1:
                 return "interval=1 makes every step full"
             advice = (
                 "; if the sampler calls the model twice a step (guidance), wrap each call in "
@@ -190,9 +234,11 @@ class Runtime:
             )
             if trajectory.paired:
                 return f"every timestep came twice in one context{advice}"
+            if trajectory.step > 1 and not reason:
+                return f"the schedule {schedule} made every step full; lower its threshold's caution or choose another"
             return f"it had one call before a new trajectory began, because {reason}" + advice * (reason == STOOD_STILL)
-        if trajectory.branches() == trajectory.recomputed_branches():
-            steps = trajectory.cached_steps
+        if trajectory.routed_steps and trajectory.branches() == trajectory.recomputed_branches():
+            steps = trajectory.routed_steps
             return f"every branch was recomputed on all {steps} cached steps; raise tau0 or lower lambda1"
         return None
 
@@ -219,6 +265,9 @@ class Runtime:
             batch += trajectory.batch
             for state, tensor in zip(trajectory.program.graphs.states, trajectory.states, strict=True):
                 held.append((state, tensor.numel() * tensor.element_size()))
+            if trajectory.probed is not None and trajectory.program.graphs.probe is not None:
+                probed = trajectory.probed
+                held.append((trajectory.program.graphs.probe.state, probed.numel() * probed.element_size()))
         return report(held, batch)
 
     def cache(self, name: str) -> dict[str, Tensor]:

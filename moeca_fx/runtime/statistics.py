@@ -146,25 +146,32 @@ _TOTALS = (
 _ROW_KINDS = {"attention": "attention_rows", "moe": "shared_rows", "dense_ffn": "ffn_rows"}
 
 
-def site_statistics(site: Site, kind: str, action: str, samples: int, counts: Mapping[Counter, int]) -> SiteStatistics:
-    """Statistics of one site.
+def site_statistics(
+    site: Site, kind: str, action: str, samples: int, counts: Mapping[Counter, int], shared_in_full: bool = False
+) -> SiteStatistics:
+    """Statistics of one site over steps of one rule.
+
+    A rule that does not route (it works on rows, blocks or the output) counts every branch as matched.
 
     Args:
         site, kind: the site.
-        action: what it does with its rows on cached steps; for a MoE site, with those of its shared expert.
-        samples: samples that passed on cached steps (steps times batch).
+        action: what it does on such a step.
+        samples: samples that passed (steps times batch).
         counts: counter totals.
+        shared_in_full: whether a MoE site runs its shared expert on every row although it reuses branches.
     """
     rows = samples * site.tokens
+    branches = rows * site.top_k if isinstance(site, MoESite) else 0
+    in_full = action == "full"
     recomputed_rows = counts.get(Counter(site.path, _ROW_KINDS[kind]), 0)
-    if action == "full":
+    if in_full or shared_in_full:
         recomputed_rows = rows
     return SiteStatistics(
         path=site.path,
         kind=kind,
-        branches=rows * site.top_k if isinstance(site, MoESite) else 0,
-        matched=counts.get(Counter(site.path, "matched"), 0),
-        recomputed=counts.get(Counter(site.path, "recomputed"), 0),
+        branches=branches,
+        matched=counts.get(Counter(site.path, "matched"), branches),
+        recomputed=branches if in_full else counts.get(Counter(site.path, "recomputed"), 0),
         rows=0 if isinstance(site, MoESite) and not site.shared else rows,
         rows_recomputed=recomputed_rows,
     )

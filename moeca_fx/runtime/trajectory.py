@@ -1,6 +1,7 @@
 """A trajectory: the steps of one denoising run in one named context, and when the next one begins."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,11 @@ class Trajectory:
         program, batch: what it runs; another program or batch size begins a new trajectory.
         step: calls so far.
         states: cache tensors after the last call.
-        counters: what its cached steps counted so far; None before the first.
-        cached_steps: how many of the calls were cached.
+        counters: what the steps of each rule counted so far.
+        cached_steps: how many of the calls followed a rule; routed_steps: how many of those routed branches.
+        full_steps: indices of the full steps, the last one first.
+        memory: what the schedule remembers.
+        probed: the value that the probe's change is measured against; None before the first step.
         doubtful: whether it began because two calls had the same first timestep: two guidance calls a step look so.
         paired: whether the next timestep came twice as well; then every step is full, because states would mix.
     """
@@ -29,8 +33,12 @@ class Trajectory:
     batch: int
     step: int = 0
     states: list[Tensor] = field(default_factory=list)
-    counters: Tensor | None = None
+    counters: dict[int, Tensor] = field(default_factory=dict)
     cached_steps: int = 0
+    routed_steps: int = 0
+    full_steps: list[int] = field(default_factory=list)
+    memory: Any = None
+    probed: Tensor | None = None
     timestep: Tensor | None = None
     direction: int = 0
     doubtful: bool = False
@@ -70,22 +78,29 @@ class Trajectory:
         self.states = states
         self.step += 1
 
-    def count(self, counters: Tensor) -> None:
-        """Add a cached step's counters."""
-        self.counters = counters if self.counters is None else self.counters + counters
+    def count(self, rule: int, counters: Tensor | None) -> None:
+        """Add the counters of a step of a rule."""
         self.cached_steps += 1
+        if counters is not None:
+            self.counters[rule] = self.counters[rule] + counters if rule in self.counters else counters
+            assert self.program.graphs is not None
+            self.routed_steps += any(counter.kind == "matched" for counter in self.program.graphs.rules[rule].counters)
 
     def recomputed_branches(self) -> int:
         """Branches recomputed so far; waits for the device."""
         return self._total("recomputed")
 
     def _total(self, kind: str) -> int:
-        if self.counters is None or self.program.graphs is None:
+        if self.program.graphs is None:
             return 0
-        names = self.program.graphs.counters
-        return sum(v for counter, v in zip(names, self.counters.tolist(), strict=True) if counter.kind == kind)
+        return sum(
+            value
+            for rule, counters in self.counters.items()
+            for counter, value in zip(self.program.graphs.rules[rule].counters, counters.tolist(), strict=True)
+            if counter.kind == kind
+        )
 
     def branches(self) -> int:
-        """Branches routed on its cached steps."""
+        """Branches routed on its steps that route."""
         per_sample = sum(site.tokens * site.top_k for site in self.program.sites.moe)
-        return per_sample * self.batch * self.cached_steps
+        return per_sample * self.batch * self.routed_steps

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from moeca_fx import MoECa
 from moeca_fx.graph.expert_stack import stack_in_place
 from moeca_fx.graph.sites import Sites
-from moeca_fx.passes.insert_cache import CachedGraphs, insert_cache
+from moeca_fx.passes.cache.graphs import CachedGraphs
+from moeca_fx.passes.insert_cache import insert_cache
 from moeca_fx.passes.vectorize_experts import vectorize_experts
+from moeca_fx.policies import Method
 from tests.helpers.passes import staged
 
 
@@ -22,9 +23,9 @@ class Vectorized:
     module: fx.GraphModule
     sites: Sites
 
-    def graphs(self, policy: MoECa) -> CachedGraphs:
+    def graphs(self, policy: Method) -> CachedGraphs:
         """Full and cached step under a policy."""
-        return insert_cache(self.module, self.sites, policy)
+        return insert_cache(self.module, self.sites, policy.policy())
 
 
 def vectorized(model: nn.Module, inputs: tuple[Tensor, ...]) -> Vectorized:

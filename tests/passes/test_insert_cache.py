@@ -1,5 +1,6 @@
 """insert_cache: exact states, actions and node counts of both step graphs, for each config choice."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ from torch import fx
 from moeca_fx import MoECa
 from moeca_fx.errors import PassError
 from moeca_fx.graph.legality import check
+from moeca_fx.graph.state import StateSpec
 from moeca_fx.inspection import graph_text
 from moeca_fx.ops import dispatch, rows
 from moeca_fx.ops.attention_rows import attention_rows
-from moeca_fx.passes.insert_cache import CachedGraphs, _check_caches_used, share_copy
+from moeca_fx.passes.cache.graphs import CachedGraphs
+from moeca_fx.passes.insert_cache import _check_caches_used, share_copy
 from moeca_fx.passes.lower_inplace import lower_inplace
 from moeca_fx.policies import branch
 from tests.helpers import zoo_models
@@ -176,11 +179,14 @@ def test_counters_at_both_ends(tau0: float) -> None:
 
 def test_a_cache_that_is_never_read_is_an_error(dsmoe: Vectorized) -> None:
     graphs = dsmoe.graphs(MoECa())
+    forgotten = StateSpec("blocks", "forgotten", (3,), torch.float32)
     cached = share_copy(graphs.cached)
     last = cached.graph.find_nodes(op="placeholder")[-1]
     with cached.graph.inserting_after(last):
-        cached.graph.placeholder("cache_forgotten")
-    broken = CachedGraphs(graphs.full, cached, graphs.states, graphs.counters, graphs.actions)
-    with pytest.raises(PassError, match="never reads cache_forgotten"):
-        _check_caches_used(broken)
-    _check_caches_used(graphs)
+        node = cached.graph.placeholder(forgotten.node_name)
+    output = cached.graph.output_node()
+    output.args = ((*output.args[0], node),)  # handed on, but never computed with
+    broken = replace(graphs.rules[0], module=cached)
+    with pytest.raises(PassError, match="no step reads cache_blocks_forgotten"):
+        _check_caches_used((broken,), (*graphs.states, forgotten))
+    _check_caches_used(graphs.rules, graphs.states)

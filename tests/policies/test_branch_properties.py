@@ -17,7 +17,7 @@ from moeca_fx.policies.branch import (
     routing_share,
     update_activation,
 )
-from moeca_fx.policies.moeca import EntropyNorm, ScoreWeight
+from moeca_fx.policies.selector import EntropyNorm, ScoreWeight
 from tests.reference import moe_site
 
 settings.register_profile("branch", max_examples=60, deadline=None, derandomize=True)

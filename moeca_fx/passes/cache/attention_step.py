@@ -48,17 +48,18 @@ def rewrite_attention(
         return
     state = f"{site.path}.attn"
     if plan.action == "reuse":
-        step.updated[state] = step.cache[state]
+        step.keep(state)
+        output = step.reused(state)
     else:
         assert plan.inherits is not None and programs is not None, f"{site.path}: rows without an earlier MoE site"
-        refresh_attention(step, site, step.refreshed[plan.inherits], programs)
-    step.nodes[site.output].replace_all_uses_with(step.updated[state])
+        _, _, output = refresh_attention(step, site, step.refreshed[plan.inherits], programs)
+    step.nodes[site.output].replace_all_uses_with(output)
 
 
 def refresh_attention(
     step: StepBuilder, site: AttentionSite, mask: fx.Node, programs: AttentionPrograms
-) -> tuple[fx.Node, fx.Node]:
-    """Recompute the rows of the tokens in `mask`; returns their row indices and the new output rows [M, H]."""
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Recompute the rows of the tokens in `mask`: their row indices, the new output rows [M, H], the dense output."""
     base = site.path.replace(".", "_")
     core = step.nodes[site.core]
     by_row = Counter(site.path, "attention_rows")
@@ -77,10 +78,10 @@ def refresh_attention(
     attended.meta[SCALES_WITH] = Counter(site.path, "attention_padded")
     given = {core: attended}
     (output,) = step.run_program(programs.finish, row, f"{base}_finish_rows", (f"{base}_output_rows",), by_row, given)
-    step.write(f"{site.path}.attn", row, output)
+    dense = step.refresh(f"{site.path}.attn", row, output)
     step.count(site.path, "attention_rows", slots.count_rows, row)
     step.count(site.path, "attention_padded", slots.count_padded, mask)
-    return row, output
+    return row, output, dense
 
 
 def _softmax_scale(core: fx.Node) -> float | None:

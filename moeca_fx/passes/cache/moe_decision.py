@@ -21,7 +21,10 @@ from moeca_fx.graph.state import Counter
 from moeca_fx.ops import dispatch, rows, slots
 from moeca_fx.passes.cache.attention_step import AttentionPrograms, refresh_attention
 from moeca_fx.passes.cache.builder import StepBuilder
+from moeca_fx.passes.cache.full_step import score_weight_of
 from moeca_fx.policies import branch
+from moeca_fx.policies.rules import BranchRule
+from moeca_fx.policies.selector import Budget, ScoreThreshold, Unmatched
 
 
 @dataclass(frozen=True)
@@ -42,30 +45,38 @@ class Decision:
     weight: fx.Node
 
 
-def decide_all(step: StepBuilder, site: MoESite) -> Decision:
+@dataclass(frozen=True)
+class _Criterion:
+    """What picks matched branches: per-expert thresholds [B, E], or slots picked beforehand [B, T, k]."""
+
+    threshold: fx.Node | None
+    picked: fx.Node | None
+
+
+def decide_all(step: StepBuilder, site: MoESite, rule: BranchRule) -> Decision:
     """One routing of all tokens."""
     base = site.path.replace(".", "_")
     expert, weight = (
         _by_slot_shape(step, site, step.nodes[site.expert]),
         _by_slot_shape(step, site, step.nodes[site.weight]),
     )
-    threshold = _threshold(step, site, expert)
+    criterion = _criterion(step, site, rule, expert, weight)
     held = _held(step, site)
-    slot, slot_expert, slot_weight, code = _decide(step, f"{base}", expert, weight, held, threshold)
+    slot, slot_expert, slot_weight, code = _decide(step, rule, base, expert, weight, held, criterion)
     step.refreshed[site.path] = step.emit(slots.token_mask, code, name=f"{base}_refresh")
     step.updated[f"{site.path}.expert"] = slot_expert
-    then = held[1]
     step.updated[f"{site.path}.weight"] = step.emit(
-        slots.refreshed_weight, code, slot_weight, then, name=f"new_{base}_weight"
+        slots.refreshed_weight, code, slot_weight, held["weight"], name=f"new_{base}_weight"
     )
     by_slot = step.emit(branch.to_slots, weight, slot, name=f"{base}_weight_by_slot")
-    _store_activation(step, site, expert)
+    _store_activation(step, site, rule, expert)
     return Decision(None, code, slot_expert, step.nodes[site.x], expert, by_slot)
 
 
 def decide_synchronized(
     step: StepBuilder,
     site: MoESite,
+    rule: BranchRule,
     routing: RowProgram,
     attention: AttentionSite,
     attention_programs: AttentionPrograms,
@@ -74,26 +85,25 @@ def decide_synchronized(
     base = site.path.replace(".", "_")
     output = step.nodes[attention.output]
     expert, weight = _provisional_routing(step, site, attention)
-    threshold = _threshold(step, site, expert)
+    criterion = _criterion(step, site, rule, expert, weight)
     held = _held(step, site)
-    slot, slot_expert, _, code = _decide(step, f"{base}_provisional", expert, weight, held, threshold)
+    slot, slot_expert, _, code = _decide(step, rule, f"{base}_provisional", expert, weight, held, criterion)
     mask = step.refreshed[site.path] = step.emit(slots.token_mask, code, name=f"{base}_refresh")
-    row, fresh = refresh_attention(step, attention, mask, attention_programs)
-    output.replace_all_uses_with(step.updated[f"{attention.path}.attn"])
+    row, fresh, attended = refresh_attention(step, attention, mask, attention_programs)
+    output.replace_all_uses_with(attended)
 
     names = tuple(f"{base}_{part}_rows" for part in ("expert", "weight", "x"))
     counter = Counter(attention.path, "attention_rows")
     final = step.run_program(routing, row, f"{base}_routing_rows", names, counter, {output: fresh})
     row_expert, row_weight = (_one_token_a_sample(step, node, site) for node in final[:2])
-    row_held = tuple(
-        _one_token_a_sample(step, step.emit(dispatch.take_rows, node, row, name=f"{node.name}_rows"), site)
-        for node in held
-    )
-    row_threshold = step.emit(rows.gather_samples, threshold, row, site.tokens, 0, name=f"{base}_threshold_rows")
+    row_held = {kind: _rows_of(step, site, node, row) for kind, node in held.items()}
+    row_criterion = _criterion_of_rows(step, site, criterion, row)
     row_slot, row_slot_expert, row_slot_weight, row_code = _decide(
-        step, base, row_expert, row_weight, row_held, row_threshold
+        step, rule, base, row_expert, row_weight, row_held, row_criterion
     )
-    now = step.emit(slots.refreshed_weight, row_code, row_slot_weight, row_held[1], name=f"{base}_weight_now_rows")
+    now = step.emit(
+        slots.refreshed_weight, row_code, row_slot_weight, row_held["weight"], name=f"{base}_weight_now_rows"
+    )
     step.write(f"{site.path}.weight", row, _without_token(step, now))
     held_expert = step.emit(
         rows.write_rows, slot_expert, row, _without_token(step, row_slot_expert), name=f"new_{base}_expert"
@@ -107,8 +117,23 @@ def decide_synchronized(
     final_expert = step.emit(
         rows.write_rows, expert, row, _without_token(step, row_expert), name=f"{base}_final_expert"
     )
-    _store_activation(step, site, final_expert)
+    _store_activation(step, site, rule, final_expert)
     return Decision(row, row_code, row_slot_expert, final[2], final_expert, by_slot)
+
+
+def _rows_of(step: StepBuilder, site: MoESite, node: fx.Node, row: fx.Node) -> fx.Node:
+    """Rows of a [B, T, k] node as [M, 1, k]."""
+    return _one_token_a_sample(step, step.emit(dispatch.take_rows, node, row, name=f"{node.name}_rows"), site)
+
+
+def _criterion_of_rows(step: StepBuilder, site: MoESite, criterion: _Criterion, row: fx.Node) -> _Criterion:
+    """The same thresholds, or the same picked slots, for some rows."""
+    base = site.path.replace(".", "_")
+    if criterion.threshold is not None:
+        arguments = (criterion.threshold, row, site.tokens, 0)
+        return _Criterion(step.emit(rows.gather_samples, *arguments, name=f"{base}_threshold_rows"), None)
+    assert criterion.picked is not None
+    return _Criterion(None, _rows_of(step, site, criterion.picked, row))
 
 
 def _one_token_a_sample(step: StepBuilder, node: fx.Node, site: MoESite) -> fx.Node:
@@ -126,35 +151,63 @@ def _by_slot_shape(step: StepBuilder, site: MoESite, node: fx.Node) -> fx.Node:
 
 
 def _provisional_routing(step: StepBuilder, site: MoESite, attention: AttentionSite) -> tuple[fx.Node, fx.Node]:
-    """Router on the token state that the cached attention gives: a copy of the nodes in between."""
+    """Router on the token state that the reused attention gives: a copy of the nodes in between."""
     output, expert, weight = (step.nodes[name] for name in (attention.output, site.expert, site.weight))
-    replace = {output: step.cache[f"{attention.path}.attn"]}
+    replace = {output: step.reused(f"{attention.path}.attn")}
     copies = clone_nodes(step.graph, between([output], [expert, weight]), replace, "provisional")
     return _by_slot_shape(step, site, copies[expert]), _by_slot_shape(step, site, copies[weight])
 
 
-def _threshold(step: StepBuilder, site: MoESite, expert: fx.Node) -> fx.Node:
-    base, policy = site.path.replace(".", "_"), step.policy
-    before = step.cache[f"{site.path}.activation"]
-    activation = step.emit(branch.update_activation, before, expert, policy.beta, name=f"{base}_activation")
-    options = (policy.tau0, policy.alpha, policy.entropy_norm)
-    return step.emit(branch.expert_threshold, activation, *options, name=f"{base}_threshold")
+def _criterion(step: StepBuilder, site: MoESite, rule: BranchRule, expert: fx.Node, weight: fx.Node) -> _Criterion:
+    base, selector = site.path.replace(".", "_"), rule.selector
+    if isinstance(selector, ScoreThreshold):
+        before = step.cache[f"{site.path}.activation"]
+        activation = step.emit(branch.update_activation, before, expert, selector.beta, name=f"{base}_activation")
+        options = (selector.tau0, selector.alpha, selector.entropy_norm)
+        return _Criterion(step.emit(branch.expert_threshold, activation, *options, name=f"{base}_threshold"), None)
+    if isinstance(selector, Budget):
+        rank = step.cache.get(f"{site.path}.error") or _rank_by_score(step, site, selector, expert, weight)
+        return _Criterion(None, step.emit(branch.pick_share, rank, selector.share, name=f"{base}_picked"))
+    assert isinstance(selector, Unmatched), f"{selector!r}: no branch selector that this pass knows"
+    return _Criterion(None, step.emit(branch.pick_none, expert, name=f"{base}_picked"))
 
 
-def _held(step: StepBuilder, site: MoESite) -> tuple[fx.Node, ...]:
-    return tuple(step.cache[f"{site.path}.{kind}"] for kind in ("expert", "weight", "norm"))
+def _rank_by_score(step: StepBuilder, site: MoESite, selector: Budget, expert: fx.Node, weight: fx.Node) -> fx.Node:
+    held = _held(step, site)
+    options = (selector.lambda1, selector.lambda2, selector.score_weight)
+    name = f"{site.path}_rank".replace(".", "_")
+    return step.emit(branch.rank_by_score, expert, weight, *held.values(), *options, name=name)
+
+
+def _held(step: StepBuilder, site: MoESite) -> dict[str, fx.Node]:
+    kinds = ("expert", "weight", "norm")
+    return {kind: step.cache[f"{site.path}.{kind}"] for kind in kinds if f"{site.path}.{kind}" in step.cache}
 
 
 def _decide(
-    step: StepBuilder, name: str, expert: fx.Node, weight: fx.Node, held: tuple[fx.Node, ...], threshold: fx.Node
+    step: StepBuilder,
+    rule: BranchRule,
+    name: str,
+    expert: fx.Node,
+    weight: fx.Node,
+    held: dict[str, fx.Node],
+    criterion: _Criterion,
 ) -> tuple[fx.Node, ...]:
-    policy = step.policy
-    options = (policy.lambda1, policy.lambda2, policy.score_weight)
-    decision = step.emit(branch.decide, expert, weight, *held, threshold, *options, name=f"{name}_decision")
+    if criterion.threshold is not None:
+        selector = rule.selector
+        assert isinstance(selector, ScoreThreshold)
+        options = (selector.lambda1, selector.lambda2, selector.score_weight)
+        held_and_limit = (*held.values(), criterion.threshold)
+        decision = step.emit(branch.decide, expert, weight, *held_and_limit, *options, name=f"{name}_decision")
+    else:
+        kept = (held["expert"], held["weight"], criterion.picked)
+        arguments = (*kept, score_weight_of(rule), rule.margin)
+        decision = step.emit(branch.decide_picked, expert, weight, *arguments, name=f"{name}_decision")
     return step.unpack(decision, *(f"{name}_{part}" for part in ("slot", "slot_expert", "slot_weight", "code")))
 
 
-def _store_activation(step: StepBuilder, site: MoESite, expert: fx.Node) -> None:
-    state = f"{site.path}.activation"
-    name = "new_" + state.replace(".", "_")
-    step.updated[state] = step.emit(branch.update_activation, step.cache[state], expert, step.policy.beta, name=name)
+def _store_activation(step: StepBuilder, site: MoESite, rule: BranchRule, expert: fx.Node) -> None:
+    if isinstance(rule.selector, ScoreThreshold):
+        state = f"{site.path}.activation"
+        name, before = "new_" + state.replace(".", "_"), step.cache[state]
+        step.updated[state] = step.emit(branch.update_activation, before, expert, rule.selector.beta, name=name)

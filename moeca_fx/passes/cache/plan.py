@@ -1,4 +1,4 @@
-"""What each site does on a cached step under a policy, and which states that takes. Decided once, before any edit."""
+"""What each site does on a step of a branch rule, and which states that takes. Decided once, before any edit."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ from moeca_fx.graph.layout import STREAM, TokenAxes, propagate
 from moeca_fx.graph.rewrite import example_value
 from moeca_fx.graph.sites import AttentionSite, DenseFFNSite, MoESite, Site, Sites
 from moeca_fx.graph.slicing import between
-from moeca_fx.graph.state import StateSpec
-from moeca_fx.policies import MoECa
+from moeca_fx.graph.state import StateSpec, with_older
+from moeca_fx.policies.rules import BranchRule
+from moeca_fx.policies.selector import Budget, ScoreThreshold
 
 Action = Literal["full", "reuse", "rows", "synchronized"]
 
@@ -33,7 +34,7 @@ class SitePlan:
     inherits: str | None = None
 
 
-def plan_sites(module: fx.GraphModule, sites: Sites, policy: MoECa) -> tuple[SitePlan, ...]:
+def plan_sites(module: fx.GraphModule, sites: Sites, rule: BranchRule) -> tuple[SitePlan, ...]:
     """One plan a site, in network order."""
     nodes = {node.name: node for node in module.graph.nodes}
     plans = []
@@ -46,27 +47,27 @@ def plan_sites(module: fx.GraphModule, sites: Sites, policy: MoECa) -> tuple[Sit
         source = last_moe.get(stream)
         inherited = source is not None and source.tokens == site.tokens
         if isinstance(site, AttentionSite):
-            action = _attention_action(site, policy, followed.get(site.path), inherited)
-            states = tuple(_attention_states(site, action, nodes))
+            action = _attention_action(site, rule, followed.get(site.path), inherited)
+            states = tuple(_attention_states(site, action, rule, nodes))
         elif isinstance(site, MoESite):
             action, last_moe[stream] = "rows", site
             assert site.attention is None or site.attention in by_path, f"{site.path}: unknown attention site"
-            states = tuple(_moe_states(site, policy, nodes))
+            states = tuple(_moe_states(site, rule, nodes))
         else:
-            action = _row_action(policy.dense_ffn, inherited)
-            states = tuple(_ffn_states(site, action, nodes))
+            action = _row_action(rule.dense_ffn, inherited)
+            states = tuple(_ffn_states(site, action, rule, nodes))
         plans.append(SitePlan(site, action, states, source.path if source is not None and inherited else None))
     return tuple(plans)
 
 
-def _attention_action(site: AttentionSite, policy: MoECa, moe: MoESite | None, inherited: bool) -> Action:
-    if policy.attention != "synchronized":
-        return policy.attention
+def _attention_action(site: AttentionSite, rule: BranchRule, moe: MoESite | None, inherited: bool) -> Action:
+    if rule.attention != "synchronized":
+        return rule.attention
     if site.refused:
         return "full"
     if moe is not None:
         return "full" if moe.not_synchronized else "synchronized"
-    return _row_action(policy.dense_ffn, inherited)
+    return _row_action(rule.dense_ffn, inherited)
 
 
 def _row_action(mode: str, inherited: bool) -> Action:
@@ -89,11 +90,13 @@ def shared_axes(site: MoESite, nodes: dict[str, fx.Node]) -> tuple[TokenAxes, To
     return root_axes, propagate({root: root_axes}, between([root], [shared]))[shared]
 
 
-def _attention_states(site: AttentionSite, action: Action, nodes: dict[str, fx.Node]) -> Iterator[StateSpec]:
+def _attention_states(
+    site: AttentionSite, action: Action, rule: BranchRule, nodes: dict[str, fx.Node]
+) -> Iterator[StateSpec]:
     if action == "full":
         return
     output = example_value(nodes[site.output])
-    yield StateSpec(site.path, "attn", _sample_shape(output), output.dtype)
+    yield from with_older(StateSpec(site.path, "attn", _sample_shape(output), output.dtype), rule.predictor.terms)
     if action != "reuse":
         for kind, name in (("key", site.key), ("value", site.value)):
             value = example_value(nodes[name])  # [B, h, T, d]
@@ -101,25 +104,38 @@ def _attention_states(site: AttentionSite, action: Action, nodes: dict[str, fx.N
             yield StateSpec(site.path, kind, (tokens, heads, width), value.dtype)
 
 
-def _moe_states(site: MoESite, policy: MoECa, nodes: dict[str, fx.Node]) -> Iterator[StateSpec]:
-    slots = (site.tokens, site.top_k)
+def _moe_states(site: MoESite, rule: BranchRule, nodes: dict[str, fx.Node]) -> Iterator[StateSpec]:
+    slots, selector, terms = (site.tokens, site.top_k), rule.selector, rule.predictor.terms
     x, weight = example_value(nodes[site.x]), example_value(nodes[site.weight])
     score_dtype = torch.promote_types(weight.dtype, torch.float32)
     feature_dtype = x.dtype
-    yield StateSpec(site.path, "expert", slots, torch.int64)
+    ranks_errors = needs_error(rule)
+    scores = isinstance(selector, ScoreThreshold) or (isinstance(selector, Budget) and selector.by == "score")
+    # A full step that keeps older features matches its slots with those of the full step before.
+    yield StateSpec(site.path, "expert", slots, torch.int64, carried=terms > 1)
     yield StateSpec(site.path, "weight", slots, score_dtype)
-    yield StateSpec(site.path, "norm", slots, torch.promote_types(feature_dtype, torch.float32))
-    yield StateSpec(site.path, "feature", (*slots, x.shape[-1]), feature_dtype)
-    yield StateSpec(site.path, "activation", (site.num_experts, site.tokens), torch.float32, carried=True)
-    if site.shared and policy.shared_expert != "full":
+    if scores:
+        yield StateSpec(site.path, "norm", slots, torch.promote_types(feature_dtype, torch.float32))
+    feature = StateSpec(site.path, "feature", (*slots, x.shape[-1]), feature_dtype)
+    yield from with_older(feature, terms, all_carried=ranks_errors)
+    if ranks_errors:
+        yield StateSpec(site.path, "error", slots, torch.float32)
+    if isinstance(selector, ScoreThreshold):
+        yield StateSpec(site.path, "activation", (site.num_experts, site.tokens), torch.float32, carried=True)
+    if site.shared and rule.shared_expert != "full":
         shared = example_value(nodes[site.shared])
-        yield StateSpec(site.path, "shared", (site.tokens, shared.shape[-1]), shared.dtype)
+        yield from with_older(StateSpec(site.path, "shared", (site.tokens, shared.shape[-1]), shared.dtype), terms)
 
 
-def _ffn_states(site: DenseFFNSite, action: Action, nodes: dict[str, fx.Node]) -> Iterator[StateSpec]:
+def needs_error(rule: BranchRule) -> bool:
+    """Whether the selector ranks branches by what their forecast missed at the last full step."""
+    return isinstance(rule.selector, Budget) and rule.selector.by == "error"
+
+
+def _ffn_states(site: DenseFFNSite, action: Action, rule: BranchRule, nodes: dict[str, fx.Node]) -> Iterator[StateSpec]:
     if action != "full":
         output = example_value(nodes[site.output])
-        yield StateSpec(site.path, "ffn", _sample_shape(output), output.dtype)
+        yield from with_older(StateSpec(site.path, "ffn", _sample_shape(output), output.dtype), rule.predictor.terms)
 
 
 def _sample_shape(value: torch.Tensor) -> tuple[int, ...]:

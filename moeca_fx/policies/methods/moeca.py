@@ -1,15 +1,13 @@
-"""The MoECa policy (arXiv 2606.15615): its choices as one validated, frozen config."""
+"""MoECa (arXiv 2606.15615): expert branches matched by identity, scored, and recomputed above a threshold."""
 
-import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
-from moeca_fx.errors import ConfigError
-
-ScoreWeight = Literal["share", "raw"]
-EntropyNorm = Literal["minmax", "log"]
-AttentionMode = Literal["synchronized", "reuse", "full"]
-RowMode = Literal["inherit", "reuse", "full"]
+from moeca_fx.policies.checks import check_choice, check_integer, check_number
+from moeca_fx.policies.policy import Method, Policy
+from moeca_fx.policies.rules import AttentionMode, BranchRule, RowMode
+from moeca_fx.policies.schedule import Cycle
+from moeca_fx.policies.selector import EntropyNorm, ScoreThreshold, ScoreWeight
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "score_weight": ("share", "raw"),
@@ -21,7 +19,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class MoECa:
+class MoECa(Method):
     """Expert-branch caching as published; the numbers are the paper's, what it leaves open is settled by measurement.
 
     Args:
@@ -43,6 +41,8 @@ class MoECa:
         ConfigError: a field is out of its range.
     """
 
+    method: ClassVar[str] = "moeca"
+
     interval: int = 4
     tau0: float = 0.8
     alpha: float = 0.6
@@ -56,31 +56,29 @@ class MoECa:
     shared_expert: RowMode = "inherit"
 
     def __post_init__(self) -> None:
-        if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:
-            raise _out_of_range("interval", "an integer >= 1", self.interval)
+        check_integer(self, "interval", 1)
         for name in ("tau0", "lambda1", "lambda2"):
-            self._check_number(name, "a finite number >= 0", upper=math.inf)
+            check_number(self, name)
         for name in ("alpha", "beta"):
-            self._check_number(name, "a number in [0, 1)", upper=1.0)
+            check_number(self, name, "a number in [0, 1)", upper=1.0)
         for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in choices:
-                raise _out_of_range(name, "one of " + ", ".join(map(repr, choices)), value)
+            check_choice(self, name, choices)
 
-    def _check_number(self, name: str, expected: str, upper: float) -> None:
-        value = getattr(self, name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not 0 <= value < upper:
-            raise _out_of_range(name, expected, value)
-
-    def is_full_step(self, step: int) -> bool:
-        """Whether step `step` (0 is the trajectory's first) computes everything."""
-        return step % self.interval == 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Field names and values, ready for JSON."""
-        return asdict(self)
-
-
-def _out_of_range(name: str, expected: str, found: object) -> ConfigError:
-    return ConfigError(f"MoECa.{name}: expected {expected}, found {found!r}; pass a value in that range")
+    def policy(self) -> Policy:
+        """A cycle, and the branch level with the score's threshold."""
+        selector = ScoreThreshold(
+            tau0=self.tau0,
+            alpha=self.alpha,
+            beta=self.beta,
+            lambda1=self.lambda1,
+            lambda2=self.lambda2,
+            score_weight=self.score_weight,
+            entropy_norm=self.entropy_norm,
+        )
+        rule = BranchRule(
+            selector=selector,
+            attention=self.attention,
+            dense_ffn=self.dense_ffn,
+            shared_expert=self.shared_expert,
+        )
+        return Policy(Cycle(self.interval), (rule,))
