@@ -47,6 +47,9 @@ class Method(ABC):
 
     method: ClassVar[str]
 
+    def __post_init__(self) -> None:
+        self.policy()  # the parts check what they are made of
+
     @abstractmethod
     def policy(self) -> Policy:
         """The method as schedule and rules."""

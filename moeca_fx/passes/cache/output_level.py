@@ -48,12 +48,17 @@ class OutputLevel(Level):
         results: list[Any] = list(output.args[0])  # type: ignore[arg-type]  # capture flattens the output to a tuple
         for index, node in enumerate(_output_nodes(step.module)):
             state = f"{SITE}.value{index or ''}"
-            value = self._with_inputs(step, state) if self.input is not None else step.reused(state)
+            value = self._with_inputs(step, state) if self.input is not None else self._without(step, state)
             results[results.index(node)] = value
             step.keep(state)
         if self.input is not None:
             step.keep(f"{SITE}.input")
         output.args = (tuple(results),)
+
+    def _without(self, step: StepBuilder, state: str) -> fx.Node:
+        value = step.reused(state)
+        # A held value is handed out as a copy: the caller may write into its own.
+        return step.emit(torch.clone, value, name="held_output") if self.terms == 1 else value
 
     def _with_inputs(self, step: StepBuilder, state: str) -> fx.Node:
         assert self.input is not None

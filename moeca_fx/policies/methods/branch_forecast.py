@@ -49,7 +49,7 @@ class BranchForecast(Method):
             raise ConfigError(
                 "BranchForecast.margin: expected None with select='score', which decides by threshold alone"
             )
-        self.policy()  # checks the parts
+        super().__post_init__()
 
     def policy(self) -> Policy:
         """A cycle or a list of full steps; forecasts of branches."""

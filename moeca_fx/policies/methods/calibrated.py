@@ -47,7 +47,7 @@ class Calibrated(Method):
                 f"Calibrated.weights: expected an entry for each of the {len(skipped)} steps that are not full, found "
                 f"{len(self.weights)}; calibrate with moeca_fx.tune"
             )
-        self.policy()  # checks the parts
+        super().__post_init__()
 
     def policy(self) -> Policy:
         """Listed full steps, fitted forecasts of the output."""

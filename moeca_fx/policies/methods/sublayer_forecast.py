@@ -65,7 +65,7 @@ class SublayerForecast(Method):
     def __post_init__(self) -> None:
         check_integer(self, "order", 0, 4)
         check_number(self, "share", "a number in [0, 1]", upper=1.0 + 1e-12)
-        self.policy()  # checks the parts
+        super().__post_init__()
 
     def policy(self) -> Policy:
         """A cycle or a list of full steps; forecasts of sublayers."""
