@@ -23,7 +23,9 @@ class Quality:
     Attributes:
         flops, flops_speedup: executed by all its trajectories; the original's over them.
         full_steps, other_steps: model calls a trajectory that computed everything, and the rest; means.
-        psnr, psnr_worst: dB against the original's images over all of them, and of the worst one; None when equal.
+        psnr: dB against the original's images, over all of them together; None when equal. One image that became
+            another one decides it.
+        psnr_median, psnr_worst: of single images; None when equal.
         ssim: structural similarity with them.
         accuracy: share that the judge reads as the class asked for; None for a model without a judge.
         fid: Fréchet distance of the judge's features to those of real images of the same classes; None where there
@@ -39,6 +41,7 @@ class Quality:
     full_steps: float
     other_steps: float
     psnr: float | None
+    psnr_median: float | None
     psnr_worst: float | None
     ssim: float
     accuracy: float | None
@@ -77,7 +80,7 @@ def measure(
         reference: the original's.
     """
     work, trajectories = contestant.work(), settings.samples // settings.batch
-    equal = torch.equal(images, reference)
+    equal, single = torch.equal(images, reference), psnr_per_image(images, reference)
     _, labels = subject.start(settings)
     uncached = subject.flops_per_step(settings.batch) * settings.steps * trajectories
     return Quality(
@@ -86,13 +89,19 @@ def measure(
         full_steps=work.full_steps / trajectories,
         other_steps=work.other_steps / trajectories,
         psnr=None if equal else psnr(images, reference),
-        psnr_worst=None if equal else float(psnr_per_image(images, reference).min()),
+        psnr_median=None if equal else _finite(single.median()),
+        psnr_worst=None if equal else _finite(single.min()),
         ssim=ssim(images, reference),
         reuse_ratio=work.reuse_ratio,
         match_ratio=work.match_ratio,
         cache_bytes=work.cache_bytes,
         **_judged(subject.name, images, labels),
     )
+
+
+def _finite(value: Tensor) -> float | None:
+    """None for an image that equals the original's."""
+    return float(value) if torch.isfinite(value) else None
 
 
 def _judged(name: str, images: Tensor, labels: Tensor) -> dict[str, float | None]:

@@ -20,6 +20,9 @@ from moeca_fx.timing import pinned_threads
 
 ORIGINAL = Entry("original", "original", "baseline")
 
+RECORDS = 2
+"""Version of what is stored; records of another one are not found."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -135,7 +138,7 @@ class Bench:
 
     def _key(self, what: str, entry: Entry, settings: dict[str, Any]) -> dict[str, Any]:
         subject = {"target": self.subject.name, "weights": self.subject.fingerprint}
-        return {"what": what, **subject, **settings, **entry.key()}
+        return {"what": what, "records": RECORDS, **subject, **settings, **entry.key()}
 
 
 def _latency(record: dict[str, Any]) -> Latency:

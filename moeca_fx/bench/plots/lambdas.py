@@ -1,5 +1,6 @@
 """The two weights of MoECa's score over a grid (the paper's Table 5)."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +18,8 @@ def plot_lambdas(rows: Sequence[Row], title: str, path: Path) -> Path:
         rows: of `moeca_fx.bench.studies.lambda_entries`, in that order.
     """
     made, axes = figure(11, 4.4, columns=2)
-    psnr = torch.tensor([row.quality.psnr if row.quality and row.quality.psnr else float("nan") for row in rows])
-    speedup = torch.tensor([row.quality.flops_speedup if row.quality else float("nan") for row in rows])
+    found = [(row.quality.psnr or math.nan, row.quality.flops_speedup) for row in rows if row.quality is not None]
+    psnr, speedup = torch.tensor(found, dtype=torch.float64).T
     for panel, name, values, form in ((axes[0], "PSNR, dB", psnr, ".1f"), (axes[1], "FLOPs speed-up", speedup, ".2f")):
         grid = values.view(len(LAMBDA1S), len(LAMBDA2S))
         panel.imshow(grid.numpy(), cmap="viridis", origin="lower", aspect="auto")
