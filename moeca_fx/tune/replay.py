@@ -1,0 +1,57 @@
+"""A calibrated forecast on the plain model: no graph, no cache, the definition itself.
+
+What the compiled policy must agree with, and what searches run.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeca_fx.errors import InputError
+from moeca_fx.tune.calibration import Calibration
+from moeca_fx.tune.fit import terms
+from moeca_fx.tune.record import Model, first_output
+
+
+class Replay:
+    """A model that runs at the full steps only; give it to a sampler in place of the model, for one trajectory.
+
+    ``images = sampler(Replay(model, calibration))``
+    """
+
+    def __init__(self, model: Model, calibration: Calibration) -> None:
+        self._model = model
+        self._calibration = calibration
+        self._full = frozenset(calibration.full)
+        self._history: list[tuple[Tensor, Tensor]] = []
+        self.step = 0
+
+    @torch.no_grad()
+    def __call__(self, state: Tensor, *rest: Any, **named: Any) -> Tensor:
+        """The model's (first) output, computed or forecast.
+
+        Raises:
+            InputError: more calls than the calibration has steps.
+        """
+        step, found = self.step, self._calibration
+        if step >= found.steps:
+            raise InputError(
+                f"Replay: the calibration is for {found.steps} steps, this is call {step + 1}; "
+                "make a new Replay for every trajectory"
+            )
+        self.step += 1
+        if step in self._full:
+            output = first_output(self._model(state, *rest, **named))
+            self._history = [(output, state.clone()), *self._history[: found.order]]
+            return output
+        summed = terms(self._history, state, found.order, found.inputs)
+        return weighted_sum(found.weights[step], summed)
+
+
+def weighted_sum(weights: tuple[float, ...], summed: list[Tensor]) -> Tensor:
+    """``sum_i weights[i] summed[i]``."""
+    total = weights[0] * summed[0]
+    for weight, term in zip(weights[1:], summed[1:], strict=True):
+        total = total + weight * term
+    return total
