@@ -41,6 +41,10 @@ class TargetError(MoecaError):
     """A command-line TARGET names neither a zoo model nor an importable factory."""
 
 
+class TargetNotMetError(MoecaError):
+    """A search ended without a policy within its target; says the best that was found."""
+
+
 class MissingExtraError(MoecaError, ImportError):
     """An optional dependency is not installed; names the extra that brings it."""
 

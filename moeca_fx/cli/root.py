@@ -12,6 +12,7 @@ from moeca_fx.cli.console import plain_warnings, show_error
 from moeca_fx.cli.demo_command import demo
 from moeca_fx.cli.inspect_command import inspect
 from moeca_fx.cli.sample_command import sample
+from moeca_fx.cli.tune_command import tune
 from moeca_fx.errors import MoecaError
 
 
@@ -40,6 +41,7 @@ app.command()(bench)
 app.command()(demo)
 app.command()(inspect)
 app.command()(sample)
+app.command()(tune)
 
 
 def _print_version(wanted: bool) -> None:

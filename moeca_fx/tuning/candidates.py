@@ -1,0 +1,97 @@
+"""Methods to try: calibrated forecasts of the output, and of expert branches on the same schedule."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from moeca_fx.policies.methods.branch_forecast import BranchForecast
+from moeca_fx.policies.methods.calibrated import Calibrated
+from moeca_fx.tune import (
+    best_schedule,
+    calibrate,
+    find_law,
+    gap_costs,
+    image_metric,
+    record,
+)
+from moeca_fx.tune.schedule_search import longest_gap
+
+# Differentiating a long trajectory needs this many samples at most.
+FEWEST_FULL = 0.1
+
+
+class OutputCandidates:
+    """Calibrations of one recorded run; schedule and weights for any number of full steps.
+
+    Args:
+        model: the unmodified model, for its Jacobian.
+        plain: a faster one that computes the same.
+    """
+
+    def __init__(self, model: nn.Module, plain: nn.Module, sampler: Callable[[Any], Tensor]) -> None:
+        self.sampler, self.plain = sampler, plain
+        self.recording = record(sampler, plain)
+        self.steps = self.recording.steps
+        self.law = find_law(sampler, self.recording)
+        self.metric = image_metric(self.recording, self.law, model)
+
+    @lru_cache(maxsize=4)  # noqa: B019  # one object lives as long as a search
+    def costs(self, reach: int, inputs: bool) -> Tensor:
+        """Costs of gaps up to `reach`."""
+        return gap_costs(self.recording, self.law, self.metric, inputs, reach)
+
+    def reach(self, full: int) -> int:
+        """A reach that serves many numbers of full steps, so that costs are computed once or twice."""
+        return longest_gap(self.steps, full if full < self.steps * FEWEST_FULL else math.ceil(self.steps * FEWEST_FULL))
+
+    def method(self, full: int, sampler_name: str, inputs: bool = True, order: int = 1) -> Calibrated:
+        """The calibration with `full` full steps."""
+        found = calibrate(
+            self.recording,
+            self.sampler,
+            self.plain,
+            full,
+            law=self.law,
+            metric=self.metric,
+            costs=self.costs(self.reach(full), inputs),
+            order=order,
+            inputs=inputs,
+        )
+        weights = tuple(sorted(found.weights.items()))
+        return Calibrated(self.steps, found.full, weights, inputs, sampler_name)
+
+    def schedule(self, full: int) -> tuple[int, ...]:
+        """The best `full` steps for an order-1 forecast without inputs, which features in the network are."""
+        return best_schedule(self.costs(self.reach(full), inputs=False), full)
+
+
+@dataclass(frozen=True)
+class BranchVariant:
+    """Choices at the branch level."""
+
+    order: int
+    margin: float | None
+
+    def __str__(self) -> str:
+        return f"order {self.order}, margin {self.margin}"
+
+
+class BranchCandidates:
+    """MoECa's branches, forecast, on the calibrated schedule."""
+
+    def __init__(self, output: OutputCandidates) -> None:
+        self.output, self.steps = output, output.steps
+
+    def variants(self) -> tuple[BranchVariant, ...]:
+        """The most promising first."""
+        return (BranchVariant(1, 0.05), BranchVariant(1, None), BranchVariant(1, 0.2), BranchVariant(2, 0.05))
+
+    def method(self, full: int, variant: BranchVariant) -> BranchForecast:
+        """The variant with `full` full steps."""
+        return BranchForecast(
+            order=variant.order, steps=self.steps, full=self.output.schedule(full), margin=variant.margin
+        )

@@ -1,0 +1,203 @@
+"""`tune`: the best method for a target, at the output level and at the expert-branch level.
+
+Both levels share the calibrated schedule (`moeca_fx.tune`). The number of full steps is the one continuous knob: it is
+searched by bisection for the target; the few other choices of a level are compared at that number.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+import moeca_fx
+from moeca_fx.errors import ConfigError, InputError
+from moeca_fx.evaluate import psnr
+from moeca_fx.policies import Method
+from moeca_fx.tuning.candidates import BranchCandidates, OutputCandidates
+from moeca_fx.tuning.target import Target, parse_target
+from moeca_fx.tuning.trials import Trial, TrialLog, fingerprint
+
+log = logging.getLogger(__name__)
+Sampler = Callable[[Any], Tensor]
+Level = Literal["any", "output", "branch"]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search found.
+
+    Attributes:
+        method: the best one, for `transform(..., policy=...)` and `policies.save`.
+        calibration: its trial on the calibration batch.
+        held_out: the same measured on latents and labels that played no part in the search.
+        target: what was asked for.
+        met: whether `held_out` is within the target.
+        trials: how many methods were tried.
+    """
+
+    method: Method
+    calibration: Trial
+    held_out: Trial
+    target: Target
+    met: bool
+    trials: int
+
+
+def tune(
+    model: nn.Module,
+    sampler: Sampler,
+    target: Target | str,
+    *,
+    held_out: Sampler,
+    level: Level = "any",
+    seconds: float = 600.0,
+    sampler_name: str = "",
+    log_file: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Tuned:
+    """Search a method for one model, one sampler and its number of steps.
+
+    The same arguments give the same result: nothing is drawn at random. Only a budget that runs out makes a difference.
+
+    Args:
+        model: the unmodified model.
+        sampler: called with a model, returns the images of the calibration latents; the same at every call.
+        target: e.g. ``"3x"``, ``"40dB"`` or ``"40dB,500MB"``.
+        held_out: the same sampler on other latents and labels; used once, for the report.
+        level: which methods to consider.
+        seconds: no new trial starts after this time.
+        sampler_name: written into the policy, for its reader.
+        log_file: finished trials are kept there, and taken from there when the search starts again.
+        progress: called with a line of text now and then.
+
+    Raises:
+        ConfigError: a wrong target or level, or no method fits into the cache size.
+        InputError: the sampler does not repeat itself, or never calls the model.
+        MoecaError: as `transform`.
+    """
+    wanted = parse_target(target) if isinstance(target, str) else target
+    if level not in ("any", "output", "branch"):
+        raise ConfigError(f"level: expected 'any', 'output' or 'branch', found {level!r}")
+    say = progress or (lambda text: log.info("%s", text))
+    search = _Search(model, sampler, wanted, time.monotonic() + seconds, log_file, say)
+    found = [best for best in search.levels(level, sampler_name) if best is not None]
+    if not found:
+        raise ConfigError(f"target {wanted}: no method keeps so little; allow more cache")
+    method, trial = max(found, key=lambda pair: search.rank(pair[1]))
+    say("measuring the best on held-out latents")
+    outcome = search.measure(method, held_out, held_out(search.plain))
+    met = wanted.met(outcome.speedup, outcome.psnr, outcome.cache_bytes)
+    return Tuned(method, trial, outcome, wanted, met, search.count)
+
+
+class _Search:
+    def __init__(
+        self,
+        model: nn.Module,
+        sampler: Sampler,
+        target: Target,
+        deadline: float,
+        log_file: Path | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.model, self.sampler, self.target, self.deadline, self.say = model, sampler, target, deadline, say
+        self.count = 0
+        self.example = _first_call(model, sampler)
+        say("recording an uncached run")
+        self.plain = moeca_fx.transform(model, *self.example, policy=None)
+        self.output = OutputCandidates(model, self.plain, sampler)
+        self.reference = self.output.recording.final
+        self.trials = TrialLog(log_file, fingerprint(self.output.recording.inputs[0], self.reference))
+
+    def levels(self, level: Level, sampler_name: str) -> Iterator[tuple[Method, Trial] | None]:
+        """The best of each level."""
+        if level in ("any", "output"):
+            self.say("calibrating forecasts of the output")
+            yield self._best(lambda full: self.output.method(full, sampler_name), self.output.steps)
+        if level in ("any", "branch"):
+            yield self._best_of_branches()
+
+    def _best_of_branches(self) -> tuple[Method, Trial] | None:
+        """The number of full steps for the plain variant, then the other variants around it."""
+        candidates = BranchCandidates(self.output)
+        best = None
+        for number, variant in enumerate(candidates.variants()):
+            self.say(f"expert branches: variant {number + 1}, {variant}")
+            found = self._best(lambda full, chosen=variant: candidates.method(full, chosen), candidates.steps)  # type: ignore[misc]
+            if found is not None and (best is None or self.rank(found[1]) > self.rank(best[1])):
+                best = found
+            if time.monotonic() > self.deadline:
+                break
+        return best
+
+    def rank(self, trial: Trial) -> tuple[bool, float]:
+        """Larger is better: within the target first, then what the target leaves open."""
+        met = self.target.met(trial.speedup, trial.psnr, trial.cache_bytes)
+        if self.target.speedup is not None:
+            return met, trial.psnr if met else trial.speedup
+        return met, trial.speedup if met else trial.psnr
+
+    def _best(self, make: Callable[[int], Method], steps: int) -> tuple[Method, Trial] | None:
+        """Bisect the number of full steps: the most that reach the speed-up, or the fewest that reach the PSNR."""
+        target, low, high = self.target, 2, steps - 1
+        if target.speedup is not None:
+            high = min(high, int(steps / target.speedup))
+        best: tuple[Method, Trial] | None = None
+        while low <= high:
+            full = high if best is None and target.speedup is not None else (low + high) // 2
+            method = make(full)
+            trial = self._try(method)
+            if target.cache_bytes is not None and trial.cache_bytes > target.cache_bytes:
+                return None
+            if best is None or self.rank(trial) > self.rank(best[1]):
+                best = (method, trial)
+            fast_enough = target.speedup is None or target.met(trial.speedup, float("inf"), 0)
+            if target.speedup is not None:
+                low, high = (full + 1, high) if fast_enough else (low, full - 1)
+            else:
+                good = target.psnr is not None and trial.psnr >= target.psnr
+                low, high = (low, full - 1) if good else (full + 1, high)
+            if time.monotonic() > self.deadline:
+                break
+        return best
+
+    def _try(self, method: Method) -> Trial:
+        done = self.trials.get(method)
+        if done is None:
+            done = self.measure(method, self.sampler, self.reference)
+            self.trials.add(method, done)
+        self.count += 1
+        self.say(f"{method.method}: {done.speedup:.2f}x, {done.psnr:.1f} dB, {done.cache_bytes / 1e6:.1f} MB")
+        return done
+
+    def measure(self, method: Method, sampler: Sampler, reference: Tensor) -> Trial:
+        """One trajectory with the transformed model."""
+        fast = moeca_fx.transform(self.model, *self.example, policy=method)
+        images = sampler(fast)
+        stats = fast.stats()
+        return Trial(stats.flops_speedup, psnr(images, reference), fast.memory().total)
+
+
+class _Called(Exception):
+    """Ends a sampler at its first call of the model."""
+
+
+def _first_call(model: nn.Module, sampler: Sampler) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the sampler calls the model with."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def listening(*args: Any, **kwargs: Any) -> Any:
+        seen.append((args, kwargs))
+        raise _Called
+
+    try:
+        sampler(listening)
+    except _Called:
+        return seen[0]
+    raise InputError(
+        f"tune: the sampler returned without calling {type(model).__name__}; pass a function that runs the model it gets"
+    )

@@ -1,0 +1,76 @@
+"""What a search aims at: ``3x`` fewer FLOPs, at least ``40dB``, at most ``1.2GB`` of cache, or several of them."""
+
+import re
+from dataclasses import dataclass
+
+from moeca_fx.errors import ConfigError
+
+_UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_NUMBER = r"(\d+(?:\.\d+)?)\s*"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Bounds; None is no bound. With a speed-up the search maximises PSNR, else it maximises the speed-up.
+
+    Attributes:
+        speedup: at least this many times fewer FLOPs than the uncached model.
+        psnr: at least this PSNR in dB against the uncached model's images.
+        cache_bytes: at most this many bytes of cache for the calibration batch.
+    """
+
+    speedup: float | None = None
+    psnr: float | None = None
+    cache_bytes: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.speedup is None and self.psnr is None:
+            raise ConfigError(
+                "target: expected a speed-up such as '3x' or a quality such as '40dB' (a cache size alone does not say "
+                "what to prefer), found neither; add one"
+            )
+        if self.speedup is not None and self.speedup <= 1:
+            raise ConfigError(f"target: expected a speed-up above 1x, found {self.speedup:g}x")
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.speedup:g}x fewer FLOPs" if self.speedup is not None else "",
+            f"at least {self.psnr:g} dB" if self.psnr is not None else "",
+            f"at most {self.cache_bytes / 1e6:g} MB of cache" if self.cache_bytes is not None else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+    def met(self, speedup: float, psnr: float, cache_bytes: float) -> bool:
+        """Whether a result is within all bounds; a speed-up may fall short by rounding of a step (0.5 %)."""
+        fast = self.speedup is None or speedup >= self.speedup * 0.995
+        good = self.psnr is None or psnr >= self.psnr
+        return fast and good and (self.cache_bytes is None or cache_bytes <= self.cache_bytes)
+
+
+def parse_target(text: str) -> Target:
+    """Read ``3x``, ``40dB``, ``1.2GB``, or several separated by commas.
+
+    Raises:
+        ConfigError: a part is none of these, or given twice.
+    """
+    found: dict[str, float] = {}
+    for part in (part.strip() for part in text.split(",")):
+        name, value = _parse_part(part)
+        if name in found:
+            raise ConfigError(f"target {text!r}: {name} is given twice; give it once")
+        found[name] = value
+    return Target(**found)
+
+
+def _parse_part(part: str) -> tuple[str, float]:
+    lowered = part.lower()
+    if match := re.fullmatch(_NUMBER + "x", lowered):
+        return "speedup", float(match[1])
+    if match := re.fullmatch(_NUMBER + "db", lowered):
+        return "psnr", float(match[1])
+    if match := re.fullmatch(_NUMBER + "([kmg]i?b|b)", lowered):
+        return "cache_bytes", float(match[1]) * _UNITS[match[2]]
+    raise ConfigError(
+        f"target: expected parts like '3x' (FLOPs), '40dB' (PSNR) or '1.2GB' (cache), found {part!r}; write for "
+        "example '3x' or '40dB,500MB'"
+    )
