@@ -3,12 +3,24 @@
 fast = moeca_fx.transform(model, example_inputs=(x, t, y), policy=moeca_fx.MoECa(interval=4))
 """
 
-from moeca_fx import errors, zoo
+from moeca_fx import errors, policies, zoo
 from moeca_fx.inspection import inspect
 from moeca_fx.policies import MoECa
 from moeca_fx.runtime.runtime import NothingReusedWarning
 from moeca_fx.transform import estimate_memory, transform
+from moeca_fx.tuning import tune
 
 __version__ = "0.1.0"
 
-__all__ = ["MoECa", "NothingReusedWarning", "__version__", "errors", "estimate_memory", "inspect", "transform", "zoo"]
+__all__ = [
+    "MoECa",
+    "NothingReusedWarning",
+    "__version__",
+    "errors",
+    "estimate_memory",
+    "inspect",
+    "policies",
+    "transform",
+    "tune",
+    "zoo",
+]

@@ -1,7 +1,6 @@
 """``moeca-fx sample TARGET``: draw class-conditional samples into a picture."""
 
 import time
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,20 +16,17 @@ from moeca_fx.cli.target import HELP, Target, load_target
 from moeca_fx.demo.picture import sample_grid
 from moeca_fx.errors import ConfigError, InputError, require
 from moeca_fx.files import prepare_folder, write_whole
+from moeca_fx.policies import Method, Policy, as_method
 from moeca_fx.runtime.module import TransformedModel
-from moeca_fx.zoo.sampling import sample as euler
+from moeca_fx.zoo.sampling import find_sampler
+from moeca_fx.zoo.sampling import sample as draw
 
 COLUMNS = 10
 PICTURE_PIXELS = 96
 """Aimed-at side of one sample in the picture."""
 
 
-class Policy(StrEnum):
-    """What runs: the model as it is, vectorised without a cache, or cached."""
-
-    moeca = "moeca"
-    none = "none"
-    original = "original"
+ORIGINAL, NONE, MOECA = "original", "none", "moeca"
 
 
 def sample(
@@ -39,7 +35,11 @@ def sample(
     classes: Annotated[str, typer.Option(help="Classes, one sample each, e.g. 0-9 or 3,3,7.")] = "0-9",
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 250,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    policy: Annotated[Policy, typer.Option(help="Cached, vectorised only, or as it is.")] = Policy.moeca,
+    policy: Annotated[
+        str,
+        typer.Option(help="A policy's name or YAML file; none: vectorised without a cache; original: as it is."),
+    ] = MOECA,
+    sampler: Annotated[str, typer.Option(help="euler, or ancestral (stochastic).")] = "euler",
     interval: Annotated[
         int | None, typer.Option(help="Cycle length of moeca: every n-th step is full.", show_default="4")
     ] = None,
@@ -50,9 +50,10 @@ def sample(
         raise InputError(f"--steps must be at least 1, found {steps}")
     if out.suffix.lower() != ".png":
         raise InputError(f"--out: expected a file name ending in .png, found {out.name!r}")
-    if interval is not None and policy is not Policy.moeca:
+    if interval is not None and policy != MOECA:
         raise ConfigError(f"--interval belongs to --policy moeca, found --policy {policy}; drop one of them")
-    chosen = moeca_fx.MoECa() if interval is None else moeca_fx.MoECa(interval=interval)
+    find_sampler(sampler)
+    method = _method(policy, interval)
     require("PIL", "demo")
     prepare_folder(out.parent)
 
@@ -60,12 +61,16 @@ def sample(
     flow = flow_of(target, loaded.model)
     labels = torch.tensor(parse_classes(classes, flow.num_classes))
     noise = torch.randn(len(labels), *loaded.inputs[0].shape[1:], generator=torch.Generator().manual_seed(seed))
-    model = _transformed(loaded, policy, chosen, (noise, torch.zeros(len(labels)), labels))
+    model = _transformed(loaded, policy, method, (noise, torch.zeros(len(labels)), labels))
 
     start = time.perf_counter()
     with step_progress() as progress:
         bar = progress.add_task(f"sampling {target}", total=steps)
-        images = euler(flow.velocity(model), noise, labels, steps, lambda done, _: progress.update(bar, completed=done))
+
+        def advance(done: int, _: int) -> None:
+            progress.update(bar, completed=done)
+
+        images = draw(flow.velocity(model), noise, labels, steps, advance, sampler=sampler, seed=seed)
     seconds = time.perf_counter() - start
     if not torch.isfinite(images).all():
         raise InputError(
@@ -75,7 +80,7 @@ def sample(
     zoom = max(1, PICTURE_PIXELS // images.shape[-1])
     write_whole(out, sample_grid(images, COLUMNS, zoom).save)
     console = stdout()
-    if isinstance(model, TransformedModel) and policy is Policy.moeca:
+    if isinstance(model, TransformedModel) and method is not None:
         console.print(str(model.stats()), markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{len(labels)} samples, {steps} steps, {seconds:.1f} s, {policy}: {out}",
@@ -84,7 +89,16 @@ def sample(
     )
 
 
-def _transformed(loaded: Target, policy: Policy, moeca: moeca_fx.MoECa, inputs: tuple[torch.Tensor, ...]) -> nn.Module:
-    if policy is Policy.original:
+def _method(policy: str, interval: int | None) -> Method | Policy | None:
+    """What `--policy` names; None for the two that cache nothing."""
+    if policy in (ORIGINAL, NONE):
+        return None
+    return as_method(policy) if interval is None else moeca_fx.MoECa(interval=interval)
+
+
+def _transformed(
+    loaded: Target, policy: str, method: Method | Policy | None, inputs: tuple[torch.Tensor, ...]
+) -> nn.Module:
+    if policy == ORIGINAL:
         return loaded.model
-    return moeca_fx.transform(loaded.model, example_inputs=inputs, policy=moeca if policy is Policy.moeca else None)
+    return moeca_fx.transform(loaded.model, example_inputs=inputs, policy=method)

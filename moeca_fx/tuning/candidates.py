@@ -8,9 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moeca_fx.policies.methods.branch_forecast import BranchForecast
-from moeca_fx.policies.methods.calibrated import Calibrated
-from moeca_fx.tune import (
+from moeca_fx.calibration import (
     best_schedule,
     calibrate,
     find_law,
@@ -18,7 +16,9 @@ from moeca_fx.tune import (
     image_metric,
     record,
 )
-from moeca_fx.tune.schedule_search import longest_gap
+from moeca_fx.calibration.schedule_search import longest_gap
+from moeca_fx.policies.methods.branch_forecast import BranchForecast
+from moeca_fx.policies.methods.calibrated import Calibrated
 
 # Differentiating a long trajectory needs this many samples at most.
 FEWEST_FULL = 0.1

@@ -1,7 +1,7 @@
 """`tune`: the best method for a target, at the output level and at the expert-branch level.
 
-Both levels share the calibrated schedule (`moeca_fx.tune`). The number of full steps is the one continuous knob: it is
-searched by bisection for the target; the few other choices of a level are compared at that number.
+Both levels share the calibrated schedule (`moeca_fx.calibration`). The number of full steps is the one continuous knob:
+it is searched by bisection for the target; the few other choices of a level are compared at that number.
 """
 
 import logging
@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-import moeca_fx
 from moeca_fx.errors import ConfigError, InputError
 from moeca_fx.evaluate import psnr
 from moeca_fx.policies import Method
+from moeca_fx.transform import transform
 from moeca_fx.tuning.candidates import BranchCandidates, OutputCandidates
 from moeca_fx.tuning.target import Target, parse_target
 from moeca_fx.tuning.trials import Trial, TrialLog, fingerprint
@@ -108,7 +108,7 @@ class _Search:
         self.count = 0
         self.example = _first_call(model, sampler)
         say("recording an uncached run")
-        self.plain = moeca_fx.transform(model, *self.example, policy=None)
+        self.plain = transform(model, *self.example, policy=None)
         self.output = OutputCandidates(model, self.plain, sampler)
         self.reference = self.output.recording.final
         self.trials = TrialLog(log_file, fingerprint(self.output.recording.inputs[0], self.reference))
@@ -176,7 +176,7 @@ class _Search:
 
     def measure(self, method: Method, sampler: Sampler, reference: Tensor) -> Trial:
         """One trajectory with the transformed model."""
-        fast = moeca_fx.transform(self.model, *self.example, policy=method)
+        fast = transform(self.model, *self.example, policy=method)
         images = sampler(fast)
         stats = fast.stats()
         return Trial(stats.flops_speedup, psnr(images, reference), fast.memory().total)
@@ -198,6 +198,4 @@ def _first_call(model: nn.Module, sampler: Sampler) -> tuple[tuple[Any, ...], di
         sampler(listening)
     except _Called:
         return seen[0]
-    raise InputError(
-        f"tune: the sampler returned without calling {type(model).__name__}; pass a function that runs the model it gets"
-    )
+    raise InputError(f"tune: the sampler returned without calling {type(model).__name__}; pass a function that runs it")

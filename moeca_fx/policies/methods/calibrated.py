@@ -1,6 +1,6 @@
 """Calibrated output forecasts: full steps where they matter, weights fitted to an uncached calibration run.
 
-Made by `moeca_fx.tune`; see there for how schedule and weights are found.
+Made by `moeca_fx.tune`; `moeca_fx.calibration` says how schedule and weights are found.
 """
 
 from dataclasses import dataclass

@@ -51,7 +51,7 @@ class TeaCache(Method):
         steps: length of the trajectory.
         threshold: larger skips more.
         coefficients: of the polynomial that maps input change to output change, the highest power first;
-            `moeca_fx.tune.fit_teacache` calibrates it, the default is the identity.
+            `moeca_fx.calibration.fit_teacache` calibrates it, the default is the identity.
     """
 
     method: ClassVar[str] = "teacache"

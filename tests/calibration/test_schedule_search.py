@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+from moeca_fx.calibration import best_schedule, find_law, gap_costs, record, state_metric
 from moeca_fx.errors import InputError
-from moeca_fx.tune import best_schedule, find_law, gap_costs, record, state_metric
-from tests.tune.samplers import bent, euler, noise, polynomial
+from tests.calibration.samplers import bent, euler, noise, polynomial
 
 
 def total_cost(costs: torch.Tensor, full: tuple[int, ...]) -> float:

@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeca_fx.tune.calibration import Calibration, terms_of
-from moeca_fx.tune.fit import RIDGE, hold, least_squares, terms, widen
-from moeca_fx.tune.law import Law, find_law
-from moeca_fx.tune.metric import Metric, state_metric
-from moeca_fx.tune.record import Model, Recording, Sampler, first_output
-from moeca_fx.tune.replay import weighted_sum
-from moeca_fx.tune.schedule_search import best_schedule, gap_costs, longest_gap
+from moeca_fx.calibration.calibration import Calibration, terms_of
+from moeca_fx.calibration.fit import RIDGE, hold, least_squares, terms, widen
+from moeca_fx.calibration.law import Law, find_law
+from moeca_fx.calibration.metric import Metric, state_metric
+from moeca_fx.calibration.record import Model, Recording, Sampler, first_output
+from moeca_fx.calibration.replay import weighted_sum
+from moeca_fx.calibration.schedule_search import best_schedule, gap_costs, longest_gap
 
 
 @torch.no_grad()

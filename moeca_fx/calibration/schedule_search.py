@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor
 
+from moeca_fx.calibration.fit import RIDGE, hold, least_squares
+from moeca_fx.calibration.law import Law
+from moeca_fx.calibration.metric import Metric
+from moeca_fx.calibration.record import Recording
 from moeca_fx.errors import InputError
-from moeca_fx.tune.fit import RIDGE, hold, least_squares
-from moeca_fx.tune.law import Law
-from moeca_fx.tune.metric import Metric
-from moeca_fx.tune.record import Recording
 
 # Gaps longer than this many times the average are not considered.
 LONGEST = 4.0

@@ -1,8 +1,8 @@
 """The local search keeps what improves the images and nothing else."""
 
-from moeca_fx.tune import Replay, find_law, fit_weights, polish, record, state_metric
-from moeca_fx.tune.polish import image_loss
-from tests.tune.samplers import Counting, bent, euler, noise
+from moeca_fx.calibration import Replay, find_law, fit_weights, polish, record, state_metric
+from moeca_fx.calibration.polish import image_loss
+from tests.calibration.samplers import Counting, bent, euler, noise
 
 STEPS = 20
 

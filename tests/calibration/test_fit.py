@@ -2,8 +2,8 @@
 
 import torch
 
-from moeca_fx.tune.fit import hold, least_squares, terms, widen
-from tests.tune.samplers import noise
+from moeca_fx.calibration.fit import hold, least_squares, terms, widen
+from tests.calibration.samplers import noise
 
 
 def test_layout_of_terms() -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeca_fx.tune.law import Law
-from moeca_fx.tune.record import Model, Recording, first_output
+from moeca_fx.calibration.law import Law
+from moeca_fx.calibration.record import Model, Recording, first_output
 
 # Weight of the plain error beside the projected one: keeps a fit from few directions well posed.
 PLAIN_SHARE = 0.1

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeca_fx.calibration.record import Recording, Sampler
 from moeca_fx.errors import InputError
-from moeca_fx.tune.record import Recording, Sampler
 
 # A replay of the recorded outputs must give the recorded states up to this relative error.
 SAME = 1e-5

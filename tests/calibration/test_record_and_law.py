@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from moeca_fx.calibration import find_law, record
 from moeca_fx.errors import InputError
-from moeca_fx.tune import find_law, record
-from tests.tune.samplers import Counting, bent, euler, noise, noisy
+from tests.calibration.samplers import Counting, bent, euler, noise, noisy
 
 STEPS = 7
 

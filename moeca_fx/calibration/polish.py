@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from moeca_fx.tune.calibration import Calibration
-from moeca_fx.tune.record import Model, Recording, Sampler
-from moeca_fx.tune.replay import Replay
+from moeca_fx.calibration.calibration import Calibration
+from moeca_fx.calibration.record import Model, Recording, Sampler
+from moeca_fx.calibration.replay import Replay
 
 Fit = Callable[[tuple[int, ...]], Calibration]
 

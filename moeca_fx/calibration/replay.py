@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeca_fx.calibration.calibration import Calibration
+from moeca_fx.calibration.fit import terms
+from moeca_fx.calibration.record import Model, first_output
 from moeca_fx.errors import InputError
-from moeca_fx.tune.calibration import Calibration
-from moeca_fx.tune.fit import terms
-from moeca_fx.tune.record import Model, first_output
 
 
 class Replay:

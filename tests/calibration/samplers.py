@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moeca_fx.tune import Model, Sampler
+from moeca_fx.calibration import Model, Sampler
 
 
 def euler(noise: Tensor, steps: int) -> Sampler:

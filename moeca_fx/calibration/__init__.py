@@ -4,14 +4,15 @@ record -> how the sampler moves (`Law`) -> what an error does to the image (`Met
 -> weights (least squares along the cached trajectory) -> polish (local search on the images themselves).
 """
 
-from moeca_fx.tune.calibrate import calibrate, fit_weights
-from moeca_fx.tune.calibration import Calibration
-from moeca_fx.tune.law import Law, find_law
-from moeca_fx.tune.metric import Metric, image_metric, state_metric
-from moeca_fx.tune.polish import polish
-from moeca_fx.tune.record import Model, Recording, Sampler, record
-from moeca_fx.tune.replay import Replay
-from moeca_fx.tune.schedule_search import best_schedule, gap_costs
+from moeca_fx.calibration.calibrate import calibrate, fit_weights
+from moeca_fx.calibration.calibration import Calibration
+from moeca_fx.calibration.law import Law, find_law
+from moeca_fx.calibration.metric import Metric, image_metric, state_metric
+from moeca_fx.calibration.polish import polish
+from moeca_fx.calibration.record import Model, Recording, Sampler, record
+from moeca_fx.calibration.replay import Replay
+from moeca_fx.calibration.schedule_search import best_schedule, gap_costs
+from moeca_fx.calibration.teacache import fit_teacache
 
 __all__ = [
     "Calibration",
@@ -24,6 +25,7 @@ __all__ = [
     "best_schedule",
     "calibrate",
     "find_law",
+    "fit_teacache",
     "fit_weights",
     "gap_costs",
     "image_metric",

@@ -3,10 +3,19 @@
 import pytest
 import torch
 
+from moeca_fx.calibration import (
+    Calibration,
+    Replay,
+    calibrate,
+    find_law,
+    fit_weights,
+    image_metric,
+    record,
+    state_metric,
+)
+from moeca_fx.calibration.law import Law
 from moeca_fx.errors import ConfigError, InputError
-from moeca_fx.tune import Calibration, Replay, calibrate, find_law, fit_weights, image_metric, record, state_metric
-from moeca_fx.tune.law import Law
-from tests.tune.samplers import Counting, bent, euler, noise, noisy, polynomial
+from tests.calibration.samplers import Counting, bent, euler, noise, noisy, polynomial
 
 STEPS = 24
 

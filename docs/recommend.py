@@ -1,0 +1,101 @@
+"""Calibrate the policies that docs/results.md compares: ``python docs/recommend.py MODEL --steps 50 --sampler euler``.
+
+One recorded run of even classes serves all speed-ups. For each, a calibrated forecast of the output is written, and
+with ``--branch`` a forecast of expert branches on a calibrated schedule: ``OUT/MODEL/SAMPLER-STEPS/best-3x.yaml``.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import moeca_fx
+import moeca_fx.evaluate
+from moeca_fx import policies
+from moeca_fx.tuning.candidates import BranchCandidates, BranchVariant, OutputCandidates
+from moeca_fx.zoo.sampling import sample
+
+TARGETS = (2.0, 3.0, 4.0, 6.0)
+VARIANTS = (BranchVariant(1, 0.05), BranchVariant(1, 0.2))
+
+
+def main() -> None:
+    """Record once, write one policy file a target."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--sampler", default="euler")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--order", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--branch", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("out/policies"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    model = moeca_fx.zoo.build(options.model)
+    config = model.config
+    noise = torch.randn(
+        options.batch,
+        config.in_channels,
+        config.input_size,
+        config.input_size,
+        generator=torch.Generator().manual_seed(options.seed),
+    )
+    labels = 2 * torch.arange(options.batch) % (config.num_classes // 2 * 2)
+
+    def sampler(run):
+        return sample(run, noise, labels, options.steps, sampler=options.sampler, seed=options.seed)
+
+    example = (noise, torch.zeros(options.batch), labels)
+    plain = moeca_fx.transform(model, example, policy=None)
+    output = OutputCandidates(model, plain, sampler)
+    folder = options.out / options.model / f"{options.sampler}-{options.steps}"
+    folder.mkdir(parents=True, exist_ok=True)
+    note = (
+        f"{options.model}, {options.steps} {options.sampler} steps; python docs/recommend.py, {options.batch} latents"
+    )
+    for target in TARGETS:
+        full = max(2, int(options.steps / target))
+        method = output.method(full, options.sampler, order=options.order)
+        path = folder / f"best-{target:g}x.yaml"
+        policies.save(method, path, comment=f"{target:g}x fewer FLOPs. {note}")
+        print(path, flush=True)
+    if options.branch:
+        write_branch_policies(model, output, sampler, example, folder, note)
+
+
+def write_branch_policies(model, output, sampler, example, folder: Path, note: str) -> None:
+    """Expert-branch forecasts: the most full steps that still reach the speed-up, by the FLOPs of one trial."""
+    candidates = BranchCandidates(output)
+    for target in TARGETS:
+        best = None
+        for variant in VARIANTS:
+            full = max(2, int(output.steps / target))
+            for _ in range(4):
+                method = candidates.method(full, variant)
+                fast = moeca_fx.transform(model, example, policy=method)
+                images = sampler(fast)
+                speedup = fast.stats().flops_speedup
+                if speedup >= target * 0.995:
+                    psnr = moeca_fx.evaluate.psnr(images, output.recording.final)
+                    if best is None or psnr > best[0]:
+                        best = (psnr, method)
+                    break
+                # A cached step costs c of a full one: S / (K + c (S - K)) = speed-up.
+                cost = (output.steps / speedup - full) / (output.steps - full)
+                fewer = int((output.steps / target - cost * output.steps) / (1 - cost))
+                if fewer < 2:
+                    break
+                full = min(fewer, full - 1)
+        if best is not None:
+            path = folder / f"branch-{target:g}x.yaml"
+            policies.save(best[1], path, comment=f"{target:g}x fewer FLOPs. {note}")
+            print(path, flush=True)
+        else:
+            print(f"branch-{target:g}x: not reached", flush=True)
+
+
+if __name__ == "__main__":
+    main()
