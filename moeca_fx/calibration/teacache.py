@@ -43,6 +43,7 @@ def fit_teacache(model: nn.Module, recording: Recording, degree: int = DEGREE) -
     return tuple(float(value) for value in found)
 
 
+@torch.no_grad()
 def input_changes(model: nn.Module, recording: Recording) -> torch.Tensor:
     """Relative change of the first modulated input at every step but the first, [S - 1]."""
     fast = None

@@ -1,0 +1,113 @@
+"""The search on a tiny model: targets met or said to be missed, the same result twice, nothing lost on interruption."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moeca_fx
+from moeca_fx import policies
+from moeca_fx.errors import ConfigError, InputError
+from moeca_fx.evaluate import psnr
+from moeca_fx.tuning import search
+from moeca_fx.tuning.trials import Trial
+from moeca_fx.zoo.sampling import sample
+from tests.helpers import zoo_models
+
+STEPS = 12
+
+
+def _model() -> nn.Module:
+    return zoo_models.tiny_dsmoe(learn_sigma=False)
+
+
+def _sampler(seed: int, first: int) -> Callable[[Any], Tensor]:
+    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    labels = first + 2 * torch.arange(4)
+    return lambda model: sample(model, noise, labels, STEPS)
+
+
+CALIBRATION, HELD_OUT = _sampler(0, 0), _sampler(99, 1)
+
+
+def test_a_speedup_is_reached_and_the_report_is_of_the_held_out_run() -> None:
+    model = _model()
+    found = moeca_fx.tune(model, CALIBRATION, "3x", held_out=HELD_OUT, level="output")
+    assert found.met and found.held_out.speedup >= 2.99 and found.method.method == "calibrated"
+    fast = moeca_fx.transform(model, zoo_models.inputs(4), policy=found.method)
+    assert psnr(HELD_OUT(fast), HELD_OUT(model)) == pytest.approx(found.held_out.psnr, abs=0.01)
+    again = moeca_fx.tune(model, CALIBRATION, "3x", held_out=HELD_OUT, level="output")
+    assert again.method == found.method
+
+
+def test_it_beats_the_uniform_forecast_on_the_calibration_run() -> None:
+    model = _model()
+    found = moeca_fx.tune(model, CALIBRATION, "3x", held_out=HELD_OUT, level="output")
+    uniform = moeca_fx.transform(model, zoo_models.inputs(4), policy=policies.build("forecast", interval=4, warmup=1))
+    assert psnr(CALIBRATION(uniform), CALIBRATION(model)) < found.calibration.psnr - 1
+    assert uniform.stats().full_steps == 3 < len(found.method.as_dict()["full"])
+
+
+def test_a_quality_is_reached_with_the_fewest_full_steps() -> None:
+    model = _model()
+    found = moeca_fx.tune(model, CALIBRATION, "35dB", held_out=HELD_OUT, level="output")
+    assert found.calibration.psnr >= 35
+    full = len(found.method.as_dict()["full"])
+    fewer = moeca_fx.tune(model, CALIBRATION, f"{STEPS / (full - 1):.3f}x", held_out=HELD_OUT, level="output")
+    assert fewer.calibration.psnr < 35
+
+
+def test_branches_on_a_calibrated_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = search.BranchCandidates.variants
+    monkeypatch.setattr(search.BranchCandidates, "variants", lambda self: first(self)[:1])
+    found = moeca_fx.tune(_model(), CALIBRATION, "1.5x", held_out=HELD_OUT, level="branch")
+    assert found.method.method == "branch_forecast" and found.calibration.speedup >= 1.49
+    assert found.calibration.cache_bytes > 0
+
+
+def test_a_target_out_of_reach_is_said_with_the_best_found() -> None:
+    found = moeca_fx.tune(_model(), CALIBRATION, "3x,150dB", held_out=HELD_OUT, level="output")
+    assert not found.met and found.held_out.speedup > 1
+
+
+def test_too_little_cache() -> None:
+    with pytest.raises(ConfigError, match="no method keeps so little"):
+        moeca_fx.tune(_model(), CALIBRATION, "2x,1B", held_out=HELD_OUT, level="output")
+
+
+def test_an_interrupted_search_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, measured = tmp_path / "trials.jsonl", []
+    original = search._Search.measure
+
+    def counting(self: Any, method: Any, sampler: Any, reference: Tensor) -> Trial:
+        measured.append(method)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return original(self, method, sampler, reference)
+
+    monkeypatch.setattr(search._Search, "measure", counting)
+    with pytest.raises(KeyboardInterrupt):
+        moeca_fx.tune(_model(), CALIBRATION, "35dB", held_out=HELD_OUT, level="output", log_file=log)
+    assert len(log.read_text().splitlines()) == 2
+    log.write_text(log.read_text() + '{"run": "cut o')  # the line that was being written
+    first = list(measured)
+    found = moeca_fx.tune(_model(), CALIBRATION, "35dB", held_out=HELD_OUT, level="output", log_file=log)
+    assert measured[3:].count(first[0]) == 0 and measured[3:].count(first[1]) <= 1  # the winner is measured on held-out
+    assert found.trials >= 3
+
+
+def test_samplers_that_cannot_be_tuned() -> None:
+    with pytest.raises(InputError, match="without calling"):
+        moeca_fx.tune(_model(), lambda model: torch.zeros(1), "3x", held_out=HELD_OUT)
+    with pytest.raises(InputError, match="did not repeat itself"):
+        moeca_fx.tune(
+            _model(),
+            lambda model: sample(model, torch.randn(4, 4, 8, 8), torch.arange(4), STEPS),
+            "3x",
+            held_out=HELD_OUT,
+        )
+    with pytest.raises(ConfigError, match="level"):
+        moeca_fx.tune(_model(), CALIBRATION, "3x", held_out=HELD_OUT, level="deep")  # type: ignore[arg-type]
