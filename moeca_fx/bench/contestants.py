@@ -9,6 +9,7 @@ from torch import Tensor
 from moeca_fx import policies
 from moeca_fx.bench.cache_dit import CacheDitModel, CacheDitSettings
 from moeca_fx.bench.entries import Entry
+from moeca_fx.bench.fitted import fill_in
 from moeca_fx.bench.noise_path import coarse_noise, coarse_steps
 from moeca_fx.bench.settings import BenchSettings
 from moeca_fx.bench.subject import Subject, Velocity
@@ -136,7 +137,7 @@ def build_contestant(entry: Entry, subject: Subject, settings: BenchSettings, ti
     Raises:
         MoecaError: the policy does not fit the model, or a package is missing.
     """
-    fields: dict[str, Any] = dict(entry.fields)
+    fields = fill_in(entry, subject, settings)
     draw, steps = _sampled(settings.sampler, settings.steps), settings.steps
     match entry.kind:
         case "policy":

@@ -107,7 +107,7 @@ def run_study(bench: Bench, name: str, folder: Path) -> list[Path]:
             results = score_study(bench)
             figure = plot_score(results, title, folder / f"study-{name}.png")
             return [*write(name, [result.row for result in results]), figure]
-        paths = []
+        paths: list[Path] = []
         for tau0 in TAU0S:
             rows, stem = rows_of(bench, lambda_entries(tau0)), f"{name}-tau0-{tau0:g}"
             paths += write(stem, rows)

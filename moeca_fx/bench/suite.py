@@ -9,6 +9,7 @@ from typing import Any
 
 from moeca_fx import policies
 from moeca_fx.bench.entries import Entry, Group
+from moeca_fx.bench.fitted import FITTED
 from moeca_fx.errors import ConfigError
 
 SPEEDUPS = (1.5, 2, 3, 4, 5, 6, 8)
@@ -39,7 +40,8 @@ def suite(steps: int, stochastic: bool, ours: Iterable[Entry] = ()) -> tuple[Ent
         *_policies("fora", [{"interval": n} for n in INTERVALS]),
         *_policies("toca", [{"interval": n} for n in INTERVALS], whole),
         *_policies("duca", [{"interval": n} for n in INTERVALS], whole),
-        *_policies("teacache", [{"threshold": value} for value in TEACACHE], whole),
+        *_policies("teacache", [{"threshold": value} for value in TEACACHE], {"coefficients": FITTED, **whole}),
+        *_policies("teacache-identity", [{"threshold": value} for value in TEACACHE], whole, policy="teacache"),
         *_policies("taylorseer", [{"interval": n, "order": o} for o in (1, 2) for n in INTERVALS]),
         *_policies("taylorseer", [{"interval": n, "order": o} for o in (3, 4) for n in (4, 6)]),
         *_policies("dbcache", [{"threshold": value, "order": o} for o in (0, 1) for value in FIRST_BLOCK], warmup),
@@ -81,10 +83,14 @@ def choose(entries: Iterable[Entry], families: Sequence[str] | None) -> tuple[En
 
 
 def _policies(
-    family: str, settings: Iterable[dict[str, Any]], common: Mapping[str, Any] | None = None, group: Group = "peer"
+    family: str,
+    settings: Iterable[dict[str, Any]],
+    common: Mapping[str, Any] | None = None,
+    group: Group = "peer",
+    policy: str = "",
 ) -> list[Entry]:
     """One entry a setting; `common` fields are left out of labels."""
-    return [Entry(family, "policy", group, {**fields, **(common or {})}, label(fields)) for fields in settings]
+    return [Entry(family, "policy", group, {**fields, **(common or {})}, label(fields), policy) for fields in settings]
 
 
 def _fewer_steps(steps: int, stochastic: bool) -> list[Entry]:

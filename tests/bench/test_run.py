@@ -8,6 +8,7 @@ import torch
 from moeca_fx.bench import run as run_module
 from moeca_fx.bench.contestants import build_contestant
 from moeca_fx.bench.entries import Entry
+from moeca_fx.bench.fitted import FITTED, fill_in
 from moeca_fx.bench.latency import time_group
 from moeca_fx.bench.quality import draw_all
 from moeca_fx.bench.report import HEADINGS, cells, document, ordered, write_numbers
@@ -116,6 +117,16 @@ def test_other_weights_are_other_runs(subject, settings, tmp_path, built):
     other = replace(subject, model=tiny_dsmoe(depth=4, seed=5))
     Bench(other, settings, store).run(BASELINES[:1], latency=False)
     assert built == ["original", "original"]  # the reference, and the entry
+
+
+def test_teacache_runs_with_a_polynomial_fitted_to_the_model(subject, settings):
+    fields = {"threshold": 0.3, "steps": STEPS, "coefficients": FITTED}
+    entry = Entry("teacache", "policy", fields=fields)
+    found = fill_in(entry, subject, settings)["coefficients"]
+    assert len(found) == 5 and found != (1.0, 0.0)
+    contestant = build_contestant(entry, subject, settings)
+    images = draw_all(contestant, subject, settings)
+    assert torch.isfinite(images).all() and contestant.work().full_steps >= 2 * 2  # first and last, two batches
 
 
 def test_a_run_that_does_not_fit_is_left_out_with_its_reason(subject, settings, tmp_path):

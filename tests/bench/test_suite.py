@@ -7,6 +7,7 @@ import pytest
 from moeca_fx import policies
 from moeca_fx.bench.cache_dit import CacheDitSettings
 from moeca_fx.bench.entries import Entry
+from moeca_fx.bench.fitted import FITTED
 from moeca_fx.bench.settings import BenchSettings
 from moeca_fx.bench.suite import choose, from_file, label, suite
 from moeca_fx.errors import ConfigError
@@ -21,7 +22,8 @@ def test_every_run_can_be_built_and_has_a_name_and_a_key_of_its_own(steps, stoch
     assert len({json.dumps(entry.key(), sort_keys=True) for entry in entries}) == len(entries)
     for entry in entries:
         if entry.kind == "policy":
-            assert policies.build(entry.method, **entry.fields)
+            fitted = {name: (1.0, 0.0) for name, value in entry.fields.items() if value == FITTED}
+            assert policies.build(entry.method, **{**entry.fields, **fitted})
         elif entry.kind == "cache-dit":
             assert CacheDitSettings(**entry.fields)
         elif entry.kind in ("steps", "solver"):
