@@ -20,7 +20,7 @@ from moeca_fx.zoo.sampling import noise_and_labels, sample
 pytest.importorskip("cache_dit", reason="the package cache-dit is not installed (extra: peers)")
 
 STEPS = 24
-TOLERANCE = 2e-4  # other order of summation, over a trajectory
+TOLERANCE = 2e-5  # other order of summation, over a trajectory; measured 1e-6
 FULL = (0, 1, 2, 3, 7, 11, 15, 19, 23)  # both have a difference to go by from step 3 on
 
 
@@ -48,7 +48,7 @@ def by_us(digits, start, policy):
 
 @pytest.mark.parametrize(
     ("first", "last", "threshold", "warmup", "order"),
-    [(1, 0, 0.12, 2, 0), (1, 0, 0.3, 4, 0), (2, 1, 0.15, 2, 0), (1, 0, 0.2, 4, 1)],
+    [(1, 0, 0.12, 2, 0), (2, 1, 0.15, 2, 0), (1, 0, 0.2, 4, 1)],
 )
 def test_dbcache_is_the_same(digits, start, first, last, threshold, warmup, order):
     """With a forecast too, when the warm-up covers the steps in which cache-dit takes no differences."""
@@ -60,25 +60,21 @@ def test_dbcache_is_the_same(digits, start, first, last, threshold, warmup, orde
     torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("order", [1, 2])
-def test_cache_dits_taylorseer_is_one_rule_of_ours(digits, start, order):
-    full = (*range(3 + order), *FULL[4:])
-    theirs, their_cached = by_cache_dit(digits, start, CacheDitSettings(first=1, order=order, full_steps=full))
-    policy = Policy(Listed(full, STEPS), (BlocksRule(first=1, predictor=Taylor(order)),))
+def test_cache_dits_taylorseer_is_one_rule_of_ours(digits, start):
+    """Order 2: its second differences begin one computed step after its first, so the warm-up is longer by one."""
+    full = (0, 1, 2, 3, 4, *FULL[4:])
+    theirs, their_cached = by_cache_dit(digits, start, CacheDitSettings(first=1, order=2, full_steps=full))
+    policy = Policy(Listed(full, STEPS), (BlocksRule(first=1, predictor=Taylor(2)),))
     ours, our_cached = by_us(digits, start, policy)
     assert our_cached == their_cached
-    if order == 1:
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
-    else:  # its second differences begin later than its first; after that they agree
-        assert psnr(ours, theirs) > psnr(theirs, sample(digits, *start, STEPS)) + 10
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
 def test_the_published_taylorseer_differs_from_cache_dits(digits, start):
-    """How far apart the two are, and that neither is simply worse: they forecast different things."""
+    """At the same full steps; measured here: 46 dB between the two, 38 and 41 dB from the original."""
     reference = sample(digits, *start, STEPS)
     theirs, cached = by_cache_dit(digits, start, CacheDitSettings(first=1, order=1, full_steps=FULL))
     ours, our_cached = by_us(digits, start, build("taylorseer", interval=4, order=1, warmup=4))
     assert our_cached == cached == tuple(step for step in range(STEPS) if step not in FULL)
-    between = psnr(ours, theirs)
-    assert 25 < between < 70
-    assert min(psnr(ours, reference), psnr(theirs, reference)) > 25
+    assert 40 < psnr(ours, theirs) < 55
+    assert psnr(ours, reference) > psnr(theirs, reference) > 35
