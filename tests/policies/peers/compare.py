@@ -1,72 +1,69 @@
 """Run a reference and the product side by side over a trajectory and compare them after every step."""
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cache
 
-import torch
 from torch import Tensor
 
+import moeca_fx
+from moeca_fx.policies import Method
+from moeca_fx.runtime.module import TransformedModel
+from moeca_fx.runtime.runtime import DEFAULT_CONTEXT
 from moeca_fx.zoo import DiTMoE, DSMoE
-from tests.helpers import zoo_models
+from tests.helpers.transformed import as_new
 from tests.helpers.zoo_models import Family, Inputs, prediction
+from tests.policies.peers.cases import tiny_double, trajectory
 from tests.reference.peers import Reference
 
 TOLERANCE = 1e-5  # of the largest expected value: scores and routers are fp32 in the product, the rest is fp64 here
 MARGIN = 1e-5  # decisions nearer to a tie may fall otherwise in fp32
 
 
-def tiny_double(family: Family, depth: int = 4, seed: int = 0) -> DSMoE | DiTMoE:
-    """A random float64 model of width 32 with 16 tokens on a 4 x 4 grid."""
-    model: DSMoE | DiTMoE
-    if family.startswith("dsmoe"):
-        model = zoo_models.tiny_dsmoe(depth, groups=2 if family == "dsmoe-groups" else 1, seed=seed)
-    else:
-        model = zoo_models.tiny_ditmoe(packed=family == "ditmoe-packed", depth=depth, seed=seed)
-    return model.double().requires_grad_(False)
-
-
-def trajectory(batch: int = 2, steps: int = 12, drift: float = 0.2, seed: int = 0) -> Iterator[Inputs]:
-    """Inputs of each step in float64: x drifts, every sample at a speed of its own, and t grows unevenly."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, 4, 8, 8, generator=generator, dtype=torch.float64)
-    y = torch.randint(0, 10, (batch,), generator=generator)
-    speed = torch.linspace(0.5, 1.5, batch, dtype=torch.float64)[:, None, None, None]
-    for j in range(steps):
-        yield x, torch.full((batch,), 0.02 * j + 0.002 * j * j, dtype=torch.float64), y
-        x = x + drift * speed * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+@cache
+def _pair(family: Family, method: Method, depth: int) -> tuple[DSMoE | DiTMoE, TransformedModel]:
+    model = tiny_double(family, depth)
+    example = next(iter(trajectory()))
+    return model, moeca_fx.transform(model, example, policy=method)
 
 
 def compare(
-    reference: Reference,
-    transformed: Any,
-    steps: Iterable[Inputs],
-    kinds: Callable[[Any], list[str]] | None = None,
+    family: Family,
+    method: Method,
+    make: Callable[[DSMoE | DiTMoE], Reference],
+    steps: Sequence[Inputs],
+    depth: int = 2,
     tolerance: float = TOLERANCE,
-) -> list[str]:
-    """Assert equal predictions at every step, and equal step kinds.
+) -> Reference:
+    """Assert equal predictions and equal kinds at every step of a trajectory.
+
+    What the product was given and what it returned is overwritten after every step: no cache may live in either.
 
     Args:
-        reference: not called yet.
-        transformed: what `moeca_fx.transform` made of the same model, at the start of a trajectory.
+        family: of the model, `tiny_double`.
+        method: for `moeca_fx.transform`; each pair of family and method is transformed once a session.
+        make: the reference for the same model.
         steps: (x, t, y) of every step.
-        kinds: reads the kinds of the steps so far from the product, one name a step, "full" or anything else for a
-            step that is not; None to compare predictions only.
+        depth: number of blocks.
         tolerance: largest difference allowed, of the largest expected value.
 
     Returns:
-        The reference's kinds.
+        The reference after its last step.
     """
-    for j, inputs in enumerate(steps):
-        with torch.no_grad():
-            found = prediction(transformed(*inputs))
-        expected = reference(*inputs)
-        where = f"step {j} ({reference.kinds[-1]})"
-        if kinds is not None:
-            made = kinds(transformed)[j]
-            assert (made == "full") == (reference.kinds[-1] == "full"), f"{where}: the product calls it {made!r}"
+    model, transformed = _pair(family, method, depth)
+    transformed, reference = as_new(transformed), make(model)
+    for j, (x, t, y) in enumerate(steps):
+        given = x.clone()
+        found = prediction(transformed(given, t, y))
+        expected = reference(x, t, y)
+        kind = reference.kinds[-1]
+        where = f"{method} on {family}, step {j} ({kind})"
+        full = j in transformed._moeca.trajectories[DEFAULT_CONTEXT].full_steps
+        assert full == (kind == "full"), f"{where}: the product made it {'full' if full else 'cached'}"
         _assert_close(found, expected, tolerance, where)
+        found.zero_()
+        given.zero_()
     assert reference.margin > MARGIN, f"a decision is {reference.margin:.1e} from a tie: use another seed"
-    return reference.kinds
+    return reference
 
 
 def _assert_close(found: Tensor, expected: Tensor, tolerance: float, where: str) -> None:
