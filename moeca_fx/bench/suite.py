@@ -52,13 +52,15 @@ def suite(steps: int, stochastic: bool, ours: Iterable[Entry] = ()) -> tuple[Ent
 
 
 def from_file(path: Path) -> Entry:
-    """A policy file as an entry of ours, labelled by its name.
+    """A policy file as an entry of ours: ``branch-3x.yaml`` is ``3x`` of the family ``ours branch``.
 
     Raises:
         ConfigError: it is no policy file.
     """
     method = policies.load(path)
-    return Entry("ours", "policy", "ours", method.as_dict(), path.stem, policy=method.method)
+    family, dash, setting = path.stem.rpartition("-")
+    family, setting = (family, setting) if dash else (path.stem, "")
+    return Entry(f"ours {family}", "policy", "ours", method.as_dict(), setting, policy=method.method)
 
 
 def label(fields: dict[str, Any]) -> str:
@@ -67,7 +69,7 @@ def label(fields: dict[str, Any]) -> str:
 
 
 def choose(entries: Iterable[Entry], families: Sequence[str] | None) -> tuple[Entry, ...]:
-    """The baselines, and the entries of these families; all entries by default.
+    """The baselines, and the entries of these families, or of those that begin with these words; all by default.
 
     Raises:
         ConfigError: a family that the suite does not have.
@@ -76,10 +78,12 @@ def choose(entries: Iterable[Entry], families: Sequence[str] | None) -> tuple[En
     if families is None:
         return entries
     known = dict.fromkeys(entry.family for entry in entries if entry.group != "baseline")
-    strangers = [family for family in families if family not in known]
+    wanted = {name: [family for family in known if f"{family} ".startswith(f"{name} ")] for name in families}
+    strangers = [name for name, found in wanted.items() if not found]
     if strangers or not families:
         raise ConfigError(f"--policies: expected some of {', '.join(known)}, found {', '.join(strangers) or 'none'}")
-    return tuple(entry for entry in entries if entry.group == "baseline" or entry.family in families)
+    chosen = {family for found in wanted.values() for family in found}
+    return tuple(entry for entry in entries if entry.group == "baseline" or entry.family in chosen)
 
 
 def _policies(

@@ -57,9 +57,9 @@ def test_a_policy_file_is_an_entry_of_ours(tmp_path):
     path = tmp_path / "best-3x.yaml"
     path.write_text("policy: moeca\ninterval: 7\n")
     entry = from_file(path)
-    assert (entry.name, entry.group, entry.method) == ("ours best-3x", "ours", "moeca")
+    assert (entry.family, entry.label, entry.group, entry.method) == ("ours best", "3x", "ours", "moeca")
     assert entry.fields["interval"] == 7
-    assert entry in suite(20, False, [entry])
+    assert choose(suite(20, False, [entry]), ["ours"])[-1] == entry
 
 
 def test_labels_use_the_symbols_of_the_papers():

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, FAINT = "#1c1e21", "#6e737a", "#d9dce0"
-OURS, PAPER = "#c4302b", "#e08214"
+OURS, OURS_TOO, PAPER = "#c4302b", "#7a1fa2", "#e08214"
 DPI = 150
 
 # Peers share muted hues and differ by mark; what the reader looks for stands out.
@@ -59,14 +59,17 @@ def save(made: "Figure", path: Path) -> Path:
 
 
 def looks(families: Sequence[tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    """Colour and mark of each (family, group), the same whatever other families there are of its group."""
-    peers = [family for family, group in families if group == "peer"]
-    found = {family: (HUES[n % len(HUES)], MARKS[n % len(MARKS)]) for n, family in enumerate(peers)}
+    """Colour and mark of each (family, group): muted ones for peers, in order, strong ones for ours and the paper's."""
+    palettes = {
+        "peer": (HUES, MARKS),
+        "ours": ((OURS, OURS_TOO), ("*", "P")),
+        "paper": ((PAPER,), ("o",)),
+        "baseline": ((INK,), ("+",)),
+    }
+    counts = dict.fromkeys(palettes, 0)
+    found = {}
     for family, group in families:
-        if group == "paper":
-            found[family] = (PAPER, "o")
-        elif group == "ours":
-            found[family] = (OURS, "*" if family.startswith("ours") else "D")
-        elif group == "baseline":
-            found[family] = (INK, "+")
+        hues, marks = palettes[group]
+        found[family] = (hues[counts[group] % len(hues)], marks[counts[group] % len(marks)])
+        counts[group] += 1
     return found
