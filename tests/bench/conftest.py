@@ -15,7 +15,7 @@ def velocity_of(model):
 
 @pytest.fixture(scope="session")
 def subject():
-    return Subject("tiny", tiny_dsmoe(depth=4), 10, velocity_of)
+    return Subject("tiny", tiny_dsmoe(depth=2), 10, velocity_of)
 
 
 @pytest.fixture
