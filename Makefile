@@ -29,8 +29,9 @@ demo: $(VENV)/.installed-demo
 results: demo
 	$(BIN)/python docs/update_results.py out/demo
 
+# Two workers, a file each: transformed models are made once a file.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow

@@ -38,7 +38,7 @@ def fit_teacache(model: nn.Module, recording: Recording, degree: int = DEGREE) -
     changes = input_changes(model, recording)
     outputs = recording.outputs.float()
     moved = (outputs[1:] - outputs[:-1]).abs().flatten(1).mean(1) / (outputs[:-1].abs().flatten(1).mean(1) + EPSILON)
-    powers = changes.double()[:, None] ** torch.arange(degree, -1, -1)
+    powers = changes.double()[:, None] ** torch.arange(degree, -1, -1, device=changes.device)
     found = torch.linalg.lstsq(powers, moved.double()[:, None]).solution.flatten()
     return tuple(float(value) for value in found)
 
@@ -56,7 +56,7 @@ def input_changes(model: nn.Module, recording: Recording) -> torch.Tensor:
         graphs = fast._moeca.prepare(fast, args, kwargs).graphs
         assert graphs is not None and graphs.probe is not None, "TeaCache looks at the model"
         leaves = pytree.tree_leaves((args, dict(kwargs)))
-        held = before if before is not None else torch.zeros(state.shape[0], *graphs.probe.state.shape)
+        held = before if before is not None else state.new_zeros(state.shape[0], *graphs.probe.state.shape)
         change, value = graphs.probe.module(*leaves, held)
         if before is not None:
             changes.append(change)

@@ -1,0 +1,106 @@
+"""Write docs/results.md from bench runs: ``python docs/update_policy_results.py BENCH_FOLDER``.
+
+Every folder ``TARGET-SAMPLER-STEPS`` that ``moeca-fx bench --out BENCH_FOLDER`` wrote becomes a section: how far our
+policies are ahead of the best peer, the best setting of every family at each speed-up, and its figure. The text around
+the sections is in docs/results_notes.md, which holds findings and what did not work.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+TARGETS = (2.0, 3.0, 4.0, 6.0)
+SLACK = 0.005
+FIGURES = ("quality_vs_flops.png", "quality_vs_latency.png", "reuse.png", "drift.png")
+
+
+def number(value: float | None, form: str = ".1f") -> str:
+    """A number, or a dash where there is none."""
+    return "-" if value is None else format(value, form)
+
+
+def margin_table(content: dict[str, Any]) -> list[str]:
+    """Ours against the best peer at each speed-up."""
+    lines = [
+        "| FLOPs at least | ours | PSNR | best peer | PSNR | margin dB | between settings dB | FID, ours minus peer |",
+        "|---|---|---:|---|---:|---:|---:|---:|",
+    ]
+    for margin in content["margins"]:
+        ours = f"{margin['ours'] or '-'} ({number(margin['ours_speedup'], '.2f')}x)"
+        peer = f"{margin['peer'] or '-'} ({number(margin['peer_speedup'], '.2f')}x)"
+        lines.append(
+            f"| {margin['target']:g}x | {ours} | {number(margin['ours_psnr'])} "
+            f"| {peer} | {number(margin['peer_psnr'])} "
+            f"| {number(margin['margin'], '+.1f')} | {number(margin['margin_between'], '+.1f')} "
+            f"| {number(margin['fid_change'], '+.2f')} |"
+        )
+    return lines
+
+
+def family_table(content: dict[str, Any]) -> list[str]:
+    """The best PSNR of every family at each speed-up, with what it took."""
+    best: dict[str, dict[float, dict[str, Any]]] = {}
+    for row in content["rows"]:
+        quality = row.get("quality")
+        if row["group"] == "baseline" or not quality or quality["psnr"] is None:
+            continue
+        family = "ours, expert branches" if row["name"].startswith("ours branch") else row["family"]
+        for target in TARGETS:
+            if quality["flops_speedup"] >= target * (1 - SLACK):
+                held = best.setdefault(family, {}).get(target)
+                if held is None or quality["psnr"] > held["psnr"]:
+                    best[family][target] = quality | {"name": row["name"]}
+    lines = ["| PSNR dB at | " + " | ".join(f"{t:g}x" for t in TARGETS) + " |", "|---|" + "---:|" * len(TARGETS)]
+    for family, points in best.items():
+        cells = [number(points[t]["psnr"]) if t in points else "-" for t in TARGETS]
+        lines.append(f"| {family} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def section(folder: Path) -> list[str]:
+    """One bench run."""
+    content = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+    settings = content["settings"]
+    name = f"{content['target']}, {settings['steps']} {settings['sampler']} steps"
+    lines = [f"## {name}", ""]
+    lines += [
+        f"{settings['samples']} images of classes with odd numbers, noise seed {settings['seed']}; calibrated on other "
+        f"latents of even classes. torch {content['versions']['torch']}, CPU, fp32.",
+        "",
+        *margin_table(content),
+        "",
+        *family_table(content),
+        "",
+    ]
+    shown = DOCS / "results"
+    shown.mkdir(exist_ok=True)
+    for figure in FIGURES:
+        if (folder / figure).exists():
+            target = shown / f"{folder.name}-{figure}"
+            shutil.copyfile(folder / figure, target)
+            lines += [f"![{name}: {figure.removesuffix('.png').replace('_', ' ')}](results/{target.name})", ""]
+    shutil.copyfile(folder / "bench.csv", shown / f"{folder.name}.csv")
+    lines += [f"All runs: [{folder.name}.csv](results/{folder.name}.csv)", ""]
+    return lines
+
+
+def main() -> None:
+    """Write the page."""
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python docs/update_policy_results.py BENCH_FOLDER")
+    folders = sorted(path.parent for path in Path(sys.argv[1]).glob("*/bench.json"))
+    if not folders:
+        raise SystemExit(f"error: no bench.json in the folders of {sys.argv[1]}; run moeca-fx bench --out there first")
+    notes = (DOCS / "results_notes.md").read_text(encoding="utf-8").rstrip()
+    lines = [notes, ""]
+    for folder in folders:
+        lines += section(folder)
+    (DOCS / "results.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    print(f"{DOCS.name}/results.md: {len(folders)} sections")
+
+
+if __name__ == "__main__":
+    main()
