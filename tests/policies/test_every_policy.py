@@ -13,7 +13,7 @@ from moeca_fx.policies import Method
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers import zoo_models
 from tests.helpers.transformed import as_new
-from tests.policies.every import BATCH_WISE, STEPS, every_method, label
+from tests.policies.every import BATCH_WISE, REQUIRED, STEPS, every_method, label
 
 METHODS = [pytest.param(method, id=label(method)) for method in every_method()]
 
@@ -67,7 +67,22 @@ def test_a_sample_does_not_depend_on_its_batch(method: Method) -> None:
     torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+# One of each level in the fast suite, all with `make slow`: Dynamo takes seconds a graph.
+QUICKLY_COMPILED = ("calibrated", "dbcache", "toca", "branch_forecast")
+
+
+def _compiles_quickly(method: Method) -> bool:
+    name = method.method
+    return name in QUICKLY_COMPILED and method == policies.build(name, **REQUIRED.get(name, {}))
+
+
+COMPILED = [
+    pytest.param(method, id=label(method), marks=() if _compiles_quickly(method) else pytest.mark.slow)
+    for method in every_method()
+]
+
+
+@pytest.mark.parametrize("method", COMPILED)
 def test_every_step_compiles_to_one_graph(method: Method) -> None:
     fast = _transformed(method)
     graphs = fast._moeca.prepare(fast, zoo_models.inputs(3), {}).graphs
