@@ -46,7 +46,7 @@ def flow_of(text: str, model: nn.Module) -> Flow:
         return Flow(model.config.num_classes, _reversed)
     raise TargetError(
         f"TARGET {text!r}: sample knows the rectified-flow models of the zoo "
-        "(digits, dsmoe-*, dit-moe-xl, dit-moe-g); "
+        "(digits, glyphs, dsmoe-*, dit-moe-xl, dit-moe-g); "
         "for another sampler call moeca_fx.transform in your own loop"
     )
 
