@@ -27,7 +27,7 @@ def test_the_full_score_is_as_published():
 
 def test_combinations_are_compared_at_the_same_work_too(subject, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "COMBINATIONS", (("w",), TERMS))
-    monkeypatch.setattr(studies, "BISECTIONS", 5)
+    monkeypatch.setattr(studies, "BISECTIONS", 10)
     results = score_study(Bench(subject, settings, Store(tmp_path / "r.jsonl")))
     assert [(r.terms, r.same_work) for r in results] == [("w", False), ("w+Δ+o", False)] * 2 + [
         ("w", True),
