@@ -15,8 +15,22 @@ INK, MUTED, FAINT = "#1c1e21", "#6e737a", "#d9dce0"
 OURS, OURS_TOO, PAPER = "#c4302b", "#7a1fa2", "#e08214"
 DPI = 150
 
-# Peers share muted hues and differ by mark; what the reader looks for stands out.
-HUES = ("#4477aa", "#228833", "#66ccee", "#aa3377", "#ccbb44", "#117733", "#6f6fb4", "#88ccaa", "#997700", "#555555")
+# Peers share muted hues and differ by mark; what the reader looks for stands out. 13 hues and 10 marks repeat at 130.
+HUES = (
+    "#4477aa",
+    "#228833",
+    "#66ccee",
+    "#aa3377",
+    "#ccbb44",
+    "#117733",
+    "#6f6fb4",
+    "#88ccaa",
+    "#997700",
+    "#555555",
+    "#dd7788",
+    "#332288",
+    "#99bb22",
+)
 MARKS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "h")
 
 
