@@ -128,7 +128,7 @@ def print_comparison(console: Console, result: "Comparison", settings: BenchSett
     from moeca_fx.bench.report import HEADINGS, cells
 
     table = Table(pad_edge=False, box=None)
-    table.add_column(HEADINGS[0], no_wrap=True)
+    table.add_column(HEADINGS[0], no_wrap=True, min_width=max(len(row.entry.name) for row in result.rows))
     for heading in HEADINGS[1:]:
         table.add_column("\n".join(heading.split()), justify="right", no_wrap=True)
     family = ""
