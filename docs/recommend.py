@@ -25,8 +25,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--sampler", default="euler")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--order", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--tries", type=int, default=30, help="moves of one full step that are tried")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--branch", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
@@ -58,7 +58,7 @@ def main() -> None:
     )
     for target in TARGETS:
         full = max(2, int(options.steps / target))
-        method = output.method(full, options.sampler, order=options.order)
+        method = output.polished(output.method(full, options.sampler), options.tries)
         path = folder / f"best-{target:g}x.yaml"
         policies.save(method, path, comment=f"{target:g}x fewer FLOPs. {note}")
         print(path, flush=True)

@@ -9,11 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from moeca_fx.calibration import (
+    Calibration,
     best_schedule,
     calibrate,
     find_law,
+    fit_weights,
     gap_costs,
     image_metric,
+    polish,
     record,
 )
 from moeca_fx.calibration.schedule_search import longest_gap
@@ -61,12 +64,33 @@ class OutputCandidates:
             order=order,
             inputs=inputs,
         )
-        weights = tuple(sorted(found.weights.items()))
-        return Calibrated(self.steps, found.full, weights, inputs, sampler_name)
+        return _as_method(found, sampler_name)
+
+    def polished(self, method: Calibrated, tries: int, seconds: float = math.inf) -> Calibrated:
+        """`method` with its full steps moved one at a time wherever that brings the images closer; see `polish`.
+
+        Args:
+            method: of this object, order 1.
+            tries: moves that are tried.
+            seconds: no further try starts after this time.
+        """
+
+        def fit(full: tuple[int, ...]) -> Calibration:
+            return fit_weights(
+                self.recording, self.sampler, self.plain, full, law=self.law, metric=self.metric, inputs=method.inputs
+            )
+
+        start = Calibration(self.steps, method.full, dict(method.weights), 1, method.inputs)
+        found = polish(start, fit, self.recording, self.sampler, self.plain, seconds=seconds, tries=tries)
+        return _as_method(found, method.sampler)
 
     def schedule(self, full: int) -> tuple[int, ...]:
         """The best `full` steps for an order-1 forecast without inputs, which features in the network are."""
         return best_schedule(self.costs(self.reach(full), inputs=False), full)
+
+
+def _as_method(found: Calibration, sampler_name: str) -> Calibrated:
+    return Calibrated(found.steps, found.full, tuple(sorted(found.weights.items())), found.inputs, sampler_name)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from moeca_fx.errors import ConfigError, InputError
 from moeca_fx.evaluate import psnr
 from moeca_fx.policies import Method
+from moeca_fx.policies.methods.calibrated import Calibrated
 from moeca_fx.transform import transform
 from moeca_fx.tuning.candidates import BranchCandidates, OutputCandidates
 from moeca_fx.tuning.target import Target, parse_target
 from moeca_fx.tuning.trials import Trial, TrialLog, fingerprint
 
 log = logging.getLogger(__name__)
+POLISH_TRIES = 30
 Sampler = Callable[[Any], Tensor]
 Level = Literal["any", "output", "branch"]
 
@@ -117,7 +119,7 @@ class _Search:
         """The best of each level."""
         if level in ("any", "output"):
             self.say("calibrating forecasts of the output")
-            yield self._best(lambda full: self.output.method(full, sampler_name), self.output.steps)
+            yield self._polished(self._best(lambda full: self.output.method(full, sampler_name), self.output.steps))
         if level in ("any", "branch"):
             yield self._best_of_branches()
 
@@ -133,6 +135,16 @@ class _Search:
             if time.monotonic() > self.deadline:
                 break
         return best
+
+    def _polished(self, found: tuple[Method, Trial] | None) -> tuple[Method, Trial] | None:
+        """The same number of full steps, moved one at a time while that brings the images closer."""
+        left = self.deadline - time.monotonic()
+        if found is None or not isinstance(found[0], Calibrated) or left <= 0:
+            return found
+        self.say(f"moving single full steps, {POLISH_TRIES} tries")
+        method = self.output.polished(found[0], POLISH_TRIES, left)
+        polished = (method, self._try(method))
+        return max(found, polished, key=lambda pair: self.rank(pair[1]))
 
     def rank(self, trial: Trial) -> tuple[bool, float]:
         """Larger is better: within the target first, then what the target leaves open."""

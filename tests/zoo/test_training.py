@@ -92,6 +92,12 @@ def test_flow_batch_lies_on_the_line_from_noise_to_image(digits):
     assert ((t * 64).floor() == torch.arange(64)).all()
 
 
+def test_logit_normal_timesteps_prefer_the_middle(digits):
+    _, t, _, _ = training.flow_batch(*digits, 4096, GREY_STEP, "logit-normal")
+    assert ((t >= 0) & (t <= 1)).all()
+    assert t.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist() == pytest.approx([0.3375, 0.5, 0.6625], abs=1e-3)
+
+
 def test_learning_rate_warms_up_and_falls_to_zero():
     options = TrainOptions(steps=100, warmup=10, learning_rate=1.0)
     rates = [training.learning_rate(step, options) for step in range(101)]
@@ -163,7 +169,9 @@ def test_a_missing_or_broken_checkpoint_is_named(tmp_path):
             state.restore(tmp_path / name, OPTIONS)
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"batch": 0}, {"learning_rate": 0.0}, {"ema_decay": 1.0}])
+@pytest.mark.parametrize(
+    "change", [{"steps": 0}, {"batch": 0}, {"learning_rate": 0.0}, {"ema_decay": 1.0}, {"timesteps": "late"}]
+)
 def test_impossible_options_are_refused(change):
     with pytest.raises(ConfigError, match="TrainOptions"):
         replace(OPTIONS, **change)

@@ -10,6 +10,8 @@ from torch import Tensor
 from moeca_fx.errors import ConfigError, WeightsError
 from moeca_fx.zoo.dsmoe import DSMoE
 
+TIMESTEPS = ("uniform", "logit-normal")
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -23,6 +25,7 @@ class TrainOptions:
         warmup: steps of linear warm-up.
         ema_decay: decay of the averaged weights, reached gradually.
         balance_rate: nudge of the router's correction bias per step.
+        timesteps: how t is drawn, one of `TIMESTEPS`.
     """
 
     steps: int = 5000
@@ -32,12 +35,17 @@ class TrainOptions:
     warmup: int = 200
     ema_decay: float = 0.999
     balance_rate: float = 1e-3
+    timesteps: str = "uniform"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or self.warmup < 0:
             raise ConfigError("TrainOptions: steps and batch must be at least 1 and warmup at least 0")
         if self.learning_rate <= 0 or self.balance_rate < 0 or not 0 <= self.ema_decay < 1:
             raise ConfigError("TrainOptions: learning_rate must be positive, balance_rate >= 0 and ema_decay in [0, 1)")
+        if self.timesteps not in TIMESTEPS:
+            raise ConfigError(
+                f"TrainOptions.timesteps: expected one of {TIMESTEPS}, found {self.timesteps!r}; pass one"
+            )
 
 
 @dataclass

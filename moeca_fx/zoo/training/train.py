@@ -9,7 +9,8 @@ import argparse
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from moeca_fx.zoo.dsmoe import DSMoE
 from moeca_fx.zoo.dsmoe_config import DSMoEConfig
 from moeca_fx.zoo.initialize import publish_init_
 from moeca_fx.zoo.training.balance import LoadBalancer
+from moeca_fx.zoo.training.batched_experts import batched_experts
 from moeca_fx.zoo.training.state import TrainOptions, TrainState
 from moeca_fx.zoo.training.task import TASKS, find_task
 
@@ -30,8 +32,6 @@ log = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.pt"
 LOG_EVERY = 100
 CLIP_NORM = 1.0
-# On a CPU the plain attention kernel has the faster backward up to this many tokens.
-PLAIN_ATTENTION_TOKENS = 64
 
 
 def learning_rate(step: int, options: TrainOptions) -> float:
@@ -42,7 +42,9 @@ def learning_rate(step: int, options: TrainOptions) -> float:
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def flow_batch(images: Tensor, labels: Tensor, batch: int, grey_step: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def flow_batch(
+    images: Tensor, labels: Tensor, batch: int, grey_step: float, timesteps: str = "uniform"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw one training batch from the global generator.
 
     Args:
@@ -50,15 +52,19 @@ def flow_batch(images: Tensor, labels: Tensor, batch: int, grey_step: float) -> 
         labels: [N].
         batch: B.
         grey_step: distance of two grey levels; the images get uniform noise of half of it.
+        timesteps: "uniform", or "logit-normal" for t = sigmoid(normal), which prefers the middle where the shape of
+            an image is decided (arXiv 2403.03206, section 3.1).
 
     Returns:
-        x_t [B, C, S, S], t [B] (one draw in each of B equal intervals of [0, 1)), labels [B], and the
+        x_t [B, C, S, S], t [B] (one draw in each of B intervals of [0, 1) of equal probability), labels [B], and the
         velocity [B, C, S, S].
     """
     pick = torch.randint(len(images), (batch,))
     target = images[pick] + (torch.rand(batch, *images.shape[1:]) * 2 - 1) * (grey_step / 2)
     noise = torch.randn_like(target)
     t = (torch.arange(batch) + torch.rand(batch)) / batch
+    if timesteps == "logit-normal":
+        t = torch.special.ndtri(t).sigmoid()
     mix = t.view(-1, 1, 1, 1)
     return (1 - mix) * noise + mix * target, t, labels[pick], target - noise
 
@@ -73,6 +79,18 @@ def start(options: TrainOptions, config: DSMoEConfig) -> TrainState:
     )
     average = {name: value.clone() for name, value in model.state_dict().items()}
     return TrainState(model.train(), optimizer, average)
+
+
+@contextmanager
+def bf16_attention() -> Iterator[None]:
+    """Attention by plain products, in bf16 too: on a CPU they have the fastest backward."""
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def train(
@@ -94,14 +112,12 @@ def train(
         after_step: called as `after_step(state, loss, imbalance)`.
     """
     balancer = LoadBalancer(state.model, options.balance_rate)
-    plain = state.model.config.tokens <= PLAIN_ATTENTION_TOKENS
-    kernel = SDPBackend.MATH if plain else SDPBackend.FLASH_ATTENTION
     try:
         while state.step < (options.steps if until is None else until):
-            x, t, y, velocity = flow_batch(*data, options.batch, grey_step)
+            x, t, y, velocity = flow_batch(*data, options.batch, grey_step, options.timesteps)
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, options)
-            with sdpa_kernel(kernel), torch.autocast("cpu", torch.bfloat16):
+            with bf16_attention(), batched_experts(state.model), torch.autocast("cpu", torch.bfloat16):
                 prediction = state.model(x, t, y)[0]
             loss = (prediction[:, : velocity.shape[1]].float() - velocity).square().mean()
             state.optimizer.zero_grad(set_to_none=True)
