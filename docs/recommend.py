@@ -63,7 +63,7 @@ def main() -> None:
         policies.save(method, path, comment=f"{target:g}x fewer FLOPs. {note}")
         print(path, flush=True)
     if options.branch:
-        write_branch_policies(model, output, sampler, example, folder, note)
+        write_branch_policies(output, sampler, folder, note)
 
 
 def write_branch_policies(model, output, sampler, example, folder: Path, note: str) -> None:
@@ -75,7 +75,7 @@ def write_branch_policies(model, output, sampler, example, folder: Path, note: s
             full = max(2, int(output.steps / target))
             for _ in range(4):
                 method = candidates.method(full, variant)
-                fast = moeca_fx.transform(model, example, policy=method)
+                fast = output.plain.with_policy(method)
                 images = sampler(fast)
                 speedup = fast.stats().flops_speedup
                 if speedup >= target * 0.995:

@@ -36,11 +36,11 @@ class Subject:
     @cached_property
     def vectorised(self) -> TransformedModel:
         """The model with vectorised experts and no cache; what runs with fewer steps gets it too."""
-        return self.transformed(None)
+        return moeca_fx.transform(self.model, self.example(2), policy=None)
 
     def transformed(self, policy: Any) -> TransformedModel:
         """The model under a policy."""
-        return moeca_fx.transform(self.model, self.example(2), policy=policy)
+        return self.vectorised.with_policy(policy)
 
     @cached_property
     def fingerprint(self) -> str:

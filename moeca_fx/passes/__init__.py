@@ -15,7 +15,7 @@ from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.graph.sites import Sites
 from moeca_fx.passes.cache.graphs import CachedGraphs
 from moeca_fx.passes.capture import Captured, capture
-from moeca_fx.passes.insert_cache import insert_cache
+from moeca_fx.passes.insert_cache import insert_cache, share_copy
 from moeca_fx.passes.locate import locate
 from moeca_fx.passes.lower_inplace import lower_inplace
 from moeca_fx.passes.lower_linear import lower_linear
@@ -24,7 +24,7 @@ from moeca_fx.passes.pack_stream import pack_stream
 from moeca_fx.passes.vectorize_experts import vectorize_experts
 from moeca_fx.policies.policy import Policy
 
-__all__ = ["PIPELINE", "Compilation", "run_pipeline"]
+__all__ = ["PIPELINE", "POLICY_FREE", "Compilation", "run_pipeline"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _pack_stream(work: Compilation) -> Compilation:
 def _insert_cache(work: Compilation) -> Compilation:
     assert work.module is not None and work.sites is not None
     if work.policy is None:
-        return work
+        return replace(work, module=share_copy(work.module))  # later passes edit in place
     return replace(work, graphs=insert_cache(work.module, work.sites, work.policy))
 
 
@@ -119,6 +119,9 @@ PIPELINE: tuple[tuple[str, Callable[[Compilation], Compilation]], ...] = (
     ("lower_inplace", _lower_inplace),
 )
 
+POLICY_FREE = "pack_stream"
+"""The last pass that no policy changes: what it leaves serves any number of policies."""
+
 
 @contextmanager
 def _without_torch_notices() -> Iterator[None]:
@@ -129,19 +132,25 @@ def _without_torch_notices() -> Iterator[None]:
 
 
 def run_pipeline(
-    work: Compilation, until: str | None = None, observe: Callable[[str, Compilation], None] | None = None
+    work: Compilation,
+    until: str | None = None,
+    observe: Callable[[str, Compilation], None] | None = None,
+    after: str | None = None,
 ) -> Compilation:
     """Run the passes in order, checking the graph after each.
 
     Args:
+        work: a request, or what the pass `after` left.
+        after: name of the last pass that `work` has been through; None runs from the first.
         until: name of the last pass to run; None runs all.
         observe: called with (pass name, state) after each pass.
 
     Raises:
         MoecaError: what a pass found wrong with the model, or a `PassError` naming the pass and those before it.
     """
-    done: list[str] = []
-    for name, step in PIPELINE:
+    names = [name for name, _ in PIPELINE]
+    done = names[: names.index(after) + 1] if after is not None else []
+    for name, step in PIPELINE[len(done) :]:
         try:
             with _without_torch_notices():
                 work = step(work)

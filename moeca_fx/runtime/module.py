@@ -4,6 +4,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from os import PathLike
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.expert_stack import stack_experts
+from moeca_fx.model_checks import resolve_policy
+from moeca_fx.policies import Method, Policy
 from moeca_fx.runtime.memory import MemoryReport
-from moeca_fx.runtime.runtime import DEFAULT_CONTEXT, Runtime
+from moeca_fx.runtime.runtime import DEFAULT_CONTEXT, Runtime, original_view
 from moeca_fx.runtime.statistics import Statistics
 
 # Methods that a transformed model has besides the original's.
-_ADDED = ("context", "reset", "stats", "reset_stats", "memory", "cache")
+_ADDED = ("with_policy", "context", "reset", "stats", "reset_stats", "memory", "cache")
 
 
 class TransformedModel(nn.Module):
@@ -31,6 +34,20 @@ class TransformedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The original's forward; see `moeca_fx.transform`."""
         return self._moeca.call(self, args, kwargs)
+
+    def with_policy(self, policy: Method | Policy | str | PathLike[str] | None) -> "TransformedModel":
+        """The same model under another policy, in a fraction of the time of `transform`: nothing is traced again.
+
+        Weights are shared; trajectories, statistics and caches are not.
+
+        Args:
+            policy: as for `moeca_fx.transform`.
+
+        Raises:
+            ConfigError, UnsupportedModelError: `policy` is no policy, or the model lacks what it needs.
+        """
+        parts = None if policy is None else resolve_policy(policy)
+        return make_transformed(original_view(self), self._moeca.under(parts))
 
     def context(self, name: str) -> AbstractContextManager[None]:
         """Calls inside ``with model.context(name):`` belong to a trajectory of their own.

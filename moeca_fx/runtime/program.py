@@ -1,7 +1,7 @@
 """A program: the compiled graphs for one kind of call (structure, shapes without the batch, dtypes, devices)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from moeca_fx.discover import MoERegion
 from moeca_fx.errors import InputError
 from moeca_fx.graph.sites import Sites
 from moeca_fx.model_checks import count_not_finite
-from moeca_fx.passes import Compilation, run_pipeline
+from moeca_fx.passes import POLICY_FREE, Compilation, run_pipeline
 from moeca_fx.passes.cache.graphs import CachedGraphs
 from moeca_fx.passes.capture import batch_size
 from moeca_fx.policies.policy import Policy
@@ -26,6 +26,7 @@ class Program:
     """Compiled graphs and how to call them.
 
     Attributes:
+        traced: the model after the passes that no policy changes.
         plain: the vectorised graph, all there is without a policy.
         graphs: full step and one step a rule; None without a policy.
         sites: located sites.
@@ -33,6 +34,7 @@ class Program:
         timestep: index of the timestep among the flat inputs; None without a policy.
     """
 
+    traced: Compilation
     plain: fx.GraphModule
     graphs: CachedGraphs | None
     sites: Sites
@@ -60,15 +62,23 @@ def build_program(
     timestep: str | int | None,
 ) -> Program:
     """Run the pipeline for calls like ``model(*args, **kwargs)``."""
-    work = run_pipeline(Compilation(model, regions, args, dict(kwargs), policy))
+    traced = run_pipeline(Compilation(model, regions, args, dict(kwargs), policy), until=POLICY_FREE)
+    return finish_program(traced, policy, timestep)
+
+
+def finish_program(traced: Compilation, policy: Policy | None, timestep: str | int | None) -> Program:
+    """Run the rest of the pipeline on what `POLICY_FREE` left, which stays as it is."""
+    work = run_pipeline(replace(traced, policy=policy), after=POLICY_FREE)
     assert work.module is not None and work.captured is not None and work.sites is not None
+    found = None if policy is None else find_timestep(work.model, work.module, work.args, work.kwargs, timestep)
     return Program(
+        traced=traced,
         plain=work.module,
         graphs=work.graphs,
         sites=work.sites,
         out_spec=work.captured.out_spec,
         outputs=work.captured.out_spec.num_leaves,
-        timestep=None if policy is None else find_timestep(model, work.module, args, kwargs, timestep),
+        timestep=found,
     )
 
 

@@ -20,7 +20,7 @@ from moeca_fx.policies.policy import Policy
 from moeca_fx.policies.schedule import FULL, Cycle
 from moeca_fx.runtime.accounting import Accounting
 from moeca_fx.runtime.memory import MemoryReport, report
-from moeca_fx.runtime.program import Program, Signature, build_program, check_finite, signature_of
+from moeca_fx.runtime.program import Program, Signature, build_program, check_finite, finish_program, signature_of
 from moeca_fx.runtime.statistics import Statistics
 from moeca_fx.runtime.timestep import timestep_value
 from moeca_fx.runtime.trajectory import STOOD_STILL, Trajectory
@@ -64,6 +64,13 @@ class Runtime:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
         """A copied model starts without programs, trajectories and statistics; they are rebuilt on its first call."""
         return Runtime(self.regions, self.policy, self.timestep)
+
+    def under(self, policy: Policy | None) -> "Runtime":
+        """A runtime of the same traced graphs under another policy, without trajectories and statistics."""
+        other = Runtime(self.regions, policy, self.timestep)
+        for signature, program in self.programs.items():
+            other.programs[signature] = finish_program(program.traced, policy, self.timestep)
+        return other
 
     # -- calls --------------------------------------------------------------------------------------------------
 

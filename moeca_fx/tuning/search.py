@@ -137,14 +137,21 @@ class _Search:
         return best
 
     def _polished(self, found: tuple[Method, Trial] | None) -> tuple[Method, Trial] | None:
-        """The same number of full steps, moved one at a time while that brings the images closer."""
-        left = self.deadline - time.monotonic()
-        if found is None or not isinstance(found[0], Calibrated) or left <= 0:
+        """Full steps moved one at a time while that brings the images closer; for a quality, with fewer of them too."""
+        if found is None or not isinstance(found[0], Calibrated):
             return found
-        self.say(f"moving single full steps, {POLISH_TRIES} tries")
-        method = self.output.polished(found[0], POLISH_TRIES, left)
-        polished = (method, self._try(method))
-        return max(found, polished, key=lambda pair: self.rank(pair[1]))
+        best, full = found, len(found[0].full)
+        while full > 1 and time.monotonic() < self.deadline:
+            self.say(f"moving single steps of {full} full ones, {POLISH_TRIES} tries")
+            start = self.output.method(full, found[0].sampler)
+            method = self.output.polished(start, POLISH_TRIES, self.deadline - time.monotonic())
+            polished = (method, self._try(method))
+            better = self.rank(polished[1]) > self.rank(best[1])
+            best = polished if better else best
+            if self.target.speedup is not None or (full < len(found[0].full) and not better):
+                break
+            full -= 1  # a quality: moved steps may reach it with fewer
+        return best
 
     def rank(self, trial: Trial) -> tuple[bool, float]:
         """Larger is better: within the target first, then what the target leaves open."""
@@ -188,7 +195,7 @@ class _Search:
 
     def measure(self, method: Method, sampler: Sampler, reference: Tensor) -> Trial:
         """One trajectory with the transformed model."""
-        fast = transform(self.model, *self.example, policy=method)
+        fast = self.plain.with_policy(method)
         images = sampler(fast)
         stats = fast.stats()
         return Trial(stats.flops_speedup, psnr(images, reference), fast.memory().total)

@@ -17,15 +17,27 @@ SOME = MoECa(tau0=0.6)  # on the inputs of `zoo_models.trajectory`, part of the 
 
 
 @cache
-def _zoo_pair(family: Family, policy: MoECa | None) -> tuple[nn.Module, TransformedModel]:
+def _zoo_plain(family: Family) -> tuple[nn.Module, TransformedModel]:
     model = zoo_models.tiny(family)
-    return model, moeca_fx.transform(model, zoo_models.inputs(), policy=policy)
+    return model, moeca_fx.transform(model, zoo_models.inputs(), policy=None)
+
+
+@cache
+def _zoo_pair(family: Family, policy: MoECa | None) -> tuple[nn.Module, TransformedModel]:
+    model, plain = _zoo_plain(family)
+    return model, plain.with_policy(policy)
+
+
+@cache
+def _toy_plain() -> tuple[Toy, TransformedModel]:
+    model = toy()
+    return model, moeca_fx.transform(model, toy_inputs(), policy=None)
 
 
 @cache
 def _toy_pair(policy: MoECa | None) -> tuple[Toy, TransformedModel]:
-    model = toy()
-    return model, moeca_fx.transform(model, toy_inputs(), policy=policy)
+    model, plain = _toy_plain()
+    return model, plain.with_policy(policy)
 
 
 def zoo_pair(family: Family = "dsmoe", policy: MoECa | None = SOME) -> tuple[nn.Module, TransformedModel]:

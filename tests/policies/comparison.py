@@ -2,17 +2,26 @@
 
 import re
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 import moeca_fx
+from moeca_fx.runtime.module import TransformedModel
 from moeca_fx.runtime.statistics import Statistics
+from moeca_fx.zoo import DiTMoE, DSMoE
 from tests.reference.block_step import Counts
 from tests.reference.cases import Family, tiny_model, trajectory
 from tests.reference.network import ReferenceMoECa
 
 MARGIN = 1e-5  # scores and thresholds are fp32 in the product: nearer than this, a decision may differ
+
+
+@cache
+def _traced(family: Family, seed: int) -> tuple[DSMoE | DiTMoE, TransformedModel]:
+    model = tiny_model(family, seed)
+    return model, moeca_fx.transform(model, next(iter(trajectory(2, 1, 0.3, seed=seed))), policy=None)
 
 
 def run_both(
@@ -27,9 +36,9 @@ def run_both(
 
     Outputs and cached tensors must agree to 1e-5 of the largest value, cached experts exactly.
     """
-    model = tiny_model(family, seed)
+    model, plain = _traced(family, seed)
     inputs = list(trajectory(batch, 6, drift, tick, seed))
-    fast = moeca_fx.transform(model, inputs[0], policy=policy)
+    fast = plain.with_policy(policy)
     reference = ReferenceMoECa(model, policy)
     for j, (x, t, y) in enumerate(inputs):
         found = fast(x, t, y)

@@ -15,6 +15,14 @@ from tests.helpers import zoo_models
 from tests.helpers.transformed import as_new
 from tests.policies.every import BATCH_WISE, REQUIRED, STEPS, every_method, label
 
+LEVELS = ("calibrated", "dbcache", "toca", "branch_forecast")
+
+
+def _stands_for_its_level(method: Method) -> bool:
+    name = method.method
+    return name in LEVELS and method == policies.build(name, **REQUIRED.get(name, {}))
+
+
 METHODS = [pytest.param(method, id=label(method)) for method in every_method()]
 
 
@@ -35,8 +43,13 @@ def _run(model: torch.nn.Module, keep: slice = slice(None), batch: int = 3) -> t
 
 
 @cache
+def _plain() -> TransformedModel:
+    return moeca_fx.transform(_model(), zoo_models.inputs(3), policy=None)
+
+
+@cache
 def _made(method: Method) -> TransformedModel:
-    return moeca_fx.transform(_model(), zoo_models.inputs(3), policy=method)
+    return _plain().with_policy(method)
 
 
 def _transformed(method: Method) -> TransformedModel:
@@ -45,13 +58,20 @@ def _transformed(method: Method) -> TransformedModel:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_saves_flops_and_memory_is_known(method: Method) -> None:
+def test_saves_flops(method: Method) -> None:
     fast = _transformed(method)
     out = _run(fast)
     stats = fast.stats()
     assert torch.isfinite(out).all()
     assert stats.cached_steps >= 2 and stats.full_steps >= 2 and stats.cached_steps + stats.full_steps == STEPS
     assert stats.flops_speedup > 1.15
+
+
+# One of each level: an estimate traces the model anew.
+@pytest.mark.parametrize("method", [method for method in METHODS if _stands_for_its_level(method.values[0])])
+def test_memory_is_known_before_a_run(method: Method) -> None:
+    fast = _transformed(method)
+    _run(fast)
     estimated = moeca_fx.estimate_memory(_model(), zoo_models.inputs(3), policy=method)
     held = {name: size for name, size in fast.memory().states if not name.startswith("probe.")}
     assert held == dict(estimated.states)
@@ -68,16 +88,8 @@ def test_a_sample_does_not_depend_on_its_batch(method: Method) -> None:
 
 
 # One of each level in the fast suite, all with `make slow`: Dynamo takes seconds a graph.
-QUICKLY_COMPILED = ("calibrated", "dbcache", "toca", "branch_forecast")
-
-
-def _compiles_quickly(method: Method) -> bool:
-    name = method.method
-    return name in QUICKLY_COMPILED and method == policies.build(name, **REQUIRED.get(name, {}))
-
-
 COMPILED = [
-    pytest.param(method, id=label(method), marks=() if _compiles_quickly(method) else pytest.mark.slow)
+    pytest.param(method, id=label(method), marks=() if _stands_for_its_level(method) else pytest.mark.slow)
     for method in every_method()
 ]
 
@@ -119,16 +131,14 @@ def test_yaml_and_back(method: Method, tmp_path: Path) -> None:
 def test_the_interval_one_is_the_model_itself() -> None:
     model = _model()
     for name in ("moeca", "taylorseer", "branch_forecast"):
-        fast = moeca_fx.transform(model, zoo_models.inputs(3), policy=policies.build(name, interval=1))
+        fast = _plain().with_policy(policies.build(name, interval=1))
         torch.testing.assert_close(_run(fast), _run(model), rtol=1e-5, atol=1e-5)
         assert fast.stats().cached_steps == 0
 
 
 def test_holding_the_output_is_fewer_euler_steps() -> None:
     model = _model()
-    fast = moeca_fx.transform(
-        model, zoo_models.inputs(3), policy=policies.build("forecast", interval=3, order=0, warmup=1)
-    )
+    fast = _plain().with_policy(policies.build("forecast", interval=3, order=0, warmup=1))
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(3, 4, 8, 8, generator=generator)
     with torch.no_grad():

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import moeca_fx
 from moeca_fx import MoECa
-from moeca_fx.errors import UnsupportedModelError
+from moeca_fx.errors import ConfigError, UnsupportedModelError
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers import zoo_models
 from tests.helpers.toys import Toy, toy, toy_inputs
-from tests.helpers.transformed import run, toy_pair, zoo_pair
+from tests.helpers.transformed import SOME, run, toy_pair, zoo_pair
 from tests.helpers.zoo_models import prediction, relative_error
 
 
@@ -24,8 +24,8 @@ def _storages(*models: nn.Module) -> dict[int, int]:
     for model in models:
         if isinstance(model, TransformedModel):
             for program in model._moeca.programs.values():
-                assert program.graphs is not None
-                for module in (program.plain, program.graphs.full, program.graphs.cached):
+                graphs = program.graphs.modules().values() if program.graphs is not None else ()
+                for module in (program.plain, *graphs):
                     tensors += [*module.parameters(), *module.buffers()]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
@@ -54,6 +54,47 @@ def test_the_original_is_untouched() -> None:
     assert sum(_storages(model).values()) == size
     # Both models, and every graph of the transformed one, live in the original's memory.
     assert sum(_storages(model, fast).values()) <= 1.01 * size
+
+
+def test_another_policy_on_the_same_trace() -> None:
+    model, steps = zoo_models.tiny_dsmoe(), list(zoo_models.trajectory(steps=5))
+    plain = moeca_fx.transform(model, zoo_models.inputs(), policy=None)
+    cached = plain.with_policy(SOME)
+    expected = run(moeca_fx.transform(model, zoo_models.inputs(), policy=SOME), steps)
+    for found in (run(cached, steps), run(cached.with_policy("fora").with_policy(SOME), steps)):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert cached.stats().cached_steps == 3 and type(cached).__name__ == type(model).__name__
+    uncached = cached.with_policy(None)
+    assert all(torch.equal(a, b) for a, b in zip(run(uncached, steps), run(plain, steps), strict=True))
+    assert uncached.stats().full_steps == 5 and plain.stats().full_steps == 5
+
+
+def test_models_under_other_policies_share_weights_and_nothing_else() -> None:
+    model = zoo_models.tiny_dsmoe(depth=2)
+    plain = moeca_fx.transform(model, zoo_models.inputs(), policy=None)
+    cached = plain.with_policy(SOME)
+    size = sum(_storages(model).values())
+    assert sum(_storages(model, plain, cached).values()) <= 1.01 * size
+    steps = list(zoo_models.trajectory(steps=3))
+    run(cached, steps)
+    assert not plain.memory().total and not plain.stats().cached_steps
+    with torch.no_grad():
+        model.final_layer.linear.weight.mul_(2)
+    assert torch.equal(run(plain, steps)[0], run(cached.with_policy("fora"), steps)[0])
+    cached.to(torch.bfloat16)
+    again = cached.with_policy(SOME)
+    x, t, y = steps[0]
+    assert prediction(again(x.bfloat16(), t.bfloat16(), y)).dtype == torch.bfloat16
+    assert prediction(plain(*steps[0])).dtype == torch.float32
+
+
+def test_a_policy_that_does_not_fit_leaves_the_model_usable() -> None:
+    _, fast = zoo_pair()
+    with pytest.raises(ConfigError, match="policy"):
+        fast.with_policy("no such policy")
+    with pytest.raises(ConfigError):
+        fast.with_policy(3)
+    run(fast, list(zoo_models.trajectory(steps=2)))
 
 
 def test_every_parameter_is_shared() -> None:

@@ -10,7 +10,6 @@ from moeca_fx.policies import Method
 from moeca_fx.runtime.module import TransformedModel
 from moeca_fx.runtime.runtime import DEFAULT_CONTEXT
 from moeca_fx.zoo import DiTMoE, DSMoE
-from tests.helpers.transformed import as_new
 from tests.helpers.zoo_models import Family, Inputs, prediction
 from tests.policies.peers.cases import tiny_double, trajectory
 from tests.reference.peers import Reference
@@ -20,10 +19,10 @@ MARGIN = 1e-5  # decisions nearer to a tie may fall otherwise in fp32
 
 
 @cache
-def _pair(family: Family, method: Method, depth: int) -> tuple[DSMoE | DiTMoE, TransformedModel]:
+def _traced(family: Family, depth: int) -> tuple[DSMoE | DiTMoE, TransformedModel]:
     model = tiny_double(family, depth)
     example = next(iter(trajectory()))
-    return model, moeca_fx.transform(model, example, policy=method)
+    return model, moeca_fx.transform(model, example, policy=None)
 
 
 def compare(
@@ -40,7 +39,7 @@ def compare(
 
     Args:
         family: of the model, `tiny_double`.
-        method: for `moeca_fx.transform`; each pair of family and method is transformed once a session.
+        method: for `TransformedModel.with_policy`; each family is traced once a session.
         make: the reference for the same model.
         steps: (x, t, y) of every step.
         depth: number of blocks.
@@ -49,8 +48,8 @@ def compare(
     Returns:
         The reference after its last step.
     """
-    model, transformed = _pair(family, method, depth)
-    transformed, reference = as_new(transformed), make(model)
+    model, plain = _traced(family, depth)
+    transformed, reference = plain.with_policy(method), make(model)
     for j, (x, t, y) in enumerate(steps):
         given = x.clone()
         found = prediction(transformed(given, t, y))
