@@ -22,11 +22,13 @@ class Flow:
 
     Attributes:
         num_classes: classes it can be asked for, 0 to one less.
+        null_class: label of the unconditional class, for guidance; None without one.
         velocity: from the model (transformed or not) to `v(x, t, y)`, [B, C, S, S], for which t = 0 is noise,
             t = 1 is data and the velocity points at the data.
     """
 
     num_classes: int
+    null_class: int | None
     velocity: Callable[[nn.Module], Velocity]
 
 
@@ -41,14 +43,18 @@ def flow_of(text: str, model: nn.Module) -> Flow:
         TargetError: the model is not one that rectified flow trained.
     """
     if isinstance(model, zoo.DSMoE):
-        return Flow(model.config.num_classes, _as_it_is)
+        return Flow(model.config.num_classes, _null_class(model), _as_it_is)
     if isinstance(model, zoo.DiTMoE) and model.config.packed_attention:  # XL and G
-        return Flow(model.config.num_classes, _reversed)
+        return Flow(model.config.num_classes, _null_class(model), _reversed)
     raise TargetError(
         f"TARGET {text!r}: sample knows the rectified-flow models of the zoo "
         "(digits, glyphs, dsmoe-*, dit-moe-xl, dit-moe-g); "
         "for another sampler call moeca_fx.transform in your own loop"
     )
+
+
+def _null_class(model: zoo.DSMoE | zoo.DiTMoE) -> int | None:
+    return model.config.num_classes if model.config.class_dropout > 0 else None
 
 
 def _prediction(output: Tensor | tuple[Tensor, ...], channels: int) -> Tensor:

@@ -1,6 +1,8 @@
 """``moeca-fx sample TARGET``: draw class-conditional samples into a picture."""
 
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,14 +13,14 @@ from torch import nn
 import moeca_fx
 from moeca_fx.cli.classes import parse_classes
 from moeca_fx.cli.console import stdout, step_progress
-from moeca_fx.cli.flow import flow_of
+from moeca_fx.cli.flow import Flow, Velocity, flow_of
 from moeca_fx.cli.target import HELP, Target, load_target
 from moeca_fx.demo.picture import sample_grid
 from moeca_fx.errors import ConfigError, InputError, require
 from moeca_fx.files import prepare_folder, write_whole
 from moeca_fx.policies import Method, Policy, as_method
 from moeca_fx.runtime.module import TransformedModel
-from moeca_fx.zoo.sampling import find_sampler
+from moeca_fx.zoo.sampling import find_sampler, guided
 from moeca_fx.zoo.sampling import sample as draw
 
 COLUMNS = 10
@@ -40,6 +42,7 @@ def sample(
         typer.Option(help="A policy's name or YAML file; none: vectorised without a cache; original: as it is."),
     ] = MOECA,
     sampler: Annotated[str, typer.Option(help="euler, or ancestral (stochastic).")] = "euler",
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none, more costs twice.")] = 1.0,
     interval: Annotated[
         int | None, typer.Option(help="Cycle length of moeca: every n-th step is full.", show_default="4")
     ] = None,
@@ -52,6 +55,8 @@ def sample(
         raise InputError(f"--out: expected a file name ending in .png, found {out.name!r}")
     if interval is not None and policy != MOECA:
         raise ConfigError(f"--interval belongs to --policy moeca, found --policy {policy}; drop one of them")
+    if not math.isfinite(guidance):
+        raise InputError(f"--guidance must be a finite number, found {guidance}")
     find_sampler(sampler)
     method = _method(policy, interval)
     require("PIL", "demo")
@@ -59,6 +64,7 @@ def sample(
 
     loaded = load_target(target, weights)
     flow = flow_of(target, loaded.model)
+    velocity = _velocity(flow, guidance, target)
     labels = torch.tensor(parse_classes(classes, flow.num_classes))
     noise = torch.randn(len(labels), *loaded.inputs[0].shape[1:], generator=torch.Generator().manual_seed(seed))
     model = _transformed(loaded, policy, method, (noise, torch.zeros(len(labels)), labels))
@@ -70,7 +76,7 @@ def sample(
         def advance(done: int, _: int) -> None:
             progress.update(bar, completed=done)
 
-        images = draw(flow.velocity(model), noise, labels, steps, advance, sampler=sampler, seed=seed)
+        images = draw(velocity(model), noise, labels, steps, advance, sampler=sampler, seed=seed)
     seconds = time.perf_counter() - start
     if not torch.isfinite(images).all():
         raise InputError(
@@ -94,6 +100,16 @@ def _method(policy: str, interval: int | None) -> Method | Policy | None:
     if policy in (ORIGINAL, NONE):
         return None
     return as_method(policy) if interval is None else moeca_fx.MoECa(interval=interval)
+
+
+def _velocity(flow: Flow, guidance: float, target: str) -> Callable[[nn.Module], Velocity]:
+    """From the model to its velocity, guided if that is asked for."""
+    null = flow.null_class
+    if guidance == 1:
+        return flow.velocity
+    if null is None:
+        raise InputError(f"--guidance: TARGET {target!r} has no unconditional class to guide by; leave it at 1")
+    return lambda model: guided(flow.velocity(model), guidance, null)
 
 
 def _transformed(

@@ -9,17 +9,22 @@ from typer.testing import CliRunner
 from moeca_fx.cli import app
 
 TINY_MODELS = """
+    from dataclasses import replace
+
     import torch
     from torch import nn
     from moeca_fx.zoo import DSMoE, DSMoEConfig, example_inputs, randomize_
 
     TINY = DSMoEConfig(
         input_size=8, patch_size=2, in_channels=1, hidden_size=16, depth=2, num_heads=2, mlp_ratio=2.0,
-        num_experts=4, top_k=2, expert_width=8, num_classes=10, learn_sigma=False,
+        num_experts=4, top_k=2, expert_width=8, num_classes=10, learn_sigma=False, class_dropout=0.0,
     )
 
     def tiny():
         return randomize_(DSMoE(TINY)).eval()
+
+    def guidable():
+        return randomize_(DSMoE(replace(TINY, class_dropout=0.1))).eval()
 
     def tiny_batch(batch):
         model = tiny()

@@ -55,6 +55,18 @@ def test_the_cache_shows_in_statistics_and_picture(run, project):
     assert not torch.equal(_pixels(project / "original.png"), _pixels(project / "cached.png"))
 
 
+def test_guidance_moves_away_from_the_null_class(run, project):
+    for scale in ("1", "0", "3"):
+        result = run(
+            "sample", "tiny_models:guidable", *STEPS, "--policy", "none", "--guidance", scale, "--out", f"{scale}.png"
+        )
+        assert result.exit_code == 0, result.output
+    plain, unguided, strong = [_pixels(project / f"{name}.png") for name in ("1", "0", "3")]
+    assert not torch.equal(plain, unguided) and not torch.equal(plain, strong)
+    refused = run("sample", "tiny_models:tiny", *STEPS, "--guidance", "3")
+    assert refused.exit_code == 2 and "no unconditional class" in refused.stderr
+
+
 def test_the_seed_decides(run, project):
     pictures = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

@@ -5,10 +5,12 @@ import sys
 import pytest
 import torch
 
+import moeca_fx
 from moeca_fx.errors import InputError, MissingExtraError
+from moeca_fx.zoo import DSMoE, DSMoEConfig, randomize_
 from moeca_fx.zoo.digits import classifier, data
 from moeca_fx.zoo.glyphs.config import GLYPHS
-from moeca_fx.zoo.sampling import noise_and_labels, sample
+from moeca_fx.zoo.sampling import guided, noise_and_labels, sample
 
 
 def test_euler_on_a_linear_velocity_has_its_closed_form():
@@ -100,3 +102,36 @@ def test_a_missing_scikit_learn_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(MissingExtraError, match=r"sklearn.*moeca_fx\[demo\]"):
         data.load_split()
+
+
+def test_guidance_by_hand():
+    def model(x, t, y):
+        return torch.cat([x * y.view(-1, 1, 1, 1).float(), x], dim=1), "the rest"  # velocity x * y, learned sigma x
+
+    x, t, y = torch.randn(3, 2, 4, 4), torch.zeros(3), torch.tensor([1, 2, 3])
+    wanted = x * y.view(-1, 1, 1, 1)
+    assert torch.equal(guided(model, 1.0, 10)(x, t, y), wanted)
+    torch.testing.assert_close(guided(model, 0.0, 10)(x, t, y), x * 10)
+    torch.testing.assert_close(guided(model, 3.0, 10)(x, t, y), x * 10 + 3 * (wanted - x * 10))
+
+
+def test_a_guided_model_may_be_transformed():
+    config = DSMoEConfig(
+        input_size=8,
+        patch_size=2,
+        in_channels=1,
+        hidden_size=16,
+        depth=2,
+        num_heads=2,
+        num_experts=4,
+        top_k=2,
+        expert_width=8,
+        num_classes=10,
+        learn_sigma=False,
+        class_dropout=0.1,
+    )
+    model = randomize_(DSMoE(config)).eval()
+    x, y = torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
+    fast = moeca_fx.transform(model, (x, torch.zeros(2), y), policy=None)
+    expected, found = (sample(guided(each, 2.0, 10), x, y, 4) for each in (model, fast))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -19,7 +19,7 @@ from moeca_fx.distribution import FRECHET_LABEL, SCORE_LABEL
 from moeca_fx.errors import InputError, require
 from moeca_fx.zoo.catalog import build
 from moeca_fx.zoo.judge import FEATURES
-from moeca_fx.zoo.sampling import SAMPLERS, noise_and_labels, sample
+from moeca_fx.zoo.sampling import SAMPLERS, guided, noise_and_labels, sample
 from moeca_fx.zoo.training.portrait import CLASSIFIERS, Classifier, Portrait, find_classifier, portray
 from moeca_fx.zoo.training.task import TASKS, Task, find_task
 
@@ -30,12 +30,13 @@ CHUNK = 100
 
 @dataclass(frozen=True)
 class Draw:
-    """What to draw: `samples` images in `steps` steps of `sampler`; noise of `seed`, classes in turn."""
+    """What to draw: `samples` images in `steps` steps of `sampler`, guided or not; noise of `seed`, classes in turn."""
 
     samples: int = 1000
     steps: int = 100
     seed: int = 7
     sampler: str = "euler"
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if self.samples <= FEATURES or self.steps < 1:
@@ -58,8 +59,9 @@ def draw(
     """
     noise, labels = noise_and_labels(wanted.samples, wanted.seed, task.config)
     parts = zip(torch.split(noise, CHUNK), torch.split(labels, CHUNK), strict=True)
+    velocity = guided(model, wanted.guidance, task.config.num_classes)
     chunks = [
-        sample(model, *part, wanted.steps, lambda *_: progress(), sampler=wanted.sampler, seed=wanted.seed + number)
+        sample(velocity, *part, wanted.steps, lambda *_: progress(), sampler=wanted.sampler, seed=wanted.seed + number)
         for number, part in enumerate(parts)
     ]
     return torch.cat(chunks).clamp(-1, 1), labels
@@ -101,6 +103,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=defaults.steps)
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--sampler", choices=tuple(SAMPLERS), default=defaults.sampler)
+    parser.add_argument("--guidance", type=float, default=defaults.guidance, help="classifier-free; 1 is none")
     parser.add_argument("--classifier", choices=CLASSIFIERS, default="judge")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads for torch")
     arguments = parser.parse_args()
@@ -109,7 +112,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     task = find_task(arguments.model)
     classifier = find_classifier(task, arguments.classifier)
-    wanted = Draw(arguments.samples, arguments.steps, arguments.seed, arguments.sampler)
+    wanted = Draw(arguments.samples, arguments.steps, arguments.seed, arguments.sampler, arguments.guidance)
     model = build(task.name, weights=arguments.weights)
     with Progress(transient=True) as bar:
         drawing = bar.add_task("drawing samples", total=wanted.steps * math.ceil(wanted.samples / CHUNK))
