@@ -44,8 +44,11 @@ def plan_level(module: fx.GraphModule, sites: Sites, rule: Rule) -> Level:
 
 
 def plan_states(module: fx.GraphModule, sites: Sites, policy: Policy) -> tuple[StateSpec, ...]:
-    """Every cache tensor that the policy keeps, from a located graph; a probe's value is not among them."""
-    return tuple(state for rule in policy.rules for state in plan_level(module, sites, rule).states)
+    """Every cache tensor that the policy keeps, from a located graph; a probe's value is the last."""
+    states = [state for rule in policy.rules for state in plan_level(module, sites, rule).states]
+    if policy.schedule.probe is not None:
+        states.append(build_probe(share_copy(module), sites, policy.schedule.probe).state)
+    return tuple(states)
 
 
 def stack_counters(counters: list[Tensor]) -> Tensor:
