@@ -3,21 +3,18 @@
 import csv
 import io
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import moeca_fx
 from moeca_fx.bench.margins import margins
 from moeca_fx.bench.run import Row
 from moeca_fx.bench.settings import BenchSettings
 from moeca_fx.bench.subject import Subject
 from moeca_fx.distribution import FRECHET_LABEL, SCORE_LABEL
 from moeca_fx.files import write_whole
+from moeca_fx.provenance import provenance
 
 HEADINGS = (
     "run",
@@ -80,17 +77,7 @@ def document(rows: Sequence[Row], subject: Subject, settings: BenchSettings) -> 
         "weights": subject.fingerprint,
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "settings": asdict(settings),
-        "versions": {
-            "moeca_fx": moeca_fx.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "environment": {
-            "device": "cpu",
-            "dtype": "float32",
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "torch_compile": False,
-        },
+        **provenance(),
         "rows": [_record(row) for row in ordered(rows)],
         "margins": [margin.as_dict() for margin in margins(rows)],
     }

@@ -1,15 +1,12 @@
 """What the demo found: frozen records and their JSON form."""
 
 import math
-import platform
 import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
-import moeca_fx
 from moeca_fx.demo.settings import DemoSettings
+from moeca_fx.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -75,17 +72,7 @@ class DemoResult:
         return {
             "settings": asdict(self.settings),
             "model": {"name": "digits", "parameters": self.parameters},
-            "versions": {
-                "moeca_fx": moeca_fx.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "environment": {
-                "device": "cpu",
-                "dtype": "float32",
-                "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-                "torch_compile": False,
-            },
+            **provenance(),
             "variants": [variant.as_dict() for variant in self.variants],
         }
 

@@ -24,6 +24,20 @@ _DSMOE = DSMoEConfig(
     expert_width=16,
     num_classes=10,
 )
+TINY_PIXELS = DSMoEConfig(
+    input_size=8,
+    patch_size=2,
+    in_channels=1,
+    hidden_size=16,
+    depth=2,
+    num_heads=2,
+    num_experts=4,
+    top_k=2,
+    expert_width=8,
+    num_classes=10,
+    learn_sigma=False,
+)
+"""One image channel in and out, so that a sampler can use it; 4 experts, top-2."""
 _DIT_MOE = DiTMoEConfig(input_size=8, hidden_size=32, depth=2, num_heads=2, mlp_ratio=1, num_experts=5, num_classes=10)
 
 

@@ -1,16 +1,18 @@
 """The sampling loop against closed forms, its starting points, and the classifier that judges digits."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import moeca_fx
 from moeca_fx.errors import InputError, MissingExtraError
-from moeca_fx.zoo import DSMoE, DSMoEConfig, randomize_
+from moeca_fx.zoo import DSMoE, randomize_
 from moeca_fx.zoo.digits import classifier, data
 from moeca_fx.zoo.glyphs.config import GLYPHS
 from moeca_fx.zoo.sampling import guided, noise_and_labels, sample
+from tests.helpers.zoo_models import TINY_PIXELS
 
 
 def test_euler_on_a_linear_velocity_has_its_closed_form():
@@ -116,21 +118,7 @@ def test_guidance_by_hand():
 
 
 def test_a_guided_model_may_be_transformed():
-    config = DSMoEConfig(
-        input_size=8,
-        patch_size=2,
-        in_channels=1,
-        hidden_size=16,
-        depth=2,
-        num_heads=2,
-        num_experts=4,
-        top_k=2,
-        expert_width=8,
-        num_classes=10,
-        learn_sigma=False,
-        class_dropout=0.1,
-    )
-    model = randomize_(DSMoE(config)).eval()
+    model = randomize_(DSMoE(replace(TINY_PIXELS, class_dropout=0.1))).eval()
     x, y = torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
     fast = moeca_fx.transform(model, (x, torch.zeros(2), y), policy=None)
     expected, found = (sample(guided(each, 2.0, 10), x, y, 4) for each in (model, fast))

@@ -9,26 +9,14 @@ import pytest
 import torch
 
 from moeca_fx.errors import ConfigError, TargetError, WeightsError
-from moeca_fx.zoo import DSMoE, DSMoEConfig, load_weights, randomize_
+from moeca_fx.zoo import DSMoE, load_weights, randomize_
 from moeca_fx.zoo.catalog import CONFIGS, TRAINED
 from moeca_fx.zoo.training import train as training
 from moeca_fx.zoo.training.balance import LoadBalancer
 from moeca_fx.zoo.training.state import TrainOptions
 from moeca_fx.zoo.training.task import TASKS, find_task
+from tests.helpers.zoo_models import TINY_PIXELS
 
-TINY = DSMoEConfig(
-    input_size=8,
-    patch_size=2,
-    in_channels=1,
-    hidden_size=16,
-    depth=2,
-    num_heads=2,
-    num_experts=4,
-    top_k=2,
-    expert_width=8,
-    num_classes=10,
-    learn_sigma=False,
-)
 OPTIONS = TrainOptions(steps=8, batch=16, seed=3, warmup=2)
 GREY_STEP = 1 / 8
 
@@ -39,7 +27,7 @@ def digits():
 
 
 def run(options, digits, until=None, state=None):
-    state = state or training.start(options, TINY)
+    state = state or training.start(options, TINY_PIXELS)
     losses = []
     training.train(state, options, digits, GREY_STEP, until=until, after_step=lambda _, loss, __: losses.append(loss))
     return state, losses
@@ -109,7 +97,7 @@ def test_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_balancer_raises_idle_experts_and_lowers_busy_ones():
-    model = randomize_(DSMoE(TINY))
+    model = randomize_(DSMoE(TINY_PIXELS))
     gate = model.blocks[1].mlp.gate
     gate.e_score_correction_bias.copy_(torch.tensor([5.0, 4.0, 0.0, 0.0]))  # everything goes to experts 0 and 1
     before = gate.e_score_correction_bias.clone()
@@ -126,7 +114,7 @@ def test_balancer_raises_idle_experts_and_lowers_busy_ones():
 
 
 def test_training_starts_at_the_published_zero_gates(digits):
-    model = training.start(OPTIONS, TINY).model
+    model = training.start(OPTIONS, TINY_PIXELS).model
     x, t, y, _ = training.flow_batch(*digits, 4, GREY_STEP)
     assert not model(x, t, y)[0].any()
     assert not model.blocks[1].adaLN_modulation[1].weight.any()
@@ -143,7 +131,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(digits, tmp_path):
     half, first = run(OPTIONS, digits, until=5)
     half.save(tmp_path / "c.pt", OPTIONS)
     torch.manual_seed(12345)
-    resumed = training.start(replace(OPTIONS, seed=77), TINY)
+    resumed = training.start(replace(OPTIONS, seed=77), TINY_PIXELS)
     resumed.restore(tmp_path / "c.pt", OPTIONS)
     assert resumed.step == 5
     resumed, second = run(OPTIONS, digits, state=resumed)
@@ -162,7 +150,7 @@ def test_resuming_may_replan_the_steps_and_nothing_else(digits, tmp_path):
 
 
 def test_a_missing_or_broken_checkpoint_is_named(tmp_path):
-    state = training.start(OPTIONS, TINY)
+    state = training.start(OPTIONS, TINY_PIXELS)
     (tmp_path / "broken.pt").write_bytes(b"nothing")
     for name in ("gone.pt", "broken.pt"):
         with pytest.raises(WeightsError, match=f"cannot resume: .*{name}"):
@@ -180,7 +168,7 @@ def test_impossible_options_are_refused(change):
 def test_exported_weights_load_into_the_model(digits, tmp_path):
     state, _ = run(OPTIONS, digits, until=2)
     training.export(state.average, tmp_path / "w.safetensors")
-    model = DSMoE(TINY)
+    model = DSMoE(TINY_PIXELS)
     load_weights(model, tmp_path / "w.safetensors")
     for name, value in model.state_dict().items():
         assert value.dtype == torch.float32
@@ -188,7 +176,7 @@ def test_exported_weights_load_into_the_model(digits, tmp_path):
 
 
 def test_the_script_trains_checkpoints_and_resumes(tmp_path, monkeypatch):
-    monkeypatch.setitem(TASKS, "digits", replace(TASKS["digits"], config=TINY))
+    monkeypatch.setitem(TASKS, "digits", replace(TASKS["digits"], config=TINY_PIXELS))
     arguments = [
         "train",
         "--model",
@@ -207,4 +195,4 @@ def test_the_script_trains_checkpoints_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*arguments, "--steps", "3", "--resume"])
     training.main()
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
-    load_weights(DSMoE(TINY), tmp_path / "digits.safetensors")
+    load_weights(DSMoE(TINY_PIXELS), tmp_path / "digits.safetensors")

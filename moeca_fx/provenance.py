@@ -1,0 +1,25 @@
+"""What a file of numbers says about where they come from; holds no host name and no path."""
+
+import platform
+from typing import Any
+
+import torch
+
+import moeca_fx
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and environment of this process, JSON-able; measurements run eagerly on a CPU in float32."""
+    return {
+        "versions": {
+            "moeca_fx": moeca_fx.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "environment": {
+            "device": "cpu",
+            "dtype": "float32",
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "torch_compile": False,
+        },
+    }
