@@ -1,7 +1,8 @@
 """Calibrate the policies that docs/results.md compares: ``python docs/recommend.py MODEL --steps 50 --sampler euler``.
 
-One recorded run of even classes serves all speed-ups. For each, a calibrated forecast of the output is written, and
-with ``--branch`` a forecast of expert branches on a calibrated schedule: ``OUT/MODEL/SAMPLER-STEPS/best-3x.yaml``.
+One recorded run of even classes serves all speed-ups. For each, a calibrated forecast of the output is written
+(``OUT/MODEL/SAMPLER-STEPS/best-3x.yaml``), and with ``--levels output branch`` a forecast of expert branches on a
+calibrated schedule (``branch-3x.yaml``).
 """
 
 import argparse
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tries", type=int, default=30, help="moves of one full step that are tried")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--branch", action="store_true")
+    parser.add_argument("--levels", nargs="+", choices=("output", "branch"), default=["output"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/policies"))
     options = parser.parse_args()
@@ -56,17 +57,22 @@ def main() -> None:
     note = (
         f"{options.model}, {options.steps} {options.sampler} steps; python docs/recommend.py, {options.batch} latents"
     )
-    for target in TARGETS:
-        full = max(2, int(options.steps / target))
-        method = output.polished(output.method(full, options.sampler), options.tries)
-        path = folder / f"best-{target:g}x.yaml"
-        policies.save(method, path, comment=f"{target:g}x fewer FLOPs. {note}")
-        print(path, flush=True)
-    if options.branch:
+    if "output" in options.levels:
+        write_output_policies(output, options.sampler, options.tries, folder, note)
+    if "branch" in options.levels:
         write_branch_policies(output, sampler, folder, note)
 
 
-def write_branch_policies(model, output, sampler, example, folder: Path, note: str) -> None:
+def write_output_policies(output: OutputCandidates, sampler_name: str, tries: int, folder: Path, note: str) -> None:
+    """Calibrated forecasts of the output; each skipped step saves a whole one."""
+    for target in TARGETS:
+        method = output.polished(output.method(max(2, int(output.steps / target)), sampler_name), tries)
+        path = folder / f"best-{target:g}x.yaml"
+        policies.save(method, path, comment=f"{target:g}x fewer FLOPs. {note}")
+        print(path, flush=True)
+
+
+def write_branch_policies(output: OutputCandidates, sampler, folder: Path, note: str) -> None:
     """Expert-branch forecasts: the most full steps that still reach the speed-up, by the FLOPs of one trial."""
     candidates = BranchCandidates(output)
     for target in TARGETS:
