@@ -25,6 +25,8 @@ class Margin:
         margin: ours minus the peer's PSNR, dB.
         margin_between: ours minus the peers' PSNR at *our* speed-up, between the settings they were run at: straight
             lines over log speed-up along each peer's own best settings. Does not profit from gaps in those settings.
+        margin_median: the same comparison by the median image, each side with the run that is best by it. `margin` is
+            decided by the one image that errs most, often one that tips over into another.
         fid_change: ours minus that peer's FID; None without FIDs.
     """
 
@@ -37,6 +39,7 @@ class Margin:
     peer_psnr: float | None = None
     margin: float | None = None
     margin_between: float | None = None
+    margin_median: float | None = None
     fid_change: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -50,6 +53,7 @@ class _Point:
     name: str
     speedup: float
     psnr: float
+    median: float
     fid: float | None
 
 
@@ -62,9 +66,12 @@ def margins(rows: Sequence[Row], targets: Sequence[float] = TARGETS) -> list[Mar
 
 def _points(rows: Sequence[Row], groups: tuple[str, ...]) -> list[_Point]:
     return [
-        _Point(row.entry.family, row.entry.name, row.quality.flops_speedup, row.quality.psnr, row.quality.fid)
+        _Point(row.entry.family, row.entry.name, row.quality.flops_speedup, psnr, median, row.quality.fid)
         for row in rows
-        if row.quality is not None and row.quality.psnr is not None and row.entry.group in groups
+        if row.quality is not None
+        and row.entry.group in groups
+        and (psnr := row.quality.psnr) is not None
+        and (median := row.quality.psnr_median) is not None
     ]
 
 
@@ -78,6 +85,8 @@ def _margin(target: float, ours: list[_Point], peers: list[_Point]) -> Margin:
         found |= {"peer": theirs.name, "peer_speedup": theirs.speedup, "peer_psnr": theirs.psnr}
     if mine is not None and theirs is not None:
         found["margin"] = mine.psnr - theirs.psnr
+        medians = [max(point.median for point in _reaching(target, points)) for points in (ours, peers)]
+        found["margin_median"] = medians[0] - medians[1]
         if mine.fid is not None and theirs.fid is not None:
             found["fid_change"] = mine.fid - theirs.fid
     return Margin(target, **found)
@@ -91,8 +100,11 @@ def _ahead_between(mine: _Point, peers: list[_Point]) -> float | None:
 
 
 def _best(target: float, points: list[_Point]) -> _Point | None:
-    reaching = [point for point in points if point.speedup >= target * (1 - SLACK)]
-    return max(reaching, key=lambda point: point.psnr, default=None)
+    return max(_reaching(target, points), key=lambda point: point.psnr, default=None)
+
+
+def _reaching(target: float, points: list[_Point]) -> list[_Point]:
+    return [point for point in points if point.speedup >= target * (1 - SLACK)]
 
 
 def _between(speedup: float, points: list[_Point]) -> float | None:

@@ -158,6 +158,8 @@ def describe(margin: "Margin") -> str:
         line += f", {margin.margin:+.1f} dB"
     if margin.margin_between is not None:
         line += f" ({margin.margin_between:+.1f} dB between the peers' settings)"
+    if margin.margin_median is not None:
+        line += f", median image {margin.margin_median:+.1f} dB"
     if margin.fid_change is not None:
         line += f", FID {margin.fid_change:+.2f}"
     return line

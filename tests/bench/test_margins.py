@@ -11,8 +11,10 @@ from moeca_fx.bench.quality import Quality
 from moeca_fx.bench.run import Row
 
 
-def row(family, group, speedup, psnr, fid=None, label=""):
-    quality = Quality(1, speedup, 1, 0, psnr, psnr, psnr, 1.0, None, fid, None, None, None, 0)
+def row(family, group, speedup, psnr, fid=None, label="", median=None):
+    quality = Quality(
+        1, speedup, 1, 0, psnr, psnr if median is None else median, psnr, 1.0, None, fid, None, None, None, 0
+    )
     return Row(Entry(family, "policy", group, {}, label), quality)
 
 
@@ -39,6 +41,17 @@ def test_between_the_settings_of_a_peer_its_psnr_is_read_off_a_line_over_log_spe
     (three,) = margins(ROWS, (3.0,))
     a_at_4 = 40 - 20 * math.log(4 / 2) / math.log(8 / 2)  # b and moeca have no settings around 4x
     assert three.margin_between == pytest.approx(42 - a_at_4)
+
+
+def test_medians_are_compared_between_the_runs_that_are_best_by_them():
+    rows = [
+        row("a", "peer", 3.0, 30.0, median=50.0),
+        row("b", "peer", 3.0, 40.0, median=41.0),
+        row("ours", "ours", 3.0, 38.0, median=38.0),
+        row("ours", "ours", 3.1, 35.0, median=53.0, label="2"),
+    ]
+    (three,) = margins(rows, (3.0,))
+    assert (three.margin, three.margin_median) == (-2.0, 3.0)
 
 
 def test_a_speed_up_just_below_the_target_counts():
