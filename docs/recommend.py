@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 import moeca_fx
-import moeca_fx.evaluate
 from moeca_fx import policies
+from moeca_fx.calibration.polish import image_loss
 from moeca_fx.tuning.candidates import BranchCandidates, BranchVariant, OutputCandidates
 from moeca_fx.zoo.sampling import sample
 
@@ -85,9 +85,9 @@ def write_branch_policies(output: OutputCandidates, sampler, folder: Path, note:
                 images = sampler(fast)
                 speedup = fast.stats().flops_speedup
                 if speedup >= target * 0.995:
-                    psnr = moeca_fx.evaluate.psnr(images, output.recording.final)
-                    if best is None or psnr > best[0]:
-                        best = (psnr, method)
+                    loss = image_loss(images, output.recording.final)
+                    if best is None or loss < best[0]:
+                        best = (loss, method)
                     break
                 # A cached step costs c of a full one: S / (K + c (S - K)) = speed-up.
                 cost = (output.steps / speedup - full) / (output.steps - full)
