@@ -12,25 +12,24 @@ from moeca_fx.bench.margins import margins
 from moeca_fx.bench.run import Row
 from moeca_fx.bench.settings import BenchSettings
 from moeca_fx.bench.subject import Subject
-from moeca_fx.distribution import FRECHET_LABEL, SCORE_LABEL
 from moeca_fx.files import write_whole
 from moeca_fx.provenance import provenance
 
 HEADINGS = (
     "run",
-    "FLOPs speed-up",
-    "speed-up",
-    "over vectorised",
-    "full steps",
-    "PSNR dB",
-    "median PSNR",
+    "FLOPs x",
+    "time x",
+    "vect. x",
+    "full",
+    "PSNR",
+    "median",
     "SSIM",
-    FRECHET_LABEL,
-    SCORE_LABEL,
-    "class accuracy",
-    "reuse",
-    "match",
-    "cache MB",
+    "FID",
+    "IS",
+    "acc %",
+    "reuse %",
+    "match %",
+    "MB",
 )
 GROUPS = ("baseline", "peer", "paper", "ours")
 
@@ -126,4 +125,4 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+    return "-" if value is None else f"{100 * value:.1f}"

@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from moeca_fx.bench.outputs import Comparison
 
 NOTES = (
-    "{settings.samples} images of the classes with odd numbers, the same noise for all. PSNR and SSIM: against the "
-    "original's images. FID, IS and class accuracy: from the judge, a classifier of the same real images; they compare "
-    "with each other only. FLOPs: 2 a multiply-add, everything executed. Speed-ups: medians of ratios within a round."
+    "{settings.samples} images of the classes with odd numbers, the same noise for all. FLOPs x: the original's over "
+    "this run's, 2 a multiply-add, everything executed. time x, vect. x: speed-up over the original and over its "
+    "vectorised form, medians of ratios within a round. full: steps that ran the whole model. PSNR (dB, all images "
+    "together), median (of single images), SSIM: against the original's images. FID, IS, acc (class accuracy): from "
+    "the judge, a classifier of the same real images; they compare with each other only. reuse, match: of routed "
+    "branches. MB: of cache."
 )
 DEFAULTS = BenchSettings()
 
@@ -153,7 +156,7 @@ def describe(margin: "Margin") -> str:
     head = f"at {margin.target:g}x fewer FLOPs: best peer {_run(margin.peer, margin.peer_speedup, margin.peer_psnr)}"
     if margin.ours is None:
         return head
-    line = f"{head}; ours {_run(margin.ours, margin.ours_speedup, margin.ours_psnr)}"
+    line = f"{head}; {_run(margin.ours, margin.ours_speedup, margin.ours_psnr)}"
     if margin.margin is not None:
         line += f", {margin.margin:+.1f} dB"
     if margin.margin_between is not None:
