@@ -14,7 +14,17 @@ from typing import Any
 DOCS = Path(__file__).parent
 TARGETS = (2.0, 3.0, 4.0, 6.0)
 SLACK = 0.005
-FIGURES = ("quality_vs_flops.png", "quality_vs_latency.png", "reuse.png", "drift.png")
+FIGURES = {
+    "quality_vs_flops*.png": "quality against FLOPs",
+    "quality_vs_latency*.png": "quality against time",
+    "reuse.png": "share of reused branches at each step (the paper's Fig. 8)",
+    "drift.png": "drift of attention and experts by layer and step (Fig. 9)",
+    "experts-*.png": "which experts the tokens of an image choose, last MoE layer (Fig. 4)",
+    "study-hyperparameters.png": "MoECa's hyperparameters (Fig. 7)",
+    "study-score.png": "terms of MoECa's score (Table 4)",
+    "study-lambdas*.png": "weights of the score (Table 5)",
+}
+"""Pattern of a figure's file, the last of several in order, and what it shows."""
 
 
 def number(value: float | None, form: str = ".1f") -> str:
@@ -43,7 +53,7 @@ def margin_table(content: dict[str, Any]) -> list[str]:
 
 
 def family_table(content: dict[str, Any]) -> list[str]:
-    """The best PSNR of every family at each speed-up, with what it took."""
+    """The best PSNR of every family at each speed-up, and the median image of that run."""
     best: dict[str, dict[float, dict[str, Any]]] = {}
     for row in content["rows"]:
         quality = row.get("quality")
@@ -55,9 +65,12 @@ def family_table(content: dict[str, Any]) -> list[str]:
                 held = best.setdefault(family, {}).get(target)
                 if held is None or quality["psnr"] > held["psnr"]:
                     best[family][target] = quality | {"name": row["name"]}
-    lines = ["| PSNR dB at | " + " | ".join(f"{t:g}x" for t in TARGETS) + " |", "|---|" + "---:|" * len(TARGETS)]
+    lines = [
+        "| PSNR dB (median image) at | " + " | ".join(f"{t:g}x" for t in TARGETS) + " |",
+        "|---|" + "---:|" * len(TARGETS),
+    ]
     for family, points in best.items():
-        cells = [number(points[t]["psnr"]) if t in points else "-" for t in TARGETS]
+        cells = [f"{points[t]['psnr']:.1f} ({points[t]['psnr_median']:.1f})" if t in points else "-" for t in TARGETS]
         lines.append(f"| {family} | " + " | ".join(cells) + " |")
     return lines
 
@@ -79,11 +92,11 @@ def section(folder: Path) -> list[str]:
     ]
     shown = DOCS / "results"
     shown.mkdir(exist_ok=True)
-    for figure in FIGURES:
-        if (folder / figure).exists():
-            target = shown / f"{folder.name}-{figure}"
-            shutil.copyfile(folder / figure, target)
-            lines += [f"![{name}: {figure.removesuffix('.png').replace('_', ' ')}](results/{target.name})", ""]
+    for pattern, caption in FIGURES.items():
+        for figure in sorted(folder.glob(pattern))[-1:]:
+            target = shown / f"{folder.name}-{figure.name}"
+            shutil.copyfile(figure, target)
+            lines += [f"{name}: {caption}", "", f"![{caption}](results/{target.name})", ""]
     shutil.copyfile(folder / "bench.csv", shown / f"{folder.name}.csv")
     lines += [f"All runs: [{folder.name}.csv](results/{folder.name}.csv)", ""]
     return lines
