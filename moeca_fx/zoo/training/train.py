@@ -23,7 +23,7 @@ from moeca_fx.zoo.dsmoe import DSMoE
 from moeca_fx.zoo.dsmoe_config import DSMoEConfig
 from moeca_fx.zoo.initialize import publish_init_
 from moeca_fx.zoo.training.balance import LoadBalancer
-from moeca_fx.zoo.training.batched_experts import batched_experts
+from moeca_fx.zoo.training.sorted_experts import sorted_experts
 from moeca_fx.zoo.training.state import TrainOptions, TrainState
 from moeca_fx.zoo.training.task import TASKS, find_task
 
@@ -117,7 +117,7 @@ def train(
             x, t, y, velocity = flow_batch(*data, options.batch, grey_step, options.timesteps)
             for group in state.optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, options)
-            with bf16_attention(), batched_experts(state.model), torch.autocast("cpu", torch.bfloat16):
+            with bf16_attention(), sorted_experts(state.model), torch.autocast("cpu", torch.bfloat16):
                 prediction = state.model(x, t, y)[0]
             loss = (prediction[:, : velocity.shape[1]].float() - velocity).square().mean()
             state.optimizer.zero_grad(set_to_none=True)

@@ -116,7 +116,7 @@ def _places(index: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
     return token, slot.view_as(index), ends.tolist()
 
 
-def batched(experts: RoutedExperts, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+def run_sorted(experts: RoutedExperts, hidden: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """What `RoutedExperts.forward` computes, with gradients: hidden [M, H], index and weight [M, k] -> [M, H]."""
     token, slot, ends = _places(index, experts.num_experts)
     kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
@@ -135,11 +135,11 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
 
 
 @contextmanager
-def batched_experts(model: nn.Module) -> Iterator[None]:
-    """Run the routed experts of `model` batched inside the block; hooks on them still fire."""
+def sorted_experts(model: nn.Module) -> Iterator[None]:
+    """Run the routed experts of `model` over sorted rows inside the block; hooks on them still fire."""
     found = [module for module in model.modules() if isinstance(module, RoutedExperts)]
     for experts in found:
-        experts.forward = batched.__get__(experts)  # type: ignore[method-assign]
+        experts.forward = run_sorted.__get__(experts)  # type: ignore[method-assign]
     try:
         yield
     finally:

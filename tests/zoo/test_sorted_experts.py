@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moeca_fx.zoo.dsmoe import RoutedExperts
-from moeca_fx.zoo.training.batched_experts import batched_experts
+from moeca_fx.zoo.training.sorted_experts import sorted_experts
 
 EXPERTS, TOP_K, ROWS = 6, 3, 150
 
@@ -33,7 +33,7 @@ def test_values_and_gradients_are_those_of_the_loop(routing, dtype, tolerance):
     hidden, weight = torch.randn(ROWS, 16, dtype=dtype), torch.rand(ROWS, TOP_K, dtype=dtype)
     index = ROUTINGS[routing](torch.rand(ROWS, EXPERTS))
     expected = outcome(experts, hidden, index, weight)
-    with batched_experts(experts):
+    with sorted_experts(experts):
         found = outcome(experts, hidden, index, weight)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
@@ -45,7 +45,7 @@ def test_mixed_precision_stays_near_the_loop():
     hidden, weight = torch.randn(ROWS, 16), torch.rand(ROWS, TOP_K)
     index = torch.rand(ROWS, EXPERTS).topk(TOP_K).indices
     expected = outcome(experts, hidden, index, weight)
-    with batched_experts(experts), torch.autocast("cpu", torch.bfloat16):
+    with sorted_experts(experts), torch.autocast("cpu", torch.bfloat16):
         found = outcome(experts, hidden, index, weight)
     assert found[0].dtype == torch.float32
     for ours, theirs in zip(found, expected, strict=True):
@@ -54,7 +54,7 @@ def test_mixed_precision_stays_near_the_loop():
 
 def test_the_loop_is_back_afterwards():
     experts = RoutedExperts(EXPERTS, 16, 8)
-    with pytest.raises(RuntimeError, match="stop"), batched_experts(experts):
+    with pytest.raises(RuntimeError, match="stop"), sorted_experts(experts):
         assert "forward" in vars(experts)
         raise RuntimeError("stop")
     assert "forward" not in vars(experts)
