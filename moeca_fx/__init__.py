@@ -6,7 +6,7 @@ fast = moeca_fx.transform(model, example_inputs=(x, t, y), policy=moeca_fx.MoECa
 from moeca_fx import errors, policies, zoo
 from moeca_fx.inspection import inspect
 from moeca_fx.policies import MoECa
-from moeca_fx.runtime.runtime import NothingReusedWarning
+from moeca_fx.runtime.runtime import NothingReusedWarning, OtherLengthWarning
 from moeca_fx.transform import estimate_memory, transform
 from moeca_fx.tuning import tune
 
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MoECa",
     "NothingReusedWarning",
+    "OtherLengthWarning",
     "__version__",
     "errors",
     "estimate_memory",

@@ -9,7 +9,7 @@ from moeca_fx.calibration.calibration import Calibration, terms_of
 from moeca_fx.calibration.fit import RIDGE, hold, least_squares, terms, widen
 from moeca_fx.calibration.law import Law, find_law
 from moeca_fx.calibration.metric import Metric, state_metric
-from moeca_fx.calibration.record import Model, Recording, Sampler, first_output
+from moeca_fx.calibration.record import Model, OneCallAStep, Recording, Sampler, first_output, with_first
 from moeca_fx.calibration.replay import weighted_sum
 from moeca_fx.calibration.schedule_search import best_schedule, gap_costs, longest_gap
 
@@ -43,7 +43,7 @@ def fit_weights(
     return Calibration(recording.steps, tuple(full), fitter.weights, order, inputs)
 
 
-class _Fitter:
+class _Fitter(OneCallAStep):
     """A model that runs at full steps and fits and applies weights at the others."""
 
     def __init__(
@@ -62,13 +62,14 @@ class _Fitter:
         self.weights: dict[int, tuple[float, ...]] = {}
         self.history: list[tuple[Tensor, Tensor]] = []
         self.step = 0
+        super().__init__(self._next)
 
-    def __call__(self, state: Tensor, *rest: Any, **named: Any) -> Tensor:
+    def _next(self, state: Tensor, *rest: Any, **named: Any) -> Any:
         step, self.step = self.step, self.step + 1
         if step in self.full:
-            output = first_output(self.model(state, *rest, **named))
-            self.history = [(output, state.clone()), *self.history[: self.order]]
-            return output
+            answer = self.model(state, *rest, **named)
+            self.history = [(first_output(answer), state.clone()), *self.history[: self.order]]
+            return answer
         summed = terms(self.history, state, self.order, self.inputs)
         push = self.law.push[step]
         feedback = self.law.keep[step] / push if push else 0.0
@@ -83,7 +84,7 @@ class _Fitter:
             self.ridge,
         )
         self.weights[step] = tuple(float(weight) for weight in weights)
-        return weighted_sum(self.weights[step], summed)
+        return with_first(self.recording.answer, weighted_sum(self.weights[step], summed))
 
 
 def calibrate(

@@ -49,11 +49,6 @@ class Calibration:
         """Weights a step."""
         return terms_of(self.order, self.inputs)
 
-    @property
-    def speedup(self) -> float:
-        """Steps over full steps."""
-        return self.steps / len(self.full)
-
 
 def terms_of(order: int, inputs: bool) -> int:
     """Weights a step: `order` + 1 outputs, and with `inputs` the current input and as many inputs."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeca_fx.calibration.record import Recording, Sampler
+from moeca_fx.calibration.record import OneCallAStep, Recording, Sampler, with_first
 from moeca_fx.errors import InputError
 
 # A replay of the recorded outputs must give the recorded states up to this relative error.
@@ -70,16 +70,16 @@ def _replay(sampler: Sampler, recording: Recording, pokes: Tensor) -> Tensor:
     states: list[Tensor] = []
     channels = recording.inputs.shape[2]
 
-    def answering(state: Tensor, *rest: Any, **named: Any) -> Tensor:
+    def answering(state: Tensor, *rest: Any, **named: Any) -> Any:
         step = len(states)
         if step >= recording.steps:
             raise InputError(f"calibration: the sampler took {recording.steps} steps before and now takes more")
         states.append(state.detach().clone())
         answer = recording.outputs[step].clone()
         answer[:, :channels] += pokes[step]
-        return answer
+        return with_first(recording.answer, answer)
 
-    final = sampler(answering)
+    final = sampler(OneCallAStep(answering))
     if len(states) != recording.steps or final.shape != recording.inputs.shape[1:]:
         raise InputError(
             f"calibration: expected {recording.steps} steps to a state of shape {tuple(recording.inputs.shape[1:])}, "

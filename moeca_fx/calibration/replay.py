@@ -10,11 +10,11 @@ from torch import Tensor
 
 from moeca_fx.calibration.calibration import Calibration
 from moeca_fx.calibration.fit import terms
-from moeca_fx.calibration.record import Model, first_output
+from moeca_fx.calibration.record import Model, OneCallAStep, first_output, with_first
 from moeca_fx.errors import InputError
 
 
-class Replay:
+class Replay(OneCallAStep):
     """A model that runs at the full steps only; give it to a sampler in place of the model, for one trajectory.
 
     ``images = sampler(Replay(model, calibration))``
@@ -25,11 +25,13 @@ class Replay:
         self._calibration = calibration
         self._full = frozenset(calibration.full)
         self._history: list[tuple[Tensor, Tensor]] = []
+        self._last: Any = None
         self.step = 0
+        super().__init__(self._next)
 
     @torch.no_grad()
-    def __call__(self, state: Tensor, *rest: Any, **named: Any) -> Tensor:
-        """The model's (first) output, computed or forecast.
+    def _next(self, state: Tensor, *rest: Any, **named: Any) -> Any:
+        """The model's answer, its (first) output computed or forecast.
 
         Raises:
             InputError: more calls than the calibration has steps.
@@ -42,11 +44,11 @@ class Replay:
             )
         self.step += 1
         if step in self._full:
-            output = first_output(self._model(state, *rest, **named))
-            self._history = [(output, state.clone()), *self._history[: found.order]]
-            return output
+            self._last = self._model(state, *rest, **named)
+            self._history = [(first_output(self._last), state.clone()), *self._history[: found.order]]
+            return self._last
         summed = terms(self._history, state, found.order, found.inputs)
-        return weighted_sum(found.weights[step], summed)
+        return with_first(self._last, weighted_sum(found.weights[step], summed))
 
 
 def weighted_sum(weights: tuple[float, ...], summed: list[Tensor]) -> Tensor:

@@ -59,6 +59,8 @@ def sample(
         raise InputError(f"--guidance must be a finite number, found {guidance}")
     find_sampler(sampler)
     method = _method(policy, interval)
+    if isinstance(method, Method):
+        method.check_run(steps, sampler)
     require("PIL", "demo")
     prepare_folder(out.parent)
 

@@ -32,6 +32,11 @@ class StateSpec:
         return f"{self.site}.{self.kind}"
 
     @property
+    def empty(self) -> int:
+        """What it holds before the first full step: zero, and no expert's id."""
+        return -1 if self.kind == "expert" else 0
+
+    @property
     def node_name(self) -> str:
         """Name of the graph input that carries it."""
         return "cache_" + self.name.replace(".", "_")

@@ -18,6 +18,12 @@ def forecast(clock: Tensor, *values: Tensor) -> Tensor:
     return total.to(values[0].dtype)
 
 
+def widen(value: Tensor, channels: int) -> Tensor:
+    """[B, C, ...] with zero channels appended until there are `channels`."""
+    missing = channels - value.shape[1]
+    return torch.cat([value, value.new_zeros(value.shape[0], missing, *value.shape[2:])], 1)
+
+
 def forecast_rows(clock: Tensor, row: Tensor, *values: Tensor) -> Tensor:
     """`forecast` of some rows of [B, T, k, H] values: flat branch indices row [M] -> [M, H]."""
     return forecast(clock, *(value.flatten(0, -2).index_select(0, row) for value in values))

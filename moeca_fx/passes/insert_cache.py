@@ -10,7 +10,7 @@ step does is in `cache/`, one file a level; the clock holds the numbers of this 
 import copy
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from moeca_fx.errors import PassError
 from moeca_fx.graph.rewrite import call, copy_meta, finish
@@ -27,8 +27,9 @@ from moeca_fx.passes.cache.sublayer_level import SublayerLevel
 from moeca_fx.policies.policy import Policy
 from moeca_fx.policies.rules import BlocksRule, BranchRule, OutputRule, Rule, SublayerRule
 
-CLOCK = "clock"
-PREFIX = "prefix"
+CLOCK = "moeca_clock"
+PREFIX = "moeca_prefix"
+"""Names of inputs beside the model's own, whose forward may call a parameter `clock`."""
 
 
 def plan_level(module: fx.GraphModule, sites: Sites, rule: Rule) -> Level:
@@ -138,6 +139,20 @@ def share_copy(module: fx.GraphModule) -> fx.GraphModule:
     graph.output(graph.graph_copy(module.graph, {}))
     _copy_names(module.graph, graph)
     return fx.GraphModule(module, graph)
+
+
+def detached_copy(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph over the same memory whose parameters and buffers are objects of its own.
+
+    What replaces the contents of the original's parameters (`Module.to`) does not reach the copy.
+    """
+    copied = share_copy(module)
+    for part in copied.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.detach())
+    return copied
 
 
 def _copy_names(source: fx.Graph, target: fx.Graph) -> None:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from moeca_fx.errors import ConfigError
+from moeca_fx.policies.checks import check_types
 from moeca_fx.policies.rules import Rule
 from moeca_fx.policies.schedule import Schedule
 
@@ -48,11 +49,30 @@ class Method(ABC):
     method: ClassVar[str]
 
     def __post_init__(self) -> None:
+        check_types(self)
         self.policy()  # the parts check what they are made of
 
     @abstractmethod
     def policy(self) -> Policy:
         """The method as schedule and rules."""
+
+    def check_run(self, steps: int, sampler: str) -> None:
+        """Raise when the method was made for trajectories of another length or for another sampler.
+
+        Raises:
+            ConfigError: names what it was made for.
+        """
+        made_for, made_with = getattr(self, "steps", 0), getattr(self, "sampler", "")
+        if made_for and made_for != steps:
+            raise ConfigError(
+                f"policy {self.method!r} was made for {made_for} steps, found {steps}; run {made_for} steps, or tune "
+                f"another one for {steps}"
+            )
+        if made_with and made_with != sampler:
+            raise ConfigError(
+                f"policy {self.method!r} was made with the {made_with} sampler, found {sampler}; use that one, or tune "
+                f"another policy for {sampler}"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Field names and values, ready for JSON and YAML."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from moeca_fx.errors import ConfigError, require
+from moeca_fx.files import write_whole
 from moeca_fx.policies import methods
 from moeca_fx.policies.policy import Method, Policy
 
@@ -108,6 +109,7 @@ def save(method: Method, path: str | os.PathLike[str], comment: str = "") -> Non
 
     Raises:
         MissingExtraError: PyYAML is not installed.
+        MoecaError: the file system refused.
     """
     require("yaml", "cli")
     import yaml
@@ -115,10 +117,8 @@ def save(method: Method, path: str | os.PathLike[str], comment: str = "") -> Non
     path = Path(path)
     head = "".join(f"# {line}\n" for line in comment.splitlines())
     content = {NAME_KEY: method.method} | cast("dict[str, Any]", _lists(method.as_dict()))
-    partial = path.with_name(path.name + ".partial")
     text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)
-    partial.write_text(head + text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, lambda temporary: temporary.write_text(head + text, encoding="utf-8"))
 
 
 def _lists(value: Any) -> Any:

@@ -53,6 +53,11 @@ class Schedule(ABC):
         """
 
     @property
+    def length(self) -> int | None:
+        """Steps of the trajectories it was made for; None when it serves any."""
+        return None
+
+    @property
     @abstractmethod
     def settles(self) -> int:
         """Steps after which something should have been reused; a trajectory without any is then worth a warning."""
@@ -101,6 +106,11 @@ class Listed(Schedule):
     def choose(self, step: int, change: float, memory: Any) -> tuple[int, Any]:
         """See `Schedule.choose`."""
         return (FULL if step in self.full or step >= self.steps else 0), memory
+
+    @property
+    def length(self) -> int:
+        """`steps`."""
+        return self.steps
 
     @property
     def settles(self) -> int:

@@ -74,6 +74,10 @@ class ScoreThreshold(BranchSelector):
     score_weight: ScoreWeight = "share"
     entropy_norm: EntropyNorm = "log"
 
+    def __post_init__(self) -> None:
+        for name in ("tau0", "alpha", "beta", "lambda1", "lambda2"):
+            check_number(self, name)
+
 
 @dataclass(frozen=True)
 class Unmatched(BranchSelector):

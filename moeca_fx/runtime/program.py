@@ -42,6 +42,12 @@ class Program:
     outputs: int
     timestep: int | None
 
+    @property
+    def traced_module(self) -> fx.GraphModule:
+        """The graph of `traced`."""
+        assert self.traced.module is not None
+        return self.traced.module
+
     def split(self, results: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
         """The model's own result and the flat rest; results in a cache's memory are copied: later steps write there."""
         rest = list(results[self.outputs :])

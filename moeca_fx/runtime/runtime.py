@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 from moeca_fx.discover import MoERegion
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.model_checks import check_autocast
+from moeca_fx.passes.insert_cache import detached_copy
 from moeca_fx.policies.policy import Policy
 from moeca_fx.policies.schedule import FULL, Cycle
 from moeca_fx.runtime.accounting import Accounting
@@ -32,6 +34,10 @@ _MANY_PROGRAMS = 8
 
 class NothingReusedWarning(UserWarning):
     """A run in which no branch was reused: it cost as much as the uncached model."""
+
+
+class OtherLengthWarning(UserWarning):
+    """A trajectory of another length than the policy was made for."""
 
 
 def _levels_to_the_caller() -> int:
@@ -69,7 +75,8 @@ class Runtime:
         """A runtime of the same traced graphs under another policy, without trajectories and statistics."""
         other = Runtime(self.regions, policy, self.timestep)
         for signature, program in self.programs.items():
-            other.programs[signature] = finish_program(program.traced, policy, self.timestep)
+            own = replace(program.traced, module=detached_copy(program.traced_module))
+            other.programs[signature] = finish_program(own, policy, self.timestep)
         return other
 
     # -- calls --------------------------------------------------------------------------------------------------
@@ -168,6 +175,7 @@ class Runtime:
     def _choose(self, trajectory: Trajectory, timestep: Tensor, change: float) -> int:
         """`FULL` or the position of a rule."""
         assert self.policy is not None
+        self._warn_if_other_length(trajectory, over=False)
         chosen, trajectory.memory = self.policy.schedule.choose(trajectory.step, change, trajectory.memory)
         must = trajectory.must_be_full(timestep) or not trajectory.full_steps
         return FULL if must else chosen
@@ -185,7 +193,7 @@ class Runtime:
             pairs = zip(program.graphs.states, trajectory.states, strict=True)
             return [tensor for state, tensor in pairs if state.carried]
         carried = [state for state in program.graphs.states if state.carried]
-        return [torch.zeros(batch, *state.shape, dtype=state.dtype, device=device) for state in carried]
+        return [torch.full((batch, *state.shape), state.empty, dtype=state.dtype, device=device) for state in carried]
 
     def _continue_or_begin(self, name: str, program: Program, batch: int, timestep: Tensor) -> Trajectory:
         current, reason = self.trajectories.get(name), ""
@@ -194,6 +202,7 @@ class Runtime:
             if not reason:
                 return current
             self._warn_if_nothing_reused(current, reason)
+            self._warn_if_other_length(current, over=True)
         self.trajectories[name] = Trajectory(program, batch, doubtful=reason == STOOD_STILL)
         self.accounting.trajectories += 1
         return self.trajectories[name]
@@ -229,6 +238,22 @@ class Runtime:
             message = f"moeca_fx: a run of {trajectory.step} steps reused nothing: {why}"
             warnings.warn(message, NothingReusedWarning, _levels_to_the_caller())
 
+    def _warn_if_other_length(self, trajectory: Trajectory, over: bool) -> None:
+        """Say once when a schedule was made for trajectories of another length."""
+        assert self.policy is not None
+        length = self.policy.schedule.length
+        if length is None or trajectory.step < 2 or "length" in self._warned:
+            return
+        if trajectory.step < length if over else trajectory.step == length:
+            self._warned.add("length")
+            found = f"ended after {trajectory.step}" if over else f"goes on after {length}"
+            warnings.warn(
+                f"moeca_fx: the policy was made for trajectories of {length} steps, this one {found}; its full steps "
+                "fall elsewhere than intended: run that many, or tune a policy for yours",
+                OtherLengthWarning,
+                _levels_to_the_caller(),
+            )
+
     def _why_nothing_reused(self, trajectory: Trajectory, reason: str) -> str | None:
         assert self.policy is not None
         if trajectory.cached_steps == 0:
@@ -241,7 +266,9 @@ class Runtime:
             )
             if trajectory.paired:
                 return f"every timestep came twice in one context{advice}"
-            if trajectory.step > 1 and not reason:
+            if 1 < trajectory.step <= schedule.settles:
+                return f"it was over before {schedule} skips a step"
+            if trajectory.step > 1:
                 return f"the schedule {schedule} made every step full; lower its threshold's caution or choose another"
             return f"it had one call before a new trajectory began, because {reason}" + advice * (reason == STOOD_STILL)
         if trajectory.routed_steps and trajectory.branches() == trajectory.recomputed_branches():
@@ -259,7 +286,7 @@ class Runtime:
         """Totals so far; waits for the device, and measures FLOPs once for each program and batch size."""
         if self.policy is not None:
             for trajectory in self.trajectories.values():
-                if trajectory.step > 1:
+                if trajectory.cached_steps or trajectory.step > self.policy.schedule.settles:
                     self._warn_if_nothing_reused(trajectory, "stats() was called")
         return self.accounting.statistics()
 

@@ -23,7 +23,7 @@ from moeca_fx.calibration.schedule_search import longest_gap
 from moeca_fx.policies.methods.branch_forecast import BranchForecast
 from moeca_fx.policies.methods.calibrated import Calibrated
 
-# Differentiating a long trajectory needs this many samples at most.
+# Costs of gaps are computed once for all searches with at least this share of full steps.
 FEWEST_FULL = 0.1
 
 

@@ -1,5 +1,6 @@
 """What a search aims at: ``3x`` fewer FLOPs, at least ``40dB``, at most ``1.2GB`` of cache, or several of them."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -45,6 +46,13 @@ class Target:
         fast = self.speedup is None or speedup >= self.speedup * 0.995
         good = self.psnr is None or psnr >= self.psnr
         return fast and good and (self.cache_bytes is None or cache_bytes <= self.cache_bytes)
+
+    def shortfall(self, speedup: float, psnr: float, cache_bytes: float) -> float:
+        """How far a result is from the bounds, in dB: of PSNR, and of the ratios of speed-up and cache (20 log10)."""
+        slow = 0.0 if self.speedup is None else max(0.0, 20 * math.log10(self.speedup / speedup))
+        poor = 0.0 if self.psnr is None else max(0.0, self.psnr - psnr)
+        large = 0.0 if self.cache_bytes is None else max(0.0, 20 * math.log10(max(cache_bytes, 1) / self.cache_bytes))
+        return slow + poor + large
 
 
 def parse_target(text: str) -> Target:

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moeca_fx.errors import ConfigError
@@ -25,7 +27,7 @@ def fingerprint(*tensors: Tensor) -> str:
     """Identifies a calibration run by its tensors."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -41,7 +43,7 @@ class TrialLog:
         self.path, self.run = path, run
         self._done: dict[str, Trial] = {}
         if path is not None and path.exists():
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            for number, line in enumerate(_whole_lines(path), start=1):
                 self._read(line, number)
 
     def _read(self, line: str, number: int) -> None:
@@ -50,11 +52,9 @@ class TrialLog:
             if entry["run"] == self.run:
                 self._done[entry["method"]] = Trial(**entry["trial"])
         except (ValueError, KeyError, TypeError) as error:
-            last = self.path is not None and number == len(self.path.read_text(encoding="utf-8").splitlines())
-            if not last:  # a line cut off by an interruption is the last one
-                raise ConfigError(
-                    f"trial log {self.path}, line {number}: expected a trial, found {line[:60]!r}; give another file"
-                ) from error
+            raise ConfigError(
+                f"trial log {self.path}, line {number}: expected a trial, found {line[:60]!r}; give another file"
+            ) from error
 
     def get(self, method: Method) -> Trial | None:
         """The finished trial of this method, if any."""
@@ -64,12 +64,19 @@ class TrialLog:
         """Remember a trial, on disk first."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            before = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-            cut = "\n" if before and not before.endswith("\n") else ""
             entry: dict[str, Any] = {"run": self.run, "method": _key(method), "trial": asdict(trial)}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(cut + json.dumps(entry) + "\n")
+                file.write(json.dumps(entry) + "\n")
         self._done[_key(method)] = trial
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines of the file; a last one that an interruption cut off is removed from it."""
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        os.truncate(path, len(whole.encode()))
+    return whole.splitlines()
 
 
 def _key(method: Method) -> str:

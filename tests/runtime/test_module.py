@@ -81,11 +81,15 @@ def test_models_under_other_policies_share_weights_and_nothing_else() -> None:
     with torch.no_grad():
         model.final_layer.linear.weight.mul_(2)
     assert torch.equal(run(plain, steps)[0], run(cached.with_policy("fora"), steps)[0])
+    before = [run(plain, steps)[0], run(plain.with_policy("fora"), steps)[0]]
+    seer = plain.with_policy("fora")
     cached.to(torch.bfloat16)
     again = cached.with_policy(SOME)
     x, t, y = steps[0]
     assert prediction(again(x.bfloat16(), t.bfloat16(), y)).dtype == torch.bfloat16
-    assert prediction(plain(*steps[0])).dtype == torch.float32
+    assert torch.equal(run(plain, steps)[0], before[0])
+    plain.to(torch.bfloat16)
+    assert torch.equal(run(seer, steps)[0], before[1])
 
 
 def test_a_policy_that_does_not_fit_leaves_the_model_usable() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import moeca_fx
-from moeca_fx import MoECa, NothingReusedWarning
+from moeca_fx import MoECa, NothingReusedWarning, OtherLengthWarning, policies
 from moeca_fx.graph.sites import MoESite
 from moeca_fx.runtime.flops import flop_counter
 from moeca_fx.runtime.module import TransformedModel
@@ -190,6 +190,33 @@ def test_stats_warns_while_the_run_goes_on() -> None:
     run(fast, _steps(3))
     with pytest.warns(NothingReusedWarning, match="every branch was recomputed"):
         fast.stats()
+
+
+def test_stats_in_the_warm_up_says_nothing() -> None:
+    _, fast = toy_pair(None)
+    seer = fast.with_policy("taylorseer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(seer, _steps(2))
+        seer.stats()
+    with pytest.warns(NothingReusedWarning, match="it was over before"):
+        seer.reset()
+
+
+def test_a_trajectory_of_another_length_than_the_policy_was_made_for() -> None:
+    _, fast = toy_pair(None)
+    listed = policies.build("sublayer_forecast", steps=4, full=(0, 2))
+    exact, longer, shorter = (fast.with_policy(listed) for _ in range(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(exact, _steps(4))
+        run(exact, _steps(4))
+        run(longer, _steps(4))
+        run(shorter, _steps(3))
+    with pytest.warns(OtherLengthWarning, match="of 4 steps, this one goes on after 4"):
+        longer(*_steps(5)[4])
+    with pytest.warns(OtherLengthWarning, match="of 4 steps, this one ended after 3"):
+        shorter(*_steps(1)[0])
 
 
 def test_estimate_refuses_a_batch_below_one() -> None:

@@ -12,8 +12,8 @@ import moeca_fx
 from moeca_fx import policies
 from moeca_fx.errors import ConfigError, InputError
 from moeca_fx.evaluate import psnr
-from moeca_fx.tuning import search
-from moeca_fx.tuning.trials import Trial
+from moeca_fx.tuning import Target, search
+from moeca_fx.tuning.trials import Trial, TrialLog, fingerprint
 from moeca_fx.zoo.sampling import sample
 from tests.helpers import zoo_models
 
@@ -68,6 +68,46 @@ def test_branches_on_a_calibrated_schedule(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.calibration.cache_bytes > 0
 
 
+def test_methods_are_compared_on_other_latents_than_they_were_fitted_to() -> None:
+    model, other = _model(), _sampler(50, 0)
+    found = moeca_fx.tune(model, CALIBRATION, "3x", held_out=HELD_OUT, validation=other, level="output")
+    fast = moeca_fx.transform(model, zoo_models.inputs(4), policy=found.method)
+    assert psnr(other(fast), other(model)) == pytest.approx(found.calibration.psnr, abs=0.01)
+
+
+def test_a_model_that_predicts_variances_too() -> None:
+    model = zoo_models.tiny_dsmoe()  # twice as many output as input channels
+    found = moeca_fx.tune(model, CALIBRATION, "3x", held_out=HELD_OUT, level="output")
+    held = moeca_fx.transform(model, zoo_models.inputs(4), policy=policies.build("forecast", interval=3, warmup=1))
+    assert found.met and found.held_out.psnr > psnr(HELD_OUT(held), HELD_OUT(model))
+
+
+def test_samplers_that_unpack_a_tuple_and_move_time_in_place() -> None:
+    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def sampler(run: Any) -> Tensor:
+        x, t = noise, torch.zeros(4)
+        for _ in range(STEPS):
+            velocity, *_ = run(x, t, torch.arange(4))
+            x = x + velocity / STEPS
+            t += 1 / STEPS
+        return x
+
+    model = _model()
+    found = moeca_fx.tune(model, sampler, "3x", held_out=sampler, level="output")
+    same = moeca_fx.tune(
+        model, lambda run: sample(run, noise, torch.arange(4), STEPS), "3x", held_out=HELD_OUT, level="output"
+    )
+    assert found.method.as_dict()["full"] == same.method.as_dict()["full"]
+
+
+def test_the_nearest_to_an_impossible_target_is_best() -> None:
+    target = Target(speedup=3.0, psnr=40.0)
+    assert target.shortfall(3.0, 40.0, 0) == 0
+    assert target.shortfall(1.5, 41.0, 0) == pytest.approx(6.02, abs=0.01)
+    assert target.shortfall(3.5, 37.0, 0) == pytest.approx(3.0)
+
+
 def test_a_target_out_of_reach_is_said_with_the_best_found() -> None:
     found = moeca_fx.tune(_model(), CALIBRATION, "3x,150dB", held_out=HELD_OUT, level="output")
     assert not found.met and found.held_out.speedup > 1
@@ -93,6 +133,8 @@ def test_an_interrupted_search_repeats_nothing(tmp_path: Path, monkeypatch: pyte
         moeca_fx.tune(_model(), CALIBRATION, "35dB", held_out=HELD_OUT, level="output", log_file=log)
     assert len(log.read_text().splitlines()) == 2
     log.write_text(log.read_text() + '{"run": "cut o')  # the line that was being written
+    assert len(TrialLog(log, "some run")._done) == 0 and len(log.read_text().splitlines()) == 2
+    log.write_text(log.read_text() + '{"run": "cut o')
     first = list(measured)
     found = moeca_fx.tune(_model(), CALIBRATION, "35dB", held_out=HELD_OUT, level="output", log_file=log)
     assert measured[3:].count(first[0]) == 0 and measured[3:].count(first[1]) <= 1  # the winner is measured on held-out
@@ -109,5 +151,19 @@ def test_samplers_that_cannot_be_tuned() -> None:
             "3x",
             held_out=HELD_OUT,
         )
+    with pytest.raises(InputError, match="first positional argument, found the keywords x"):
+        moeca_fx.tune(
+            _model(),
+            lambda run: run(x=torch.randn(4, 4, 8, 8), t=torch.zeros(4), y=torch.arange(4)),
+            "3x",
+            held_out=HELD_OUT,
+        )
+    with pytest.raises(ConfigError, match="out of reach with 12 steps"):
+        moeca_fx.tune(_model(), CALIBRATION, "13x", held_out=HELD_OUT)
     with pytest.raises(ConfigError, match="level"):
         moeca_fx.tune(_model(), CALIBRATION, "3x", held_out=HELD_OUT, level="deep")  # type: ignore[arg-type]
+
+
+def test_fingerprints_of_half_precision_runs() -> None:
+    run = torch.randn(3, 4)
+    assert fingerprint(run.bfloat16()) == fingerprint(run.bfloat16()) != fingerprint(run.half())

@@ -78,14 +78,12 @@ class CachedGraphs:
 
     @property
     def actions(self) -> tuple[tuple[str, str], ...]:
-        """Actions of the first rule."""
-        return self.rules[0].actions
+        """What each site does on steps that are not full: one action, or those of several rules in turn."""
+        paths = [path for path, _ in self.rules[0].actions]
+        found = [dict.fromkeys(dict(rule.actions)[path] for rule in self.rules) for path in paths]
+        return tuple((path, " / ".join(actions)) for path, actions in zip(paths, found, strict=True))
 
     def modules(self) -> dict[str, fx.GraphModule]:
         """All graphs by name."""
         probe = {"probe": self.probe.module} if self.probe is not None else {}
         return probe | {"full": self.full} | {rule.name: rule.module for rule in self.rules}
-
-    def all_states(self) -> tuple[StateSpec, ...]:
-        """States and, with a probe, what it remembers."""
-        return self.states if self.probe is None else (*self.states, self.probe.state)

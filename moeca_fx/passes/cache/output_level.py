@@ -31,8 +31,9 @@ class OutputLevel(Level):
         states = [_state(node, f"value{index or ''}") for index, node in enumerate(self.outputs)]
         self.input: str | None = None
         if rule.inputs:
-            self.input = _matching_input(module, self.outputs[0]).name
-            states.append(StateSpec(SITE, "input", states[0].shape, states[0].dtype))
+            found = _matching_input(module, self.outputs[0])
+            self.input = found.name
+            states.append(_state(found, "input"))
         self.states = tuple(older for state in states for older in with_older(state, self.terms))
 
     def store(self, step: StepBuilder) -> None:
@@ -62,7 +63,11 @@ class OutputLevel(Level):
 
     def _with_inputs(self, step: StepBuilder, state: str) -> fx.Node:
         assert self.input is not None
-        values = (*step.kept(state), step.nodes[self.input], *step.kept(f"{SITE}.input"))
+        inputs = (step.nodes[self.input], *step.kept(f"{SITE}.input"))
+        channels = int(example_value(self.outputs[0]).shape[1])
+        if int(example_value(inputs[0]).shape[1]) < channels:
+            inputs = tuple(step.emit(forecast.widen, value, channels, name=f"wide_{value.name}") for value in inputs)
+        values = (*step.kept(state), *inputs)
         assert step.clock is not None, "a forecast reads the clock"
         return step.emit(forecast.forecast, step.clock, *values, name="forecast_output")
 
@@ -89,13 +94,17 @@ def _state(node: fx.Node, kind: str) -> StateSpec:
 
 
 def _matching_input(module: fx.GraphModule, output: fx.Node) -> fx.Node:
+    """The input that the output moves: shaped like it, at most with fewer channels (learned variances come after)."""
     wanted = example_value(output)
     inputs: list[fx.Node] = module.graph.find_nodes(op="placeholder")
     for node in inputs:
         value = example_value(node)
-        if isinstance(value, Tensor) and value.shape == wanted.shape and value.dtype == wanted.dtype:
+        if not isinstance(value, Tensor) or value.dim() != wanted.dim() or value.dtype != wanted.dtype:
+            continue
+        same = value.dim() > 1 and value.shape[0] == wanted.shape[0] and value.shape[2:] == wanted.shape[2:]
+        if same and value.shape[1] <= wanted.shape[1]:
             return node
     raise UnsupportedModelError(
-        f"a forecast over the model's input: expected an input of the output's shape {tuple(wanted.shape)}, found none "
-        "(does the model predict more channels than it takes?); calibrate with inputs=False"
+        f"a forecast over the model's input: expected an input of the output's shape {tuple(wanted.shape)}, at most "
+        "with fewer channels, found none; calibrate with inputs=False"
     )

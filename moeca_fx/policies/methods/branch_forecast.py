@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from moeca_fx.errors import ConfigError
-from moeca_fx.policies.checks import check_choice, check_integer
+from moeca_fx.policies.checks import check_integer, check_types
 from moeca_fx.policies.policy import Method, Policy
 from moeca_fx.policies.predictor import Hold, Lagrange
 from moeca_fx.policies.rules import AttentionMode, BranchRule
@@ -43,11 +43,16 @@ class BranchForecast(Method):
     attention: AttentionMode = "synchronized"
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_integer(self, "order", 0, 4)
-        check_choice(self, "select", ("none", "score", "score_budget", "error_budget"))
         if self.margin is not None and self.select == "score":
             raise ConfigError(
                 "BranchForecast.margin: expected None with select='score', which decides by threshold alone"
+            )
+        if self.order == 0 and self.select == "error_budget":
+            raise ConfigError(
+                "BranchForecast.select: 'error_budget' ranks by what a forecast missed, and order 0 forecasts nothing; "
+                "set order to 1, or select='score_budget'"
             )
         super().__post_init__()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moeca_fx.errors import ConfigError
+from moeca_fx.policies.checks import check_types
 from moeca_fx.policies.policy import Method, Policy
 from moeca_fx.policies.predictor import Fitted
 from moeca_fx.policies.rules import OutputRule
@@ -35,12 +36,9 @@ class Calibrated(Method):
     sampler: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.inputs, bool) or not isinstance(self.sampler, str):
-            raise ConfigError("Calibrated.inputs and sampler: expected true or false, and a name; pass those")
-        if not self.weights or not all(_is_pair(entry) for entry in self.weights):
-            raise ConfigError(
-                "Calibrated.weights: expected (step, weights) pairs of numbers; calibrate with moeca_fx.tune"
-            )
+        check_types(self)
+        if not self.weights:
+            raise ConfigError("Calibrated.weights: expected (step, weights) pairs, found none; tune the policy again")
         skipped = set(range(self.steps)) - set(self.full)
         if {step for step, _ in self.weights} != skipped:
             raise ConfigError(
@@ -53,9 +51,3 @@ class Calibrated(Method):
         """Listed full steps, fitted forecasts of the output."""
         rule = OutputRule(predictor=Fitted(self.weights), inputs=self.inputs)
         return Policy(Listed(self.full, self.steps), (rule,))
-
-
-def _is_pair(entry: object) -> bool:
-    if not isinstance(entry, tuple) or len(entry) != 2 or not isinstance(entry[0], int):
-        return False
-    return isinstance(entry[1], tuple) and all(isinstance(weight, (int, float)) for weight in entry[1])

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from moeca_fx.policies.checks import check_choice
 from moeca_fx.policies.policy import Method, Policy
 from moeca_fx.policies.predictor import Lagrange, Predictor, Taylor
 from moeca_fx.policies.rules import OutputRule
@@ -28,9 +27,6 @@ class Forecast(Method):
     order: int = 1
     warmup: int = 2
     basis: Literal["taylor", "lagrange"] = "taylor"
-
-    def __post_init__(self) -> None:
-        check_choice(self, "basis", ("taylor", "lagrange"))
 
     def policy(self) -> Policy:
         """A cycle, forecasts of the output."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moeca_fx.policies.checks import check_integer, check_types
 from moeca_fx.policies.policy import Method, Policy
 from moeca_fx.policies.predictor import Taylor
 from moeca_fx.policies.rules import SublayerRule
@@ -24,6 +25,11 @@ class TaylorSeer(Method):
     interval: int = 4
     order: int = 1
     warmup: int = 2
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_integer(self, "order", 0, 4)
+        super().__post_init__()
 
     def policy(self) -> Policy:
         """A cycle, Taylor forecasts of sublayers."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from moeca_fx.errors import ConfigError
-from moeca_fx.policies.checks import check_integer, check_number
+from moeca_fx.policies.checks import check_integer, check_number, check_types
 from moeca_fx.policies.policy import Method, Policy
 from moeca_fx.policies.rules import BlocksRule
 from moeca_fx.policies.schedule import FULL, Probe, Schedule
@@ -38,6 +38,11 @@ class AccumulatedChange(Schedule):
         return (0, total) if total < self.threshold else (FULL, 0.0)
 
     @property
+    def length(self) -> int:
+        """`steps`."""
+        return self.steps
+
+    @property
     def settles(self) -> int:
         """Half a trajectory."""
         return max(2, self.steps // 2)
@@ -61,11 +66,11 @@ class TeaCache(Method):
     coefficients: tuple[float, ...] = (1.0, 0.0)
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_integer(self, "steps", 1)
         check_number(self, "threshold")
-        numbers = all(isinstance(c, (int, float)) and not isinstance(c, bool) for c in self.coefficients)
-        if not self.coefficients or not numbers:
-            raise ConfigError(f"TeaCache.coefficients: expected numbers, found {self.coefficients!r}; pass some")
+        if not self.coefficients:
+            raise ConfigError("TeaCache.coefficients: expected numbers, found none; pass some")
 
     def policy(self) -> Policy:
         """Accumulated change, the held residual of all blocks."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeca_fx.errors import UnsupportedModelError
-from moeca_fx.policies.checks import check_integer, check_number
+from moeca_fx.policies.checks import check_integer, check_number, check_types
 from moeca_fx.policies.policy import Method, Policy
 from moeca_fx.policies.rules import SublayerRule
 from moeca_fx.policies.schedule import FULL, Schedule
@@ -49,6 +49,11 @@ class ToCaSchedule(Schedule):
         if int(0.2 * self.steps) <= s < int(0.4 * self.steps):
             return 2
         return max(1, round(self.interval / (1.4 - 0.8 * s / self.steps)))
+
+    @property
+    def length(self) -> int:
+        """`steps`."""
+        return self.steps
 
     @property
     def settles(self) -> int:
@@ -136,6 +141,7 @@ class ToCa(Method):
     bonus: float = 0.6
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_integer(self, "steps", 1)
         check_integer(self, "interval", 1)
         check_number(self, "fresh_ratio")
