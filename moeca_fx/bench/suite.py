@@ -51,13 +51,17 @@ def suite(steps: int, stochastic: bool, ours: Iterable[Entry] = ()) -> tuple[Ent
     )
 
 
-def from_file(path: Path) -> Entry:
+def from_file(path: Path, steps: int, sampler: str) -> Entry:
     """A policy file as an entry of ours: ``branch-3x.yaml`` is ``3x`` of the family ``ours branch``.
 
+    Args:
+        steps, sampler: of the run.
+
     Raises:
-        ConfigError: it is no policy file.
+        ConfigError: it is no policy file, or was made for other steps or another sampler.
     """
     method = policies.load(path)
+    method.check_run(steps, sampler)
     family, dash, setting = path.stem.rpartition("-")
     family, setting = (family, setting) if dash else (path.stem, "")
     return Entry(f"ours {family}", "policy", "ours", method.as_dict(), setting, policy=method.method)

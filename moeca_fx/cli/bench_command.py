@@ -103,7 +103,7 @@ def bench(
     from moeca_fx.bench.subject import Subject
     from moeca_fx.bench.suite import choose, from_file, suite
 
-    ours = [from_file(path) for path in policy_file or []]
+    ours = [from_file(path, steps, sampler) for path in policy_file or []]
     chosen = choose(suite(steps, settings.stochastic, ours), policies.split(",") if policies is not None else None)
     loaded = load_target(target, weights, batch)
     flow = flow_of(target, loaded.model)

@@ -56,10 +56,13 @@ def test_families_are_chosen_with_the_baselines():
 def test_a_policy_file_is_an_entry_of_ours(tmp_path):
     path = tmp_path / "best-3x.yaml"
     path.write_text("policy: moeca\ninterval: 7\n")
-    entry = from_file(path)
+    entry = from_file(path, 20, "euler")
     assert (entry.family, entry.label, entry.group, entry.method) == ("ours best", "3x", "ours", "moeca")
     assert entry.fields["interval"] == 7
     assert choose(suite(20, False, [entry]), ["ours"])[-1] == entry
+    path.write_text("policy: toca\nsteps: 30\n")
+    with pytest.raises(ConfigError, match="made for 30 steps, found 20"):
+        from_file(path, 20, "euler")
 
 
 def test_labels_use_the_symbols_of_the_papers():

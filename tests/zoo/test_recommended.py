@@ -1,4 +1,4 @@
-"""The policy files that ship beside the trained models do what their names say, on latents and classes never tuned on."""
+"""The policy files beside the trained models do what their names say, on latents and classes never tuned on."""
 
 import pytest
 import torch
