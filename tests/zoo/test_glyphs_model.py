@@ -55,7 +55,7 @@ def test_every_expert_of_every_layer_is_used(drawn):
 
 def test_the_judge_of_real_glyphs_recognises_far_more_than_chance(drawn):
     images, labels, _ = drawn
-    assert (load_judge("glyphs").predict(images) == labels).float().mean() >= 6 / 62
+    assert (load_judge("glyphs").predict(images) == labels).float().mean() >= 0.35
     assert images.std(dim=0).mean() > 0.2  # they differ from each other
 
 
