@@ -19,7 +19,7 @@ def check_types(owner: Any) -> None:
     for name, hint in get_type_hints(type(owner)).items():
         if get_origin(hint) is not ClassVar and not _fits(getattr(owner, name), hint):
             raise ConfigError(
-                f"{type(owner).__name__}.{name}: expected {_text(hint)}, found {getattr(owner, name)!r}; pass that"
+                f"{type(owner).__name__}.{name}: expected {_text(hint)}, found {getattr(owner, name)!r}; pass a value of that kind"
             )
 
 
