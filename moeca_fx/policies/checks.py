@@ -18,9 +18,8 @@ def check_types(owner: Any) -> None:
     """Raise unless every field of the dataclass `owner` has the type it is annotated with; numbers are finite."""
     for name, hint in get_type_hints(type(owner)).items():
         if get_origin(hint) is not ClassVar and not _fits(getattr(owner, name), hint):
-            raise ConfigError(
-                f"{type(owner).__name__}.{name}: expected {_text(hint)}, found {getattr(owner, name)!r}; pass a value of that kind"
-            )
+            where, found = f"{type(owner).__name__}.{name}", getattr(owner, name)
+            raise ConfigError(f"{where}: expected {_text(hint)}, found {found!r}; pass a value of that kind")
 
 
 _TEXTS = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", type(None): "nothing"}
