@@ -22,7 +22,8 @@ FIGURES = {
     "experts-*.png": "which experts the tokens of an image choose, last MoE layer (Fig. 4)",
     "study-hyperparameters.png": "MoECa's hyperparameters (Fig. 7)",
     "study-score.png": "terms of MoECa's score (Table 4)",
-    "study-lambdas*.png": "weights of the score (Table 5)",
+    "study-lambdas-tau0-0.8.png": "weights of the score (Table 5), at the published threshold",
+    "study-lambdas-tau0-0.4.png": "weights of the score (Table 5), at a threshold that decides something",
 }
 """Pattern of a figure's file, the last of several in order, and what it shows."""
 
