@@ -50,7 +50,11 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         check_types(self)
+        self._check()
         self.policy()  # the parts check what they are made of
+
+    def _check(self) -> None:  # noqa: B027  # most methods leave it to their parts
+        """Raise `ConfigError` for values, of the right types, that do not fit; the parts check theirs."""
 
     @abstractmethod
     def policy(self) -> Policy:

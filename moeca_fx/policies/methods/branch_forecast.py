@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from moeca_fx.errors import ConfigError
-from moeca_fx.policies.checks import check_integer, check_types
+from moeca_fx.policies.checks import check_integer
 from moeca_fx.policies.policy import Method, Policy
 from moeca_fx.policies.predictor import Hold, Lagrange
 from moeca_fx.policies.rules import AttentionMode, BranchRule
@@ -42,8 +42,7 @@ class BranchForecast(Method):
     margin: float | None = None
     attention: AttentionMode = "synchronized"
 
-    def __post_init__(self) -> None:
-        check_types(self)
+    def _check(self) -> None:
         check_integer(self, "order", 0, 4)
         if self.margin is not None and self.select == "score":
             raise ConfigError(
@@ -54,7 +53,6 @@ class BranchForecast(Method):
                 "BranchForecast.select: 'error_budget' ranks by what a forecast missed, and order 0 forecasts nothing; "
                 "set order to 1, or select='score_budget'"
             )
-        super().__post_init__()
 
     def policy(self) -> Policy:
         """A cycle or a list of full steps; forecasts of branches."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moeca_fx.errors import ConfigError
-from moeca_fx.policies.checks import check_types
 from moeca_fx.policies.policy import Method, Policy
 from moeca_fx.policies.predictor import Fitted
 from moeca_fx.policies.rules import OutputRule
@@ -35,8 +34,7 @@ class Calibrated(Method):
     inputs: bool = False
     sampler: str = ""
 
-    def __post_init__(self) -> None:
-        check_types(self)
+    def _check(self) -> None:
         if not self.weights:
             raise ConfigError("Calibrated.weights: expected (step, weights) pairs, found none; tune the policy again")
         skipped = set(range(self.steps)) - set(self.full)
@@ -45,7 +43,6 @@ class Calibrated(Method):
                 f"Calibrated.weights: expected an entry for each of the {len(skipped)} steps that are not full, found "
                 f"{len(self.weights)}; calibrate with moeca_fx.tune"
             )
-        super().__post_init__()
 
     def policy(self) -> Policy:
         """Listed full steps, fitted forecasts of the output."""

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from moeca_fx.policies.checks import check_integer, check_number, check_types
+from moeca_fx.policies.checks import check_integer, check_number
 from moeca_fx.policies.policy import Method, Policy
 from moeca_fx.policies.predictor import Hold, Taylor
 from moeca_fx.policies.rules import BlocksRule
@@ -54,8 +54,7 @@ class DBCache(Method):
     warmup: int = 1
     order: int = 0
 
-    def __post_init__(self) -> None:
-        check_types(self)
+    def _check(self) -> None:
         check_number(self, "threshold")
         check_integer(self, "first", 1)
         check_integer(self, "last", 0)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moeca_fx.policies.checks import check_integer, check_number, check_types
+from moeca_fx.policies.checks import check_integer, check_number
 from moeca_fx.policies.methods.toca import ToCaSchedule, TopTokens
 from moeca_fx.policies.policy import Method, Policy
 from moeca_fx.policies.rules import BlocksRule, SublayerRule
@@ -24,8 +24,7 @@ class DuCa(Method):
     fresh_ratio: float = 0.07
     bonus: float = 0.8
 
-    def __post_init__(self) -> None:
-        check_types(self)
+    def _check(self) -> None:
         check_integer(self, "steps", 1)
         check_integer(self, "interval", 1)
         check_number(self, "fresh_ratio")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moeca_fx.policies.checks import check_choice, check_integer, check_number, check_types
+from moeca_fx.policies.checks import check_choice, check_integer, check_number
 from moeca_fx.policies.policy import Method, Policy
 from moeca_fx.policies.rules import AttentionMode, BranchRule, RowMode
 from moeca_fx.policies.schedule import Cycle
@@ -55,8 +55,7 @@ class MoECa(Method):
     dense_ffn: RowMode = "inherit"
     shared_expert: RowMode = "inherit"
 
-    def __post_init__(self) -> None:
-        check_types(self)
+    def _check(self) -> None:
         check_integer(self, "interval", 1)
         for name in ("tau0", "lambda1", "lambda2"):
             check_number(self, name)

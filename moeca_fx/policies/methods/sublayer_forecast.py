@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from moeca_fx.policies.checks import check_integer, check_number, check_types
+from moeca_fx.policies.checks import check_integer, check_number
 from moeca_fx.policies.policy import Method, Policy
 from moeca_fx.policies.predictor import Hold, Lagrange
 from moeca_fx.policies.rules import SublayerRule
@@ -62,11 +62,9 @@ class SublayerForecast(Method):
     full: tuple[int, ...] = ()
     share: float = 0.0
 
-    def __post_init__(self) -> None:
-        check_types(self)
+    def _check(self) -> None:
         check_integer(self, "order", 0, 4)
         check_number(self, "share", "a number in [0, 1]", upper=1.0 + 1e-12)
-        super().__post_init__()
 
     def policy(self) -> Policy:
         """A cycle or a list of full steps; forecasts of sublayers."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moeca_fx.policies.checks import check_integer, check_types
+from moeca_fx.policies.checks import check_integer
 from moeca_fx.policies.policy import Method, Policy
 from moeca_fx.policies.predictor import Taylor
 from moeca_fx.policies.rules import SublayerRule
@@ -26,10 +26,8 @@ class TaylorSeer(Method):
     order: int = 1
     warmup: int = 2
 
-    def __post_init__(self) -> None:
-        check_types(self)
+    def _check(self) -> None:
         check_integer(self, "order", 0, 4)
-        super().__post_init__()
 
     def policy(self) -> Policy:
         """A cycle, Taylor forecasts of sublayers."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from moeca_fx.errors import ConfigError
-from moeca_fx.policies.checks import check_integer, check_number, check_types
+from moeca_fx.policies.checks import check_integer, check_number
 from moeca_fx.policies.policy import Method, Policy
 from moeca_fx.policies.rules import BlocksRule
 from moeca_fx.policies.schedule import FULL, Probe, Schedule
@@ -65,8 +65,7 @@ class TeaCache(Method):
     threshold: float = 0.1
     coefficients: tuple[float, ...] = (1.0, 0.0)
 
-    def __post_init__(self) -> None:
-        check_types(self)
+    def _check(self) -> None:
         check_integer(self, "steps", 1)
         check_number(self, "threshold")
         if not self.coefficients:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeca_fx.errors import UnsupportedModelError
-from moeca_fx.policies.checks import check_integer, check_number, check_types
+from moeca_fx.policies.checks import check_integer, check_number
 from moeca_fx.policies.policy import Method, Policy
 from moeca_fx.policies.rules import SublayerRule
 from moeca_fx.policies.schedule import FULL, Schedule
@@ -140,8 +140,7 @@ class ToCa(Method):
     fresh_ratio: float = 0.07
     bonus: float = 0.6
 
-    def __post_init__(self) -> None:
-        check_types(self)
+    def _check(self) -> None:
         check_integer(self, "steps", 1)
         check_integer(self, "interval", 1)
         check_number(self, "fresh_ratio")
