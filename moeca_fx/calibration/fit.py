@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moeca_fx.ops import forecast
+
 # Ridge relative to the unit diagonal of the normalised Gram matrix: only directions without data feel it.
 RIDGE = 1e-8
 
@@ -30,10 +32,7 @@ def terms(history: Sequence[tuple[Tensor, Tensor]], state: Tensor, order: int, i
 
 def widen(state: Tensor, like: Tensor) -> Tensor:
     """`state` with zero channels appended until it is shaped as the output `like` (a model with learned variances)."""
-    missing = like.shape[1] - state.shape[1]
-    if missing == 0:
-        return state
-    return torch.cat([state, state.new_zeros(state.shape[0], missing, *state.shape[2:])], 1)
+    return forecast.widen(state, like.shape[1])
 
 
 def hold(count: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moeca_fx import zoo
 from moeca_fx.errors import TargetError
+from moeca_fx.zoo.sampling import velocity_of
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -57,14 +58,9 @@ def _null_class(model: zoo.DSMoE | zoo.DiTMoE) -> int | None:
     return model.config.num_classes if model.config.class_dropout > 0 else None
 
 
-def _prediction(output: Tensor | tuple[Tensor, ...], channels: int) -> Tensor:
-    first = output if isinstance(output, Tensor) else output[0]
-    return first[:, :channels]
-
-
 def _as_it_is(model: nn.Module) -> Velocity:
-    return lambda x, t, y: _prediction(model(x, t, y), x.shape[1])
+    return lambda x, t, y: velocity_of(model(x, t, y), x)
 
 
 def _reversed(model: nn.Module) -> Velocity:
-    return lambda x, t, y: -_prediction(model(x, 1 - t, y), x.shape[1])
+    return lambda x, t, y: -velocity_of(model(x, 1 - t, y), x)

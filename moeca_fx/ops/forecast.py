@@ -21,6 +21,8 @@ def forecast(clock: Tensor, *values: Tensor) -> Tensor:
 def widen(value: Tensor, channels: int) -> Tensor:
     """[B, C, ...] with zero channels appended until there are `channels`."""
     missing = channels - value.shape[1]
+    if missing == 0:
+        return value
     return torch.cat([value, value.new_zeros(value.shape[0], missing, *value.shape[2:])], 1)
 
 

@@ -150,15 +150,16 @@ class _Search:
         """Full steps moved one at a time while that brings the images closer; for a quality, with fewer of them too."""
         if found is None or not isinstance(found[0], Calibrated):
             return found
-        best, full = found, len(found[0].full)
+        best, first = found, found[0]
+        full = len(first.full)
         while full > 1 and time.monotonic() < self.deadline:
             self.say(f"moving single steps of {full} full ones, {POLISH_TRIES} tries")
-            start = self.output.method(full, found[0].sampler)
+            start = first if full == len(first.full) else self.output.method(full, first.sampler)
             method = self.output.polished(start, POLISH_TRIES, self.deadline - time.monotonic())
             polished = (method, self._try(method))
             better = self.rank(polished[1]) > self.rank(best[1])
             best = polished if better else best
-            if self.target.speedup is not None or (full < len(found[0].full) and not better):
+            if self.target.speedup is not None or (full < len(first.full) and not better):
                 break
             full -= 1  # a quality: moved steps may reach it with fewer
         return best

@@ -113,15 +113,16 @@ def guided(
 
     def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if scale == 1:
-            return _velocity(model(x, t, y), x)
+            return velocity_of(model(x, t, y), x)
         labels = torch.cat([y, torch.full_like(y, null_class)])
-        wanted, free = _velocity(model(torch.cat([x, x]), torch.cat([t, t]), labels), x).chunk(2)
+        wanted, free = velocity_of(model(torch.cat([x, x]), torch.cat([t, t]), labels), x).chunk(2)
         return free + scale * (wanted - free)
 
     return call
 
 
-def _velocity(output: Tensor | tuple[Tensor, ...], x: Tensor) -> Tensor:
+def velocity_of(output: Tensor | tuple[Tensor, ...], x: Tensor) -> Tensor:
+    """The velocity in what a model returned for `x`: the (first) tensor, without channels beyond those of `x`."""
     return (output if isinstance(output, Tensor) else output[0])[:, : x.shape[1]]
 
 
@@ -166,7 +167,7 @@ def sample(
     x = noise.clone()
     for step in range(steps):
         t = torch.full((x.shape[0],), step / steps, dtype=x.dtype, device=x.device)
-        velocity = _velocity(model(x, t, labels), x)
+        velocity = velocity_of(model(x, t, labels), x)
         draws = chosen.stochastic and step < steps - 1
         fresh = torch.randn(x.shape, generator=generator).to(x) if draws else None
         x = chosen.advance(x, velocity, fresh, step, steps)

@@ -3,19 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moeca_fx.policies.checks import check_choice, check_integer, check_number
+from moeca_fx.policies.checks import check_integer, check_number
 from moeca_fx.policies.policy import Method, Policy
 from moeca_fx.policies.rules import AttentionMode, BranchRule, RowMode
 from moeca_fx.policies.schedule import Cycle
 from moeca_fx.policies.selector import EntropyNorm, ScoreThreshold, ScoreWeight
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "score_weight": ("share", "raw"),
-    "entropy_norm": ("minmax", "log"),
-    "attention": ("synchronized", "reuse", "full"),
-    "dense_ffn": ("inherit", "reuse", "full"),
-    "shared_expert": ("inherit", "reuse", "full"),
-}
 
 
 @dataclass(frozen=True)
@@ -61,8 +53,6 @@ class MoECa(Method):
             check_number(self, name)
         for name in ("alpha", "beta"):
             check_number(self, name, "a number in [0, 1)", upper=1.0)
-        for name, choices in _CHOICES.items():
-            check_choice(self, name, choices)
 
     def policy(self) -> Policy:
         """A cycle, and the branch level with the score's threshold."""
