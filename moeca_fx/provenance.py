@@ -1,9 +1,11 @@
 """What a file of numbers says about where they come from; holds no host name and no path."""
 
+import hashlib
 import platform
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import moeca_fx
 
@@ -23,3 +25,14 @@ def provenance() -> dict[str, Any]:
             "torch_compile": False,
         },
     }
+
+
+def fingerprint(*parts: str | Tensor) -> str:
+    """Identifies tensors by their bytes, and the names between them; for records that hold for these alone."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(part.encode())
+        else:
+            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,9 +1,9 @@
 """What is benched: a model, how it is sampled, and who judges its images."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import moeca_fx
 from moeca_fx.bench.settings import BenchSettings
+from moeca_fx.provenance import fingerprint
 from moeca_fx.runtime.flops import flop_counter
 from moeca_fx.runtime.module import TransformedModel
 
@@ -45,11 +46,7 @@ class Subject:
     @cached_property
     def fingerprint(self) -> str:
         """Names the weights, so that records of other weights are not taken for these."""
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(*chain.from_iterable(self.model.state_dict().items()))
 
     def example(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs of one call."""

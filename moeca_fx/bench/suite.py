@@ -51,6 +51,12 @@ def suite(steps: int, stochastic: bool, ours: Iterable[Entry] = ()) -> tuple[Ent
     )
 
 
+def peers() -> tuple[str, ...]:
+    """Families of peers for any sampler, in one order, so that each keeps its colour in all figures."""
+    entries = (*suite(LONG_RUN, stochastic=False), *suite(LONG_RUN, stochastic=True))
+    return tuple(dict.fromkeys(entry.family for entry in entries if entry.group == "peer"))
+
+
 def from_file(path: Path, steps: int, sampler: str) -> Entry:
     """A policy file as an entry of ours: ``branch-3x.yaml`` is ``3x`` of the family ``ours branch``.
 
@@ -72,22 +78,32 @@ def label(fields: dict[str, Any]) -> str:
     return " ".join(f"{SYMBOLS.get(name, name)}={value}" for name, value in fields.items())
 
 
-def choose(entries: Iterable[Entry], families: Sequence[str] | None) -> tuple[Entry, ...]:
-    """The baselines, and the entries of these families, or of those that begin with these words; all by default.
+def choose(entries: Iterable[Entry], wanted: Sequence[str] | None) -> tuple[Entry, ...]:
+    """The baselines, and the entries whose names begin with these words (a family, or one setting); all by default.
+
+    ``"taylorseer"`` is the family, ``"taylorseer N=4"`` its settings with this interval.
 
     Raises:
-        ConfigError: a family that the suite does not have.
+        ConfigError: words with which no entry begins.
     """
     entries = tuple(entries)
-    if families is None:
+    if wanted is None:
         return entries
-    known = dict.fromkeys(entry.family for entry in entries if entry.group != "baseline")
-    wanted = {name: [family for family in known if f"{family} ".startswith(f"{name} ")] for name in families}
-    strangers = [name for name, found in wanted.items() if not found]
-    if strangers or not families:
-        raise ConfigError(f"--policies: expected some of {', '.join(known)}, found {', '.join(strangers) or 'none'}")
-    chosen = {family for found in wanted.values() for family in found}
-    return tuple(entry for entry in entries if entry.group == "baseline" or entry.family in chosen)
+    compared = [entry for entry in entries if entry.group != "baseline"]
+    strangers = [words for words in wanted if not any(_begins(entry, words) for entry in compared)]
+    if strangers or not wanted:
+        known = ", ".join(dict.fromkeys(entry.family for entry in compared))
+        raise ConfigError(
+            f"--policies: expected families ({known}) or settings of them as the table names them, "
+            f"found {', '.join(strangers) or 'none'}"
+        )
+    return tuple(
+        entry for entry in entries if entry.group == "baseline" or any(_begins(entry, words) for words in wanted)
+    )
+
+
+def _begins(entry: Entry, words: str) -> bool:
+    return f"{entry.name} ".startswith(f"{words} ")
 
 
 def _policies(

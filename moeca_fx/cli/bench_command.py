@@ -66,7 +66,7 @@ def bench(
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = DEFAULTS.seed,
     repeats: Annotated[int, typer.Option(help="Timed trajectories of each run.")] = DEFAULTS.repeats,
     policies: Annotated[
-        str | None, typer.Option(help="Families to run, e.g. fora,taylorseer.", show_default="all")
+        str | None, typer.Option(help="Families or settings to run, e.g. fora,taylorseer N=4.", show_default="all")
     ] = None,
     policy_file: Annotated[
         list[Path] | None, typer.Option(help="A policy file to run as ours; may be repeated.")

@@ -17,10 +17,11 @@ from moeca_fx.errors import ConfigError, InputError
 from moeca_fx.evaluate import psnr
 from moeca_fx.policies import Method
 from moeca_fx.policies.methods.calibrated import Calibrated
+from moeca_fx.provenance import fingerprint
 from moeca_fx.transform import transform
 from moeca_fx.tuning.candidates import BranchCandidates, OutputCandidates
 from moeca_fx.tuning.target import Target, parse_target
-from moeca_fx.tuning.trials import Trial, TrialLog, fingerprint
+from moeca_fx.tuning.trials import Trial, TrialLog
 
 log = logging.getLogger(__name__)
 POLISH_TRIES = 30

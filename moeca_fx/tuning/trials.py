@@ -1,14 +1,10 @@
 """Trials of a search, written to a file as they finish, so that an interrupted search loses none."""
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from moeca_fx.errors import ConfigError
 from moeca_fx.policies import Method
@@ -21,14 +17,6 @@ class Trial:
     speedup: float
     psnr: float
     cache_bytes: int
-
-
-def fingerprint(*tensors: Tensor) -> str:
-    """Identifies a calibration run by its tensors."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class TrialLog:

@@ -17,6 +17,7 @@ from moeca_fx.bench.plots.tradeoff import plot_flops, plot_latency
 from moeca_fx.bench.quality import Quality
 from moeca_fx.bench.run import Row
 from moeca_fx.bench.studies import COMBINATIONS, ScoreResult, hyperparameter_entries, lambda_entries
+from moeca_fx.bench.suite import peers
 from moeca_fx.bench.traces import DriftTrace, ReuseTrace, RoutingTrace
 from moeca_fx.errors import InputError
 
@@ -52,11 +53,12 @@ ROWS = [
 def test_quality_against_flops_and_time(tmp_path):
     flops = plot_flops(ROWS, "made up", tmp_path / "flops.png")
     time = plot_latency(ROWS, "made up", tmp_path / "time.png")
+    fora = HUES[peers().index("fora")]
     for path in (flops, time):
-        for colour in (OURS, PAPER, HUES[0]):
+        for colour in (OURS, PAPER, fora):
             assert pixels(path, colour) > 50, (path, colour)
     without = plot_flops([r for r in ROWS if r.entry.group != "ours"], "made up", tmp_path / "without.png")
-    assert pixels(without, OURS) == 0
+    assert pixels(without, OURS) == 0 and pixels(without, fora) > 50, "a family keeps its colour without the others"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["flops.png", "time.png", "without.png"]
 
 

@@ -43,12 +43,16 @@ def test_a_stochastic_sampler_is_compared_with_a_stochastic_solver():
     assert solvers == {"sde-dpmsolver++"}
 
 
-def test_families_are_chosen_with_the_baselines():
+def test_families_and_settings_are_chosen_with_the_baselines():
     chosen = choose(suite(20, False), ["fora", "moeca"])
     assert {entry.family for entry in chosen} == {"original", "vectorised", "fora", "moeca"}
     assert choose(suite(20, False), None) == suite(20, False)
-    with pytest.raises(ConfigError, match=r"expected some of fewer steps, .* found fara"):
+    with pytest.raises(ConfigError, match=r"expected families \(fewer steps, .* found fara"):
         choose(suite(20, False), ["fora", "fara"])
+    names = [entry.name for entry in choose(suite(20, False), ["taylorseer N=4", "forecast N=3 O=1"])]
+    assert names[2:] == ["forecast N=3 O=1", *(f"taylorseer N=4 O={order}" for order in (1, 2, 3, 4))]
+    with pytest.raises(ConfigError, match=r"found taylorseer N$"):
+        choose(suite(20, False), ["taylorseer N"])
     with pytest.raises(ConfigError, match="found none"):
         choose(suite(20, False), [])
 

@@ -48,7 +48,7 @@ def test_a_policy_file_runs_as_ours(run, project):
         (("--steps", 0), "steps must be at least 1, found 0"),
         (("--sampler", "heun"), "no sampler is called 'heun'"),
         (("--batch", 4, "--samples", 6), "samples must be a multiple of batch (4), found 6"),
-        (("--policies", "fara"), "--policies: expected some of"),
+        (("--policies", "fara"), "--policies: expected families"),
         (("--policy-file", "missing.yaml"), "policy file missing.yaml: cannot be read"),
     ],
 )

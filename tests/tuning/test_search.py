@@ -12,8 +12,9 @@ import moeca_fx
 from moeca_fx import policies
 from moeca_fx.errors import ConfigError, InputError
 from moeca_fx.evaluate import psnr
+from moeca_fx.provenance import fingerprint
 from moeca_fx.tuning import Target, search
-from moeca_fx.tuning.trials import Trial, TrialLog, fingerprint
+from moeca_fx.tuning.trials import Trial, TrialLog
 from moeca_fx.zoo.sampling import sample
 from tests.helpers import zoo_models
 

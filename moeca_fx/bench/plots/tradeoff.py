@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from moeca_fx.bench.frontier import frontier
 from moeca_fx.bench.plots.style import INK, MUTED, figure, looks, save, tidy
 from moeca_fx.bench.run import Row
+from moeca_fx.bench.suite import peers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,7 +49,7 @@ def plot_latency(rows: Sequence[Row], title: str, path: Path) -> Path | None:
 
 def _draw(axes: "Axes", rows: Sequence[Row], speed: Speed) -> None:
     families = list(dict.fromkeys((row.entry.family, row.entry.group) for row in rows))
-    look = looks(families)
+    look = looks(list(dict.fromkeys([*((peer, "peer") for peer in peers()), *families])))
     for family, group in families:
         points = [point for row in rows if row.entry.family == family and (point := _point(row, speed)) is not None]
         if not points or group == "baseline":
