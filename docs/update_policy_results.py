@@ -2,7 +2,8 @@
 
 Every folder ``TARGET-SAMPLER-STEPS`` that ``moeca-fx bench --out BENCH_FOLDER`` wrote becomes a section: how far our
 policies are ahead of the best peer, the best setting of every family at each speed-up, and its figure. The text around
-the sections is in docs/results_notes.md, which holds findings and what did not work.
+the sections is in docs/results_notes.md, which holds findings and what did not work; a table of all margins takes the
+place of its line ``<!-- margins -->``.
 """
 
 import json
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
+MARGINS = "<!-- margins -->"
+AIM = {"euler": 3.0, "ancestral": 1.0}
+"""Margin in dB that a recommended policy should have with a sampler."""
 TARGETS = (2.0, 3.0, 4.0, 6.0)
 SLACK = 0.005
 FIGURES = {
@@ -31,6 +35,27 @@ FIGURES = {
 def number(value: float | None, form: str = ".1f") -> str:
     """A number, or a dash where there is none."""
     return "-" if value is None else format(value, form)
+
+
+def summary(contents: list[dict[str, Any]]) -> list[str]:
+    """All margins: one line a run, by the pooled PSNR and, in brackets, by the median image; bold below the aim."""
+    lines = [
+        "| model, sampler, steps | images | " + " | ".join(f"{target:g}x" for target in TARGETS) + " | FID change |",
+        "|---|---:|" + "---:|" * len(TARGETS) + "---:|",
+    ]
+    for content in contents:
+        settings = content["settings"]
+        cells, changes = [], []
+        for margin in content["margins"]:
+            ahead, median = margin["margin"], margin["margin_median"]
+            text = number(ahead, "+.1f")
+            below = ahead is not None and ahead < AIM[settings["sampler"]]
+            cells.append((f"**{text}**" if below else text) + f" ({number(median, '+.1f')})")
+            changes += [] if margin["fid_change"] is None else [margin["fid_change"]]
+        fid = f"{min(changes):+.2f} to {max(changes):+.2f}" if changes else "-"
+        name = f"{content['target']}, {settings['sampler']}, {settings['steps']}"
+        lines.append(f"| {name} | {settings['samples']} | " + " | ".join(cells) + f" | {fid} |")
+    return lines
 
 
 def margin_table(content: dict[str, Any]) -> list[str]:
@@ -103,15 +128,22 @@ def section(folder: Path) -> list[str]:
     return lines
 
 
+def in_order(folder: Path) -> tuple[str, bool, int]:
+    """Model, deterministic samplers first, steps."""
+    target, sampler, steps = folder.name.rsplit("-", 2)
+    return target, sampler != "euler", int(steps)
+
+
 def main() -> None:
     """Write the page."""
     if len(sys.argv) != 2:
         raise SystemExit("usage: python docs/update_policy_results.py BENCH_FOLDER")
-    folders = sorted(path.parent for path in Path(sys.argv[1]).glob("*/bench.json"))
+    folders = sorted((path.parent for path in Path(sys.argv[1]).glob("*/bench.json")), key=in_order)
     if not folders:
         raise SystemExit(f"error: no bench.json in the folders of {sys.argv[1]}; run moeca-fx bench --out there first")
     notes = (DOCS / "results_notes.md").read_text(encoding="utf-8").rstrip()
-    lines = [notes, ""]
+    contents = [json.loads((folder / "bench.json").read_text(encoding="utf-8")) for folder in folders]
+    lines = [notes.replace(MARGINS, "\n".join(summary(contents))), ""]
     for folder in folders:
         lines += section(folder)
     (DOCS / "results.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
