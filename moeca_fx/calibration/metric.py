@@ -6,7 +6,7 @@ directions of the final image back to every step (the adjoint of the recorded tr
 ``probe . dx_S = adjoint_j . dx_j`` to first order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,10 @@ class Metric:
         adjoint = self.adjoints[step].double()  # [P, B, K]
         projected = torch.einsum("...bk,pbk->...pb", error, adjoint).flatten(-2) / adjoint.shape[0] ** 0.5
         return torch.cat([projected, self.plain_share**0.5 * plain], -1)
+
+    def of(self, samples: int) -> "Metric":
+        """The same for the first samples alone."""
+        return self if self.adjoints is None else replace(self, adjoints=self.adjoints[:, :, :samples])
 
 
 def state_metric(steps: int) -> Metric:

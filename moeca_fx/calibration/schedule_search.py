@@ -18,6 +18,8 @@ from moeca_fx.errors import InputError
 
 # Gaps longer than this many times the average are not considered.
 LONGEST = 4.0
+# Values of a state that the search looks at, in whole samples: more would cost time and not change the schedule.
+VALUES = 16384
 
 
 def longest_gap(steps: int, full_steps: int) -> int:
@@ -32,6 +34,8 @@ def gap_costs(recording: Recording, law: Law, metric: Metric, inputs: bool, reac
     Starting from the recorded state after full step c, each skipped step takes the best weights of (outputs and inputs
     at c and p, current state); the cost is the metric of the state's error when the next full step n begins.
 
+    Only the first samples take part, `VALUES` values of them.
+
     Args:
         reach: longest distance between neighbouring full steps.
 
@@ -39,7 +43,10 @@ def gap_costs(recording: Recording, law: Law, metric: Metric, inputs: bool, reac
         [S, reach + 1, reach + 1], indexed by c, c - p (0: there is no p, c is step 0), n - c; infinite where there is
         no such gap. ``n = S`` is the end of the trajectory.
     """
-    states, outputs, steps = recording.states, recording.velocities, recording.steps
+    steps = recording.steps
+    samples = max(1, VALUES // recording.states.shape[2])
+    states, outputs = recording.states[:, :samples], recording.velocities[:, :samples]
+    metric = metric.of(samples)
     costs = torch.full((steps, reach + 1, reach + 1), math.inf, dtype=torch.float64)
     for last in range(steps):
         before = torch.arange(last - 1, max(last - reach, 0) - 1, -1) if last else torch.tensor([0])

@@ -23,7 +23,7 @@ from moeca_fx.calibration.schedule_search import longest_gap
 from moeca_fx.policies.methods.branch_forecast import BranchForecast
 from moeca_fx.policies.methods.calibrated import Calibrated
 
-# Costs of gaps are computed once for all searches with at least this share of full steps.
+# Unless a search knows better, costs of gaps are computed once for at least this share of full steps.
 FEWEST_FULL = 0.1
 
 
@@ -33,12 +33,15 @@ class OutputCandidates:
     Args:
         model: the unmodified model, for its Jacobian.
         plain: a faster one that computes the same.
+        fewest: share of full steps down to which one table of gaps serves; a smaller share costs more time at once.
     """
 
-    def __init__(self, model: nn.Module, plain: nn.Module, sampler: Callable[[Any], Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, plain: nn.Module, sampler: Callable[[Any], Tensor], fewest: float = FEWEST_FULL
+    ) -> None:
         self.sampler, self.plain = sampler, plain
         self.recording = record(sampler, plain)
-        self.steps = self.recording.steps
+        self.steps, self.fewest = self.recording.steps, fewest
         self.law = find_law(sampler, self.recording)
         self.metric = image_metric(self.recording, self.law, model)
 
@@ -49,7 +52,8 @@ class OutputCandidates:
 
     def reach(self, full: int) -> int:
         """A reach that serves many numbers of full steps, so that costs are computed once or twice."""
-        return longest_gap(self.steps, full if full < self.steps * FEWEST_FULL else math.ceil(self.steps * FEWEST_FULL))
+        fewest = int(self.steps * self.fewest)
+        return longest_gap(self.steps, max(1, min(full, fewest)))
 
     def method(self, full: int, sampler_name: str, inputs: bool = True, order: int = 1) -> Calibrated:
         """The calibration with `full` full steps."""

@@ -19,7 +19,7 @@ from moeca_fx.policies import Method
 from moeca_fx.policies.methods.calibrated import Calibrated
 from moeca_fx.provenance import fingerprint
 from moeca_fx.transform import transform
-from moeca_fx.tuning.candidates import BranchCandidates, OutputCandidates
+from moeca_fx.tuning.candidates import FEWEST_FULL, BranchCandidates, OutputCandidates
 from moeca_fx.tuning.target import Target, parse_target
 from moeca_fx.tuning.trials import Trial, TrialLog
 
@@ -121,7 +121,9 @@ class _Search:
         self.example = _first_call(model, sampler)
         say("recording an uncached run")
         self.plain = transform(model, *self.example, policy=None)
-        self.output = OutputCandidates(model, self.plain, sampler)
+        # Expert branches need fewer full steps than the speed-up alone says: half as many at the least.
+        fewest = FEWEST_FULL if target.speedup is None else max(FEWEST_FULL, 0.5 / target.speedup)
+        self.output = OutputCandidates(model, self.plain, sampler, fewest)
         self.judge = sampler if validation is None else validation
         self.reference = self.output.recording.final if validation is None else validation(self.plain)
         self.trials = TrialLog(log_file, fingerprint(self.output.recording.inputs[0], self.reference))

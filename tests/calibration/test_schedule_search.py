@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from moeca_fx.calibration import best_schedule, find_law, gap_costs, record, state_metric
+from moeca_fx.calibration import Metric, best_schedule, find_law, gap_costs, record, schedule_search, state_metric
 from moeca_fx.errors import InputError
 from tests.calibration.samplers import bent, euler, noise, polynomial
 
@@ -74,6 +74,25 @@ def test_a_held_gap_costs_what_hand_arithmetic_says() -> None:
     assert costs[0, 0, 3].item() == pytest.approx(36 * missing**2)  # 2 samples of 18 values
     assert costs[0, 0, 1].item() == 0.0
     assert costs[1, 1, 2].item() == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_many_samples_are_judged_by_the_first_of_them(projected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 6
+    recordings = [record(euler(noise(6, 0)[:count], steps), bent) for count in (6, 2)]
+    laws = [find_law(euler(noise(6, 0)[:count], steps), rec) for count, rec in zip((6, 2), recordings, strict=True)]
+    metric = state_metric(steps)
+    if projected:
+        directions = torch.randn(
+            steps + 1, 3, *recordings[0].states.shape[1:], generator=torch.Generator().manual_seed(0)
+        )
+        metric = Metric(directions, metric.gains)
+    few = gap_costs(recordings[1], laws[1], metric.of(2), inputs=True, reach=steps)
+    whole = gap_costs(recordings[0], laws[0], metric, inputs=True, reach=steps)
+    monkeypatch.setattr(schedule_search, "VALUES", 2 * recordings[0].states.shape[2])
+    thinned = gap_costs(recordings[0], laws[0], metric, inputs=True, reach=steps)
+    torch.testing.assert_close(thinned, few)
+    assert not torch.allclose(thinned, whole)
 
 
 def test_full_steps_go_where_the_trajectory_bends() -> None:

@@ -13,6 +13,8 @@ def plot_score(results: Sequence[ScoreResult], title: str, path: Path) -> Path:
     panels = [(f"tau0 = {at:g}", [r for r in results if not r.same_work and r.at == at]) for at in at_thresholds]
     panels.append(("same work: own tau0 each", [r for r in results if r.same_work]))
     made, axes = figure(4 * len(panels), 3.4, columns=len(panels))
+    found = [r.row.quality.psnr for r in results if r.row.quality and r.row.quality.psnr is not None] or [0.0]
+    span = max(found) - min(found) + 1
     for panel, (name, chosen) in zip(axes, panels, strict=True):
         full = max(chosen, key=lambda result: len(result.terms))
         for place, result in enumerate(reversed(chosen)):
@@ -26,6 +28,6 @@ def plot_score(results: Sequence[ScoreResult], title: str, path: Path) -> Path:
         tidy(panel, name, "PSNR, dB (text: FLOPs speed-up)", "")
         panel.set_yticks(range(len(chosen)), [result.terms for result in reversed(chosen)])
         panel.grid(axis="y", color=FAINT)
-        panel.margins(x=0.25)
+        panel.set_xlim(min(found) - 0.1 * span, max(found) + 0.3 * span)  # one scale: differences mean the same
     made.suptitle(f"{title}: w routing weight, Δ its drift, o cached contribution", x=0.01, ha="left", fontsize=11)
     return save(made, path)
