@@ -13,7 +13,8 @@ import torch
 import moeca_fx
 from moeca_fx import policies
 from moeca_fx.calibration.polish import image_loss
-from moeca_fx.tuning.candidates import BranchCandidates, BranchVariant, OutputCandidates
+from moeca_fx.tuning.candidates import BranchCandidates, BranchVariant, OutputCandidates, fewer_full
+from moeca_fx.tuning.target import SLACK
 from moeca_fx.zoo.sampling import sample
 
 TARGETS = (2.0, 3.0, 4.0, 6.0)
@@ -73,34 +74,35 @@ def write_output_policies(output: OutputCandidates, sampler_name: str, tries: in
 
 
 def write_branch_policies(output: OutputCandidates, sampler, folder: Path, note: str) -> None:
-    """Expert-branch forecasts: the most full steps that still reach the speed-up, by the FLOPs of one trial."""
+    """Expert-branch forecasts with as many full steps as the speed-up allows; the variant with the closest images."""
     candidates = BranchCandidates(output)
     for target in TARGETS:
-        best = None
-        for variant in VARIANTS:
-            full = max(2, int(output.steps / target))
-            for _ in range(4):
-                method = candidates.method(full, variant)
-                fast = output.plain.with_policy(method)
-                images = sampler(fast)
-                speedup = fast.stats().flops_speedup
-                if speedup >= target * 0.995:
-                    loss = image_loss(images, output.recording.final)
-                    if best is None or loss < best[0]:
-                        best = (loss, method)
-                    break
-                # A cached step costs c of a full one: S / (K + c (S - K)) = speed-up.
-                cost = (output.steps / speedup - full) / (output.steps - full)
-                fewer = int((output.steps / target - cost * output.steps) / (1 - cost))
-                if fewer < 2:
-                    break
-                full = min(fewer, full - 1)
-        if best is not None:
-            path = folder / f"branch-{target:g}x.yaml"
-            policies.save(best[1], path, comment=f"{target:g}x fewer FLOPs. {note}")
-            print(path, flush=True)
-        else:
+        found = [try_branches(candidates, variant, target, sampler) for variant in VARIANTS]
+        reached = [pair for pair in found if pair is not None]
+        if not reached:
             print(f"branch-{target:g}x: not reached", flush=True)
+            continue
+        path = folder / f"branch-{target:g}x.yaml"
+        method = min(reached, key=lambda pair: pair[0])[1]
+        policies.save(method, path, comment=f"{target:g}x fewer FLOPs. {note}")
+        print(path, flush=True)
+
+
+def try_branches(
+    candidates: BranchCandidates, variant: BranchVariant, target: float, sampler
+) -> tuple[float, policies.Method] | None:
+    """Loss on the calibration images, and the method; None where even 2 full steps are too slow."""
+    output = candidates.output
+    full = int(output.steps / target)
+    while full >= 2:
+        method = candidates.method(full, variant)
+        fast = output.plain.with_policy(method)
+        images = sampler(fast)
+        speedup = fast.stats().flops_speedup
+        if speedup >= target * (1 - SLACK):
+            return image_loss(images, output.recording.final), method
+        full = fewer_full(output.steps, full, speedup, target)
+    return None
 
 
 if __name__ == "__main__":

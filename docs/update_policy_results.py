@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moeca_fx.tuning.target import SLACK
+
 DOCS = Path(__file__).parent
 MARGINS = "<!-- margins -->"
 AIM = {"euler": 3.0, "ancestral": 1.0}
 """Margin in dB that a recommended policy should have with a sampler."""
 TARGETS = (2.0, 3.0, 4.0, 6.0)
-SLACK = 0.005
 FIGURES = {
     "quality_vs_flops*.png": "quality against FLOPs",
     "quality_vs_latency*.png": "quality against time",

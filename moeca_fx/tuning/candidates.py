@@ -123,3 +123,13 @@ class BranchCandidates:
         return BranchForecast(
             order=variant.order, steps=self.steps, full=self.output.schedule(full), margin=variant.margin
         )
+
+
+def fewer_full(steps: int, full: int, speedup: float, target: float) -> int:
+    """How many full steps should reach the speed-up `target`, after `full` of `steps` gave only `speedup`.
+
+    A step that is not full costs nearly the same share c of a full one at every number of them:
+    ``steps / speedup = full + c (steps - full)`` gives c, and the same with `target` the number. May be below 1.
+    """
+    cost = (steps / speedup - full) / (steps - full)
+    return min(full - 1, int(steps * (1 / target - cost) / (1 - cost)))

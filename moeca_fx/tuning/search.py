@@ -1,7 +1,7 @@
 """`tune`: the best method for a target, at the output level and at the expert-branch level.
 
 Both levels share the calibrated schedule (`moeca_fx.calibration`). The number of full steps is the one continuous knob:
-it is searched by bisection for the target; the few other choices of a level are compared at that number.
+it is searched for the target; the few other choices of a level are compared at that number.
 """
 
 import logging
@@ -19,8 +19,8 @@ from moeca_fx.policies import Method
 from moeca_fx.policies.methods.calibrated import Calibrated
 from moeca_fx.provenance import fingerprint
 from moeca_fx.transform import transform
-from moeca_fx.tuning.candidates import FEWEST_FULL, BranchCandidates, OutputCandidates
-from moeca_fx.tuning.target import Target, parse_target
+from moeca_fx.tuning.candidates import FEWEST_FULL, BranchCandidates, OutputCandidates, fewer_full
+from moeca_fx.tuning.target import SLACK, Target, parse_target
 from moeca_fx.tuning.trials import Trial, TrialLog
 
 log = logging.getLogger(__name__)
@@ -174,28 +174,45 @@ class _Search:
         return True, trial.psnr if self.target.speedup is not None else trial.speedup
 
     def _best(self, make: Callable[[int], Method], steps: int) -> tuple[Method, Trial] | None:
-        """Bisect the number of full steps: the most that reach the speed-up, or the fewest that reach the PSNR."""
-        target, low, high = self.target, 1, steps - 1
-        if target.speedup is not None:
-            high = min(high, int(steps / target.speedup))
+        """The best number of full steps; None where the cache would be too large, or no number can be fast enough."""
+        return self._most_full(make, steps) if self.target.speedup is not None else self._fewest_full(make, steps)
+
+    def _most_full(self, make: Callable[[int], Method], steps: int) -> tuple[Method, Trial] | None:
+        """The most full steps that reach the speed-up: as many as it allows, then what the last trial says."""
+        speedup = self.target.speedup
+        assert speedup is not None
         best: tuple[Method, Trial] | None = None
-        while low <= high:
-            full = high if best is None and target.speedup is not None else (low + high) // 2
+        full = min(steps - 1, int(steps / speedup))
+        while full >= 1:
             method = make(full)
             trial = self._try(method)
-            if target.cache_bytes is not None and trial.cache_bytes > target.cache_bytes:
+            if self._too_large(trial):
                 return None
             if best is None or self.rank(trial) > self.rank(best[1]):
                 best = (method, trial)
-            fast_enough = target.speedup is None or target.met(trial.speedup, float("inf"), 0)
-            if target.speedup is not None:
-                low, high = (full + 1, high) if fast_enough else (low, full - 1)
-            else:
-                good = target.psnr is not None and trial.psnr >= target.psnr
-                low, high = (low, full - 1) if good else (full + 1, high)
-            if time.monotonic() > self.deadline:
+            if trial.speedup >= speedup * (1 - SLACK) or full == 1 or time.monotonic() > self.deadline:
                 break
+            full = max(1, fewer_full(steps, full, trial.speedup, speedup))
         return best
+
+    def _fewest_full(self, make: Callable[[int], Method], steps: int) -> tuple[Method, Trial] | None:
+        """The fewest full steps that reach the PSNR, by bisection."""
+        low, high = 1, steps - 1
+        best: tuple[Method, Trial] | None = None
+        while low <= high and (best is None or time.monotonic() <= self.deadline):
+            full = (low + high) // 2
+            method = make(full)
+            trial = self._try(method)
+            if self._too_large(trial):
+                return None
+            if best is None or self.rank(trial) > self.rank(best[1]):
+                best = (method, trial)
+            good = self.target.psnr is not None and trial.psnr >= self.target.psnr
+            low, high = (low, full - 1) if good else (full + 1, high)
+        return best
+
+    def _too_large(self, trial: Trial) -> bool:
+        return self.target.cache_bytes is not None and trial.cache_bytes > self.target.cache_bytes
 
     def _try(self, method: Method) -> Trial:
         done = self.trials.get(method)

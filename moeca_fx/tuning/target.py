@@ -8,6 +8,8 @@ from moeca_fx.errors import ConfigError
 
 _UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _NUMBER = r"(\d+(?:\.\d+)?)\s*"
+SLACK = 0.005
+"""Relative: a speed-up may fall short by the rounding of a step."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Target:
         return ", ".join(part for part in parts if part)
 
     def met(self, speedup: float, psnr: float, cache_bytes: float) -> bool:
-        """Whether a result is within all bounds; a speed-up may fall short by rounding of a step (0.5 %)."""
-        fast = self.speedup is None or speedup >= self.speedup * 0.995
+        """Whether a result is within all bounds; a speed-up may fall short by `SLACK`."""
+        fast = self.speedup is None or speedup >= self.speedup * (1 - SLACK)
         good = self.psnr is None or psnr >= self.psnr
         return fast and good and (self.cache_bytes is None or cache_bytes <= self.cache_bytes)
 

@@ -14,6 +14,7 @@ from moeca_fx.errors import ConfigError, InputError
 from moeca_fx.evaluate import psnr
 from moeca_fx.provenance import fingerprint
 from moeca_fx.tuning import Target, search
+from moeca_fx.tuning.candidates import fewer_full
 from moeca_fx.tuning.trials import Trial, TrialLog
 from moeca_fx.zoo.sampling import sample
 from tests.helpers import zoo_models
@@ -168,3 +169,11 @@ def test_samplers_that_cannot_be_tuned() -> None:
 def test_fingerprints_of_half_precision_runs() -> None:
     run = torch.randn(3, 4)
     assert fingerprint(run.bfloat16()) == fingerprint(run.bfloat16()) != fingerprint(run.half())
+
+
+def test_full_steps_for_a_speedup_follow_from_one_trial() -> None:
+    """50 steps, a cached one costs a fifth: K full cost K + .2 (50 - K), so 4x, 12.5 in all, allows 3.125."""
+    found = 50 / (12 + 0.2 * 38)
+    assert fewer_full(50, 12, found, 4.0) == 3
+    assert fewer_full(50, 12, found, 2.56) == 11
+    assert fewer_full(50, 12, found, 6.0) < 1, "a fifth of all steps is too slow for 6x"
