@@ -61,7 +61,7 @@ def main() -> None:
     if "output" in options.levels:
         write_output_policies(output, options.sampler, options.tries, folder, note)
     if "branch" in options.levels:
-        write_branch_policies(output, sampler, folder, note)
+        write_branch_policies(BranchCandidates(output, options.sampler), sampler, folder, note)
 
 
 def write_output_policies(output: OutputCandidates, sampler_name: str, tries: int, folder: Path, note: str) -> None:
@@ -73,9 +73,8 @@ def write_output_policies(output: OutputCandidates, sampler_name: str, tries: in
         print(path, flush=True)
 
 
-def write_branch_policies(output: OutputCandidates, sampler, folder: Path, note: str) -> None:
+def write_branch_policies(candidates: BranchCandidates, sampler, folder: Path, note: str) -> None:
     """Expert-branch forecasts with as many full steps as the speed-up allows; the variant with the closest images."""
-    candidates = BranchCandidates(output)
     for target in TARGETS:
         found = [try_branches(candidates, variant, target, sampler) for variant in VARIANTS]
         reached = [pair for pair in found if pair is not None]

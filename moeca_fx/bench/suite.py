@@ -73,13 +73,29 @@ def from_file(path: Path, steps: int, sampler: str) -> Entry:
     return Entry(f"ours {family}", "policy", "ours", method.as_dict(), setting, policy=method.method)
 
 
+def from_files(paths: Sequence[Path], steps: int, sampler: str) -> list[Entry]:
+    """`from_file` of each.
+
+    Raises:
+        ConfigError: as there, or two files have one name.
+    """
+    entries = [from_file(path, steps, sampler) for path in paths]
+    for position, entry in enumerate(entries):
+        if any(entry.name == other.name for other in entries[:position]):
+            raise ConfigError(
+                f"--policy-file: two files are called {paths[position].name}, and the table names policies by their "
+                "files; rename one"
+            )
+    return entries
+
+
 def label(fields: dict[str, Any]) -> str:
     """The fields as a short text, e.g. ``"N=4 O=1"``."""
     return " ".join(f"{SYMBOLS.get(name, name)}={value}" for name, value in fields.items())
 
 
 def choose(entries: Iterable[Entry], wanted: Sequence[str] | None) -> tuple[Entry, ...]:
-    """The baselines, and the entries whose names begin with these words (a family, or one setting); all by default.
+    """The baselines, ours, and the entries whose names begin with these words (a family, or one setting); else all.
 
     ``"taylorseer"`` is the family, ``"taylorseer N=4"`` its settings with this interval.
 
@@ -97,9 +113,8 @@ def choose(entries: Iterable[Entry], wanted: Sequence[str] | None) -> tuple[Entr
             f"--policies: expected families ({known}) or settings of them as the table names them, "
             f"found {', '.join(strangers) or 'none'}"
         )
-    return tuple(
-        entry for entry in entries if entry.group == "baseline" or any(_begins(entry, words) for words in wanted)
-    )
+    always = ("baseline", "ours")  # a policy file is given to be run
+    return tuple(entry for entry in entries if entry.group in always or any(_begins(entry, words) for words in wanted))
 
 
 def _begins(entry: Entry, words: str) -> bool:

@@ -54,7 +54,7 @@ def least_squares(rows: Tensor, target: Tensor, prior: Tensor, ridge: float = RI
     Returns:
         [..., N], float64.
     """
-    rows, target = rows.double(), target.double()
+    rows, target, prior = rows.double(), target.double(), prior.to(rows.device)
     size = rows.norm(dim=-1)  # [..., N]
     size = torch.where(size > 0, size, 1.0)
     unit = rows / size.unsqueeze(-1)

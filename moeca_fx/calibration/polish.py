@@ -3,7 +3,7 @@
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ def polish(
     seconds: float = math.inf,
     tries: int = 100,
     seed: int = 0,
+    losses: MutableMapping[tuple[int, ...], float] | None = None,
 ) -> Calibration:
     """Local search over schedules from `start`, refitting the weights of every candidate.
 
@@ -41,13 +42,21 @@ def polish(
         seconds: stops starting new tries after this time.
         tries: and after this many.
         seed: of the order of tries.
+        losses: of schedules tried before; those tried now are added. Makes an interrupted search cheap to repeat.
 
     Returns:
         The best calibration found; `start` itself if none is better.
     """
     chooser = random.Random(seed)
     deadline = time.monotonic() + seconds
-    best, best_loss = start, image_loss(sampler(Replay(model, start)), recording.final)
+    known = {} if losses is None else losses
+
+    def judge(full: tuple[int, ...], fitted: Calibration) -> float:
+        if full not in known:
+            known[full] = image_loss(sampler(Replay(model, fitted)), recording.final)
+        return known[full]
+
+    best, best_loss = start, judge(start.full, start)
     tried = {start.full}
     for _ in range(tries):
         if time.monotonic() >= deadline:
@@ -56,8 +65,10 @@ def polish(
         if candidate in tried:
             continue
         tried.add(candidate)
+        if known.get(candidate, -math.inf) >= best_loss:
+            continue
         fitted = fit(candidate)
-        loss = image_loss(sampler(Replay(model, fitted)), recording.final)
+        loss = judge(candidate, fitted)
         if loss < best_loss:
             best, best_loss = fitted, loss
     return best

@@ -72,7 +72,7 @@ def gap_costs(recording: Recording, law: Law, metric: Metric, inputs: bool, reac
             # Without a law of the sampler, errors of the outputs add up as they are.
             push = law.push[step] or 1.0 / steps
             error = law.keep[step] * error + push * (forecast - outputs[step])
-            costs[last, places, step + 1 - last] = metric.rows(error, step + 1).pow(2).sum(-1)
+            costs[last, places, step + 1 - last] = metric.rows(error, step + 1).pow(2).sum(-1).cpu()
     return costs
 
 

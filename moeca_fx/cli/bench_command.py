@@ -101,9 +101,9 @@ def bench(
     from moeca_fx.bench.run import Bench
     from moeca_fx.bench.store import Store
     from moeca_fx.bench.subject import Subject
-    from moeca_fx.bench.suite import choose, from_file, suite
+    from moeca_fx.bench.suite import choose, from_files, suite
 
-    ours = [from_file(path, steps, sampler) for path in policy_file or []]
+    ours = from_files(policy_file or [], steps, sampler)
     chosen = choose(suite(steps, settings.stochastic, ours), policies.split(",") if policies is not None else None)
     loaded = load_target(target, weights, batch)
     flow = flow_of(target, loaded.model)

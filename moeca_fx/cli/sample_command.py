@@ -18,7 +18,8 @@ from moeca_fx.cli.target import HELP, Target, load_target
 from moeca_fx.demo.picture import sample_grid
 from moeca_fx.errors import ConfigError, InputError, require
 from moeca_fx.files import prepare_folder, write_whole
-from moeca_fx.policies import Method, Policy, as_method
+from moeca_fx.policies import Method, Policy, as_method, build, names
+from moeca_fx.policies.registry import required_fields
 from moeca_fx.runtime.module import TransformedModel
 from moeca_fx.zoo.sampling import find_sampler, guided
 from moeca_fx.zoo.sampling import sample as draw
@@ -58,7 +59,7 @@ def sample(
     if not math.isfinite(guidance):
         raise InputError(f"--guidance must be a finite number, found {guidance}")
     find_sampler(sampler)
-    method = _method(policy, interval)
+    method = _method(policy, interval, steps)
     if isinstance(method, Method):
         method.check_run(steps, sampler)
     require("PIL", "demo")
@@ -97,11 +98,15 @@ def sample(
     )
 
 
-def _method(policy: str, interval: int | None) -> Method | Policy | None:
-    """What `--policy` names; None for the two that cache nothing."""
+def _method(policy: str, interval: int | None, steps: int) -> Method | Policy | None:
+    """What `--policy` names; None for the two that cache nothing. A method that must know the steps is told."""
     if policy in (ORIGINAL, NONE):
         return None
-    return as_method(policy) if interval is None else moeca_fx.MoECa(interval=interval)
+    if interval is not None:
+        return moeca_fx.MoECa(interval=interval)
+    if policy in names() and "steps" in required_fields(policy):
+        return build(policy, steps=steps)
+    return as_method(policy)
 
 
 def _velocity(flow: Flow, guidance: float, target: str) -> Callable[[nn.Module], Velocity]:

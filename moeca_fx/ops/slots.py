@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from moeca_fx.policies.branch import score_weight
-from moeca_fx.policies.selector import ScoreWeight
+from moeca_fx.policies.branch import ScoreWeight, score_weight
 
 REUSED = 0
 UNMATCHED = 2

@@ -6,11 +6,13 @@ branch, so that a reused feature never moves in memory.
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from moeca_fx.policies.selector import EntropyNorm, ScoreWeight
+ScoreWeight = Literal["share", "raw"]
+EntropyNorm = Literal["minmax", "log"]
 
 # Entropies (nats) closer than this differ by rounding only.
 ALIKE_ENTROPIES = 1e-5
@@ -200,5 +202,5 @@ def pick_share(rank: Tensor, share: float) -> Tensor:
 
 
 def pick_none(expert: Tensor) -> Tensor:
-    """No slot: [B, T, k] -> bool."""
+    """No slot, whatever it holds: [B, T, k] -> bool."""
     return torch.zeros_like(expert, dtype=torch.bool)

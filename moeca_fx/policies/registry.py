@@ -49,7 +49,7 @@ def method_class(name: object) -> type[Method]:
     raise ConfigError(f"no policy is called {name!r}; {hint}")
 
 
-def build(name: str, **values: Any) -> Method:
+def build(name: str, /, **values: Any) -> Method:
     """The method `name` with some fields set.
 
     Raises:
@@ -62,12 +62,24 @@ def build(name: str, **values: Any) -> Method:
         raise ConfigError(
             f"policy {name!r} has no field {', '.join(map(repr, unknown))}; its fields are {', '.join(known) or 'none'}"
         )
-    required = [key for key, field in known.items() if field.default is MISSING and field.default_factory is MISSING]
-    missing = [key for key in required if key not in values]
+    missing = [key for key in required_fields(name) if key not in values]
     if missing:
-        raise ConfigError(f"policy {name!r}: expected the field {', '.join(missing)}; give it a value")
+        raise ConfigError(
+            f"policy {name!r}: expected the field {', '.join(missing)}; give it a value, in a YAML file if only a name "
+            "can be given"
+        )
     # YAML has lists where fields are tuples.
     return kind(**{key: _tuples(value) for key, value in values.items()})
+
+
+def required_fields(name: str) -> tuple[str, ...]:
+    """Fields of the method `name` that have no default.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    found = fields(method_class(name))
+    return tuple(each.name for each in found if each.default is MISSING and each.default_factory is MISSING)
 
 
 def _tuples(value: Any) -> Any:

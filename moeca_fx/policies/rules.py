@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 from moeca_fx.errors import ConfigError
 from moeca_fx.policies.checks import check_choice, check_integer, check_number
 from moeca_fx.policies.predictor import Hold, Predictor
-from moeca_fx.policies.selector import BranchSelector, ScoreThreshold, TokenSelector
+from moeca_fx.policies.selector import BranchPicker, BranchSelector, ScoreThreshold, TokenSelector
 
 AttentionMode = Literal["synchronized", "reuse", "full"]
 RowMode = Literal["inherit", "reuse", "full"]
@@ -142,5 +142,15 @@ class BranchRule(Rule):
         check_choice(self, "attention", ("synchronized", "reuse", "full"))
         check_choice(self, "dense_ffn", ("inherit", "reuse", "full"))
         check_choice(self, "shared_expert", ("inherit", "reuse", "full"))
+        if not isinstance(self.selector, ScoreThreshold | BranchPicker):
+            raise ConfigError(
+                "BranchRule.selector: expected a ScoreThreshold or a BranchPicker, found "
+                f"{type(self.selector).__name__}; derive the selector from BranchPicker"
+            )
+        if isinstance(self.selector, BranchPicker) and "error" in self.selector.signals and self.predictor.terms < 2:
+            raise ConfigError(
+                "BranchRule.selector: 'error' is what a forecast missed, and this predictor holds its values; use "
+                "Lagrange(1) or a higher order, or another signal"
+            )
         if self.margin is not None:
             check_number(self, "margin", "None or a finite number >= 0")

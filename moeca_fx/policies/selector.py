@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from moeca_fx.policies.branch import EntropyNorm, ScoreWeight, pick_none, pick_share
 from moeca_fx.policies.checks import check_choice, check_number
 
-ScoreWeight = Literal["share", "raw"]
-EntropyNorm = Literal["minmax", "log"]
 Signal = Literal["received", "age", "error"]
+BranchSignal = Literal["expert", "score", "error"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,36 @@ class TokenSelector(ABC):
 
 
 class BranchSelector:
-    """Picks branches whose expert the token's cache holds. The kinds are known to the branch level's pass."""
+    """Picks branches whose expert the token's cache holds: MoECa's `ScoreThreshold`, or a `BranchPicker`."""
+
+    score_weight: ScoreWeight = "share"
+
+
+class BranchPicker(BranchSelector, ABC):
+    """Picks them with one function over what each cache slot is worth.
+
+    Signals that it may ask for, each [B, T, k], an entry a slot: ``expert``, the expert that the slot holds; ``score``,
+    MoECa's score (Eq. 9) with the weights `lambda1`, `lambda2` and the kind `score_weight`, minus infinity where the
+    expert is not routed to any more; ``error``, the weighted L2 norm of what a forecast of the branch would have missed
+    at the last full step (only with a predictor that forecasts).
+    """
+
+    lambda1: float = 1.1
+    lambda2: float = 0.6
+
+    @property
+    @abstractmethod
+    def signals(self) -> tuple[BranchSignal, ...]:
+        """What `function` takes first, in order."""
+
+    @property
+    @abstractmethod
+    def function(self) -> Callable[..., Tensor]:
+        """``function(*signals, *arguments) -> mask [B, T, k]`` of slots to recompute, at module level."""
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Constant arguments."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -80,12 +109,22 @@ class ScoreThreshold(BranchSelector):
 
 
 @dataclass(frozen=True)
-class Unmatched(BranchSelector):
+class Unmatched(BranchPicker):
     """Recompute nothing that the cache holds."""
+
+    @property
+    def signals(self) -> tuple[BranchSignal, ...]:
+        """See `BranchPicker.signals`."""
+        return ("expert",)
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        """See `BranchPicker.function`."""
+        return pick_none
 
 
 @dataclass(frozen=True)
-class Budget(BranchSelector):
+class Budget(BranchPicker):
     """Recompute the given share of each sample's branches, those with the highest rank first.
 
     Args:
@@ -107,3 +146,17 @@ class Budget(BranchSelector):
         check_choice(self, "score_weight", ("share", "raw"))
         for name in ("lambda1", "lambda2"):
             check_number(self, name)
+
+    @property
+    def signals(self) -> tuple[BranchSignal, ...]:
+        """See `BranchPicker.signals`."""
+        return (self.by,)
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        """See `BranchPicker.function`."""
+        return pick_share
+
+    def arguments(self) -> tuple[Any, ...]:
+        """See `BranchPicker.arguments`."""
+        return (self.share,)

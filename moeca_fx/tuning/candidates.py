@@ -1,7 +1,7 @@
 """Methods to try: calibrated forecasts of the output, and of expert branches on the same schedule."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -70,13 +70,20 @@ class OutputCandidates:
         )
         return _as_method(found, sampler_name)
 
-    def polished(self, method: Calibrated, tries: int, seconds: float = math.inf) -> Calibrated:
+    def polished(
+        self,
+        method: Calibrated,
+        tries: int,
+        seconds: float = math.inf,
+        losses: MutableMapping[tuple[int, ...], float] | None = None,
+    ) -> Calibrated:
         """`method` with its full steps moved one at a time wherever that brings the images closer; see `polish`.
 
         Args:
             method: of this object, order 1.
             tries: moves that are tried.
             seconds: no further try starts after this time.
+            losses: see `polish`.
         """
 
         def fit(full: tuple[int, ...]) -> Calibration:
@@ -85,7 +92,9 @@ class OutputCandidates:
             )
 
         start = Calibration(self.steps, method.full, dict(method.weights), 1, method.inputs)
-        found = polish(start, fit, self.recording, self.sampler, self.plain, seconds=seconds, tries=tries)
+        found = polish(
+            start, fit, self.recording, self.sampler, self.plain, seconds=seconds, tries=tries, losses=losses
+        )
         return _as_method(found, method.sampler)
 
     def schedule(self, full: int) -> tuple[int, ...]:
@@ -109,10 +118,10 @@ class BranchVariant:
 
 
 class BranchCandidates:
-    """MoECa's branches, forecast, on the calibrated schedule."""
+    """MoECa's branches, forecast, on the calibrated schedule; the sampler's name goes into the policy."""
 
-    def __init__(self, output: OutputCandidates) -> None:
-        self.output, self.steps = output, output.steps
+    def __init__(self, output: OutputCandidates, sampler_name: str = "") -> None:
+        self.output, self.steps, self.sampler_name = output, output.steps, sampler_name
 
     def variants(self) -> tuple[BranchVariant, ...]:
         """The most promising first."""
@@ -121,7 +130,11 @@ class BranchCandidates:
     def method(self, full: int, variant: BranchVariant) -> BranchForecast:
         """The variant with `full` full steps."""
         return BranchForecast(
-            order=variant.order, steps=self.steps, full=self.output.schedule(full), margin=variant.margin
+            order=variant.order,
+            steps=self.steps,
+            full=self.output.schedule(full),
+            sampler=self.sampler_name,
+            margin=variant.margin,
         )
 
 

@@ -8,6 +8,8 @@ from moeca_fx.errors import ConfigError
 
 _UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _NUMBER = r"(\d+(?:\.\d+)?)\s*"
+DEFAULT_SPEEDUP = 3.0
+"""Of a target that is a cache size alone."""
 SLACK = 0.005
 """Relative: a speed-up may fall short by the rounding of a step."""
 
@@ -15,6 +17,8 @@ SLACK = 0.005
 @dataclass(frozen=True)
 class Target:
     """Bounds; None is no bound. With a speed-up the search maximises PSNR, else it maximises the speed-up.
+
+    A cache size alone does not say which: it is taken with a speed-up of `DEFAULT_SPEEDUP`.
 
     Attributes:
         speedup: at least this many times fewer FLOPs than the uncached model.
@@ -27,11 +31,15 @@ class Target:
     cache_bytes: float | None = None
 
     def __post_init__(self) -> None:
-        if self.speedup is None and self.psnr is None:
+        if self.speedup is None and self.psnr is None and self.cache_bytes is None:
             raise ConfigError(
-                "target: expected a speed-up such as '3x' or a quality such as '40dB' (a cache size alone does not say "
-                "what to prefer), found neither; add one"
+                "target: expected a speed-up such as '3x', a quality such as '40dB' or a cache size such as '1.2GB', "
+                "found none; give one"
             )
+        if self.cache_bytes is not None and self.cache_bytes <= 0:
+            raise ConfigError(f"target: expected a cache size above 0 bytes, found {self.cache_bytes:g}")
+        if self.speedup is None and self.psnr is None:
+            object.__setattr__(self, "speedup", DEFAULT_SPEEDUP)
         if self.speedup is not None and self.speedup <= 1:
             raise ConfigError(f"target: expected a speed-up above 1x, found {self.speedup:g}x")
 

@@ -9,7 +9,7 @@ from moeca_fx.bench.cache_dit import CacheDitSettings
 from moeca_fx.bench.entries import Entry
 from moeca_fx.bench.fitted import FITTED
 from moeca_fx.bench.settings import BenchSettings
-from moeca_fx.bench.suite import choose, from_file, label, suite
+from moeca_fx.bench.suite import choose, from_file, from_files, label, suite
 from moeca_fx.errors import ConfigError
 from moeca_fx.zoo.solvers import SOLVERS
 
@@ -64,6 +64,12 @@ def test_a_policy_file_is_an_entry_of_ours(tmp_path):
     assert (entry.family, entry.label, entry.group, entry.method) == ("ours best", "3x", "ours", "moeca")
     assert entry.fields["interval"] == 7
     assert choose(suite(20, False, [entry]), ["ours"])[-1] == entry
+    assert choose(suite(20, False, [entry]), ["fora"])[-1] == entry, "a file that is given is run"
+    other = tmp_path / "other" / "best-3x.yaml"
+    other.parent.mkdir()
+    other.write_text("policy: fora\n")
+    with pytest.raises(ConfigError, match=r"two files are called best-3x\.yaml"):
+        from_files([path, other], 20, "euler")
     path.write_text("policy: toca\nsteps: 30\n")
     with pytest.raises(ConfigError, match="made for 30 steps, found 20"):
         from_file(path, 20, "euler")

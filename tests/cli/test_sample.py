@@ -39,6 +39,12 @@ def test_classes_fill_rows_of_ten(run, project):
         assert picture.size == (10 * 96 + 9 * 4, 2 * 96 + 4)
 
 
+@pytest.mark.parametrize("policy", ["toca", "teacache"])
+def test_a_method_that_must_know_the_steps_is_told(run, policy):
+    result = run("sample", "tiny_models:tiny", *STEPS, "--policy", policy, "--out", "it.png")
+    assert result.exit_code == 0, result.output
+
+
 def test_policies_agree_where_they_must(run, project):
     for policy in (("original",), ("none",), ("moeca", "--interval", "1")):
         result = run("sample", "tiny_models:tiny", *STEPS, "--policy", *policy, "--out", f"{policy[0]}.png")
@@ -98,6 +104,7 @@ def test_the_seed_decides(run, project):
         (["--out", "picture.jpg"], ".png"),
         (["--weights", "nowhere.pt"], "nowhere.pt"),
         (["--policy", "magic"], "magic"),
+        (["--policy", "calibrated"], "expected the field full, weights; give it a value, in a YAML file"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_written(refuse, arguments, part):

@@ -5,8 +5,8 @@ from typing import get_args
 import pytest
 
 from moeca_fx import MoECa
+from moeca_fx.policies.branch import EntropyNorm, ScoreWeight
 from moeca_fx.policies.rules import AttentionMode, RowMode
-from moeca_fx.policies.selector import EntropyNorm, ScoreWeight
 from tests.policies.comparison import run_both
 from tests.reference.cases import FAMILIES, Family
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from moeca_fx.ops import branch_plan, grouped_linear
 from moeca_fx.policies.branch import (
+    EntropyNorm,
+    ScoreWeight,
     branch_score,
     decide,
     expert_threshold,
@@ -17,7 +19,6 @@ from moeca_fx.policies.branch import (
     routing_share,
     update_activation,
 )
-from moeca_fx.policies.selector import EntropyNorm, ScoreWeight
 from tests.reference import moe_site
 
 settings.register_profile("branch", max_examples=60, deadline=None, derandomize=True)

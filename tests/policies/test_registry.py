@@ -33,6 +33,7 @@ def test_the_default_is_moeca_as_published() -> None:
         ("policy: fura", "no policy is called 'fura'; did you mean fora"),
         ("policy: zzzzzz", "known policies: "),
         ("policy: fora\nintervall: 3", "has no field 'intervall'; its fields are interval"),
+        ("policy: moeca\nname: my run", "has no field 'name'"),
         ("policy: fora\ninterval: four", "found 'four'"),
         ("policy: fora\ninterval: 0", "expected an integer >= 1"),
         ("policy: fora\ninterval: 2.5", "found 2.5"),

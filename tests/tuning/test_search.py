@@ -1,5 +1,6 @@
 """The search on a tiny model: targets met or said to be missed, the same result twice, nothing lost on interruption."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import moeca_fx
 from moeca_fx import policies
-from moeca_fx.errors import ConfigError, InputError
+from moeca_fx.errors import ConfigError, InputError, MoecaError
 from moeca_fx.evaluate import psnr
 from moeca_fx.provenance import fingerprint
 from moeca_fx.tuning import Target, search
@@ -115,9 +116,16 @@ def test_a_target_out_of_reach_is_said_with_the_best_found() -> None:
     assert not found.met and found.held_out.speedup > 1
 
 
-def test_too_little_cache() -> None:
-    with pytest.raises(ConfigError, match="no method keeps so little"):
-        moeca_fx.tune(_model(), CALIBRATION, "2x,1B", held_out=HELD_OUT, level="output")
+@pytest.mark.parametrize("target", ["2x,1B", "35dB,1B", "13x"])
+def test_what_cannot_be_met_gives_the_nearest(target: str) -> None:
+    found = moeca_fx.tune(_model(), CALIBRATION, target, held_out=HELD_OUT, level="output")
+    assert not found.met and found.held_out is not None
+    assert found.held_out.cache_bytes > 1 and (found.held_out.speedup == pytest.approx(12) or target != "13x")
+
+
+def test_without_held_out_latents_the_report_is_of_those_compared_on() -> None:
+    found = moeca_fx.tune(_model(), CALIBRATION, "3x", level="output")
+    assert found.met and found.held_out is None
 
 
 def test_an_interrupted_search_repeats_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +151,35 @@ def test_an_interrupted_search_repeats_nothing(tmp_path: Path, monkeypatch: pyte
     assert found.trials >= 3
 
 
+def test_moved_steps_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "made" / "trials.jsonl"
+    first = moeca_fx.tune(_model(), CALIBRATION, "3x", level="output", log_file=str(log))
+    lines = log.read_text().splitlines()
+    assert sum('"full"' in line and '"loss"' in line for line in lines) > 5
+    judged: list[Tensor] = []
+    module = importlib.import_module("moeca_fx.calibration.polish")
+    monkeypatch.setattr(module, "image_loss", lambda images, reference: judged.append(images))
+    again = moeca_fx.tune(_model(), CALIBRATION, "3x", level="output", log_file=log)
+    assert again.method == first.method and not judged and log.read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize("content", ['{"name": "mine"}', '{"name": "mine"}\n', "a\nb", '{"run": "x", "other": 1}\n'])
+def test_a_file_that_is_no_log_is_refused_and_kept(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="expected a trial"):
+        moeca_fx.tune(_model(), CALIBRATION, "3x", log_file=path)
+    assert path.read_text() == content
+
+
+def test_a_log_that_cannot_be_read_or_written(tmp_path: Path) -> None:
+    with pytest.raises(MoecaError, match="cannot be read"):
+        moeca_fx.tune(_model(), CALIBRATION, "3x", log_file=tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MoecaError, match="cannot be written"):
+        moeca_fx.tune(_model(), CALIBRATION, "3x", level="output", log_file=tmp_path / "file" / "log.jsonl")
+
+
 def test_samplers_that_cannot_be_tuned() -> None:
     with pytest.raises(InputError, match="without calling"):
         moeca_fx.tune(_model(), lambda model: torch.zeros(1), "3x", held_out=HELD_OUT)
@@ -160,8 +197,13 @@ def test_samplers_that_cannot_be_tuned() -> None:
             "3x",
             held_out=HELD_OUT,
         )
-    with pytest.raises(ConfigError, match="out of reach with 12 steps"):
-        moeca_fx.tune(_model(), CALIBRATION, "13x", held_out=HELD_OUT)
+
+    def guided(run: Any) -> Tensor:
+        with run.context("cond"):
+            return run(torch.randn(4, 4, 8, 8), torch.zeros(4), torch.arange(4))
+
+    with pytest.raises(InputError, match="guidance in two calls; calibrate without guidance"):
+        moeca_fx.tune(_model(), guided, "3x")
     with pytest.raises(ConfigError, match="level"):
         moeca_fx.tune(_model(), CALIBRATION, "3x", held_out=HELD_OUT, level="deep")  # type: ignore[arg-type]
 

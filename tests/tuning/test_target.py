@@ -29,12 +29,18 @@ def test_read(text: str, expected: Target) -> None:
         ("-3x", "found '-3x'"),
         ("1x", "above 1x"),
         ("3x,4x", "speedup is given twice"),
-        ("1.2GB", "a cache size alone"),
+        ("0MB", "cache size above 0 bytes"),
     ],
 )
 def test_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_target(text)
+
+
+def test_a_cache_size_alone_is_taken_at_three_times_fewer_flops() -> None:
+    assert parse_target("1.2GB") == Target(speedup=3.0, cache_bytes=1.2e9)
+    with pytest.raises(ConfigError, match="found none"):
+        Target()
 
 
 def test_met() -> None:

@@ -16,8 +16,9 @@ from moeca_fx.ops import dispatch, forecast, rows, slots
 from moeca_fx.passes.cache.builder import StepBuilder
 from moeca_fx.passes.cache.plan import SitePlan, needs_error, shared_axes
 from moeca_fx.policies import branch
+from moeca_fx.policies.branch import ScoreWeight
 from moeca_fx.policies.rules import BranchRule
-from moeca_fx.policies.selector import Budget, ScoreThreshold, ScoreWeight
+from moeca_fx.policies.selector import ScoreThreshold
 
 
 def store_branch_states(step: StepBuilder, plans: Sequence[SitePlan], rule: BranchRule) -> None:
@@ -54,7 +55,7 @@ def _store_attention(step: StepBuilder, plan: SitePlan, site: AttentionSite) -> 
 
 def score_weight_of(rule: BranchRule) -> ScoreWeight:
     """What the kept weight is: as the rule's score reads it, else the share."""
-    return rule.selector.score_weight if isinstance(rule.selector, ScoreThreshold | Budget) else "share"
+    return rule.selector.score_weight
 
 
 def _store_moe(step: StepBuilder, plan: SitePlan, site: MoESite, rule: BranchRule) -> None:

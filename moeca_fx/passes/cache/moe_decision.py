@@ -24,7 +24,7 @@ from moeca_fx.passes.cache.builder import StepBuilder
 from moeca_fx.passes.cache.full_step import score_weight_of
 from moeca_fx.policies import branch
 from moeca_fx.policies.rules import BranchRule
-from moeca_fx.policies.selector import Budget, ScoreThreshold, Unmatched
+from moeca_fx.policies.selector import BranchPicker, BranchSignal, ScoreThreshold
 
 
 @dataclass(frozen=True)
@@ -165,18 +165,19 @@ def _criterion(step: StepBuilder, site: MoESite, rule: BranchRule, expert: fx.No
         activation = step.emit(branch.update_activation, before, expert, selector.beta, name=f"{base}_activation")
         options = (selector.tau0, selector.alpha, selector.entropy_norm)
         return _Criterion(step.emit(branch.expert_threshold, activation, *options, name=f"{base}_threshold"), None)
-    if isinstance(selector, Budget):
-        rank = step.cache.get(f"{site.path}.error") or _rank_by_score(step, site, selector, expert, weight)
-        return _Criterion(None, step.emit(branch.pick_share, rank, selector.share, name=f"{base}_picked"))
-    assert isinstance(selector, Unmatched), f"{selector!r}: no branch selector that this pass knows"
-    return _Criterion(None, step.emit(branch.pick_none, expert, name=f"{base}_picked"))
+    assert isinstance(selector, BranchPicker), f"{selector!r}: expected ScoreThreshold or a BranchPicker"
+    signals = [_signal(step, site, selector, kind, expert, weight) for kind in selector.signals]
+    return _Criterion(None, step.emit(selector.function, *signals, *selector.arguments(), name=f"{base}_picked"))
 
 
-def _rank_by_score(step: StepBuilder, site: MoESite, selector: Budget, expert: fx.Node, weight: fx.Node) -> fx.Node:
-    held = _held(step, site)
+def _signal(
+    step: StepBuilder, site: MoESite, selector: BranchPicker, kind: BranchSignal, expert: fx.Node, weight: fx.Node
+) -> fx.Node:
+    if kind != "score":
+        return step.cache[f"{site.path}.{kind}"]
     options = (selector.lambda1, selector.lambda2, selector.score_weight)
     name = f"{site.path}_rank".replace(".", "_")
-    return step.emit(branch.rank_by_score, expert, weight, *held.values(), *options, name=name)
+    return step.emit(branch.rank_by_score, expert, weight, *_held(step, site).values(), *options, name=name)
 
 
 def _held(step: StepBuilder, site: MoESite) -> dict[str, fx.Node]:

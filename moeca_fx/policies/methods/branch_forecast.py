@@ -20,6 +20,7 @@ class BranchForecast(Method):
         order: of the polynomial through the last features (`Lagrange`); 0 holds them.
         interval, warmup: of a fixed cycle, used when `full` is empty.
         steps, full: length of the trajectory and its full steps, of a calibrated schedule.
+        sampler: name of the sampler that schedule was calibrated with; empty where it does not matter.
         select: what is recomputed besides branches that are new to the cache: ``"none"``, ``"score"`` over MoECa's
             threshold, or a share of the branches by ``"score_budget"`` or ``"error_budget"`` (what the forecast missed
             at the last full step).
@@ -36,6 +37,7 @@ class BranchForecast(Method):
     warmup: int = 2
     steps: int = 0
     full: tuple[int, ...] = ()
+    sampler: str = ""
     select: Literal["none", "score", "score_budget", "error_budget"] = "none"
     share: float = 0.1
     tau0: float = 0.8

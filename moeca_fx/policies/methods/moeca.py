@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moeca_fx.policies.branch import EntropyNorm, ScoreWeight
 from moeca_fx.policies.checks import check_integer, check_number
 from moeca_fx.policies.policy import Method, Policy
 from moeca_fx.policies.rules import AttentionMode, BranchRule, RowMode
 from moeca_fx.policies.schedule import Cycle
-from moeca_fx.policies.selector import EntropyNorm, ScoreThreshold, ScoreWeight
+from moeca_fx.policies.selector import ScoreThreshold
 
 
 @dataclass(frozen=True)
