@@ -1,15 +1,18 @@
 """Methods to try: calibrated forecasts of the output, and of expert branches on the same schedule."""
 
 import math
+import time
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from moeca_fx.calibration import (
     Calibration,
+    Metric,
+    Replay,
     best_schedule,
     calibrate,
     find_law,
@@ -19,10 +22,14 @@ from moeca_fx.calibration import (
     polish,
     record,
 )
+from moeca_fx.calibration.metric import PLAIN_SHARE
+from moeca_fx.calibration.polish import image_loss
 from moeca_fx.calibration.schedule_search import longest_gap
 from moeca_fx.policies.methods.branch_forecast import BranchForecast
 from moeca_fx.policies.methods.calibrated import Calibrated
 
+# Weights of the plain error beside the projected one: almost none, and almost nothing else.
+PLAIN_SHARES = (PLAIN_SHARE, 10.0)
 # Unless a search knows better, costs of gaps are computed once for at least this share of full steps.
 FEWEST_FULL = 0.1
 
@@ -46,9 +53,12 @@ class OutputCandidates:
         self.metric = image_metric(self.recording, self.law, model)
 
     @lru_cache(maxsize=4)  # noqa: B019  # one object lives as long as a search
-    def costs(self, reach: int, inputs: bool) -> Tensor:
-        """Costs of gaps up to `reach`."""
-        return gap_costs(self.recording, self.law, self.metric, inputs, reach)
+    def costs(self, reach: int, inputs: bool, plain_share: float = PLAIN_SHARE) -> Tensor:
+        """Costs of gaps up to `reach`, with this weight of the plain error (`Metric`)."""
+        return gap_costs(self.recording, self.law, self._metric(plain_share), inputs, reach)
+
+    def _metric(self, plain_share: float) -> Metric:
+        return replace(self.metric, plain_share=plain_share)
 
     def reach(self, full: int) -> int:
         """A reach that serves many numbers of full steps, so that costs are computed once or twice."""
@@ -75,27 +85,50 @@ class OutputCandidates:
         method: Calibrated,
         tries: int,
         seconds: float = math.inf,
-        losses: MutableMapping[tuple[int, ...], float] | None = None,
+        losses: Callable[[float], MutableMapping[tuple[int, ...], float]] | None = None,
     ) -> Calibrated:
-        """`method` with its full steps moved one at a time wherever that brings the images closer; see `polish`.
+        """The best of several starts with as many full steps, its steps then moved one at a time; see `polish`.
+
+        The starts are the schedule of `method`, the one that a metric of mostly the plain error finds, and even steps,
+        each with weights fitted under both metrics. Far from the recorded run, as in long gaps of a stochastic sampler,
+        the linear estimate of what an error does to the image misleads; the images themselves decide.
 
         Args:
             method: of this object, order 1.
             tries: moves that are tried.
-            seconds: no further try starts after this time.
-            losses: see `polish`.
+            seconds: no further start or try begins after this time.
+            losses: what is known of schedules, by the weight of the plain error; see `polish`.
         """
-
-        def fit(full: tuple[int, ...]) -> Calibration:
-            return fit_weights(
-                self.recording, self.sampler, self.plain, full, law=self.law, metric=self.metric, inputs=method.inputs
-            )
-
-        start = Calibration(self.steps, method.full, dict(method.weights), 1, method.inputs)
+        deadline = time.monotonic() + seconds
+        memory = losses or (lambda _: {})
+        known = {share: memory(share) for share in PLAIN_SHARES}
+        full = len(method.full)
+        plain = best_schedule(self.costs(self.reach(full), method.inputs, PLAIN_SHARES[-1]), full)
+        even = tuple(sorted({index * self.steps // full for index in range(full)}))
+        best: tuple[float, float, Calibration] | None = None
+        for share in PLAIN_SHARES:
+            for start in dict.fromkeys((method.full, plain, even)):
+                if best is not None and time.monotonic() >= deadline:
+                    break
+                fitted = self._fit(start, method.inputs, share)
+                loss = known[share].get(start)
+                if loss is None:
+                    loss = image_loss(self.sampler(Replay(self.plain, fitted)), self.recording.final)
+                    known[share][start] = loss
+                if best is None or loss < best[0]:
+                    best = loss, share, fitted
+        assert best is not None
+        _, share, begin = best
+        left = max(0.0, deadline - time.monotonic())
+        fit = partial(self._fit, inputs=method.inputs, plain_share=share)
         found = polish(
-            start, fit, self.recording, self.sampler, self.plain, seconds=seconds, tries=tries, losses=losses
+            begin, fit, self.recording, self.sampler, self.plain, seconds=left, tries=tries, losses=known[share]
         )
         return _as_method(found, method.sampler)
+
+    def _fit(self, full: tuple[int, ...], inputs: bool, plain_share: float) -> Calibration:
+        metric = self._metric(plain_share)
+        return fit_weights(self.recording, self.sampler, self.plain, full, law=self.law, metric=metric, inputs=inputs)
 
     def schedule(self, full: int) -> tuple[int, ...]:
         """The best `full` steps for an order-1 forecast without inputs, which features in the network are."""

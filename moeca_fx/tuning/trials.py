@@ -31,9 +31,6 @@ class TrialLog:
         path: the file; None keeps everything in memory.
         run: fingerprint of the calibration run; lines of other runs in the file are ignored.
 
-    Attributes:
-        losses: what `calibration.polish` found of a schedule; written down as it is set.
-
     Raises:
         ConfigError: the file holds something else than trials; it is left as it is.
         MoecaError: the file cannot be read.
@@ -42,18 +39,22 @@ class TrialLog:
     def __init__(self, path: Path | None, run: str) -> None:
         self.path, self.run = path, run
         self._done: dict[str, Trial] = {}
-        self.losses = _Losses(self._write)
+        self._losses: dict[float, _Losses] = {}
         for entry in _entries(path) if path is not None else ():
             if entry["run"] != run:
                 continue
             if "trial" in entry:
                 self._done[entry["method"]] = Trial(**entry["trial"])
             else:
-                self.losses.data[tuple(entry["full"])] = entry["loss"]
+                self.losses(entry["plain_share"]).data[tuple(entry["full"])] = entry["loss"]
 
     def get(self, method: Method) -> Trial | None:
         """The finished trial of this method, if any."""
         return self._done.get(_key(method))
+
+    def losses(self, plain_share: float) -> "_Losses":
+        """What is known of schedules fitted with this weight of the plain error; written down as it is set."""
+        return self._losses.setdefault(plain_share, _Losses(self._write, plain_share))
 
     def add(self, method: Method, trial: Trial) -> None:
         """Remember a trial, on disk first.
@@ -76,12 +77,12 @@ class TrialLog:
 
 
 class _Losses(UserDict[tuple[int, ...], float]):
-    def __init__(self, write: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, write: Callable[[dict[str, Any]], None], plain_share: float) -> None:
         super().__init__()
-        self._write = write
+        self._write, self._plain_share = write, plain_share
 
     def __setitem__(self, full: tuple[int, ...], loss: float) -> None:
-        self._write({"full": list(full), "loss": loss})
+        self._write({"full": list(full), "plain_share": self._plain_share, "loss": loss})
         self.data[full] = loss
 
 
@@ -119,7 +120,7 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
             complete &= isinstance(entry["method"], str)
         else:
             tuple(entry["full"])
-            complete &= isinstance(entry["loss"], float)
+            complete &= isinstance(entry["loss"], float) and isinstance(entry["plain_share"], float)
     except (ValueError, KeyError, TypeError):
         complete = False
     if not complete:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 import moeca_fx
 from moeca_fx import policies
+from moeca_fx.calibration.polish import image_loss
 from moeca_fx.errors import ConfigError, InputError, MoecaError
 from moeca_fx.evaluate import psnr
 from moeca_fx.provenance import fingerprint
 from moeca_fx.tuning import Target, search
-from moeca_fx.tuning.candidates import fewer_full
+from moeca_fx.tuning.candidates import PLAIN_SHARES, OutputCandidates, fewer_full
 from moeca_fx.tuning.trials import Trial, TrialLog
 from moeca_fx.zoo.sampling import sample
 from tests.helpers import zoo_models
@@ -157,8 +158,9 @@ def test_moved_steps_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     lines = log.read_text().splitlines()
     assert sum('"full"' in line and '"loss"' in line for line in lines) > 5
     judged: list[Tensor] = []
-    module = importlib.import_module("moeca_fx.calibration.polish")
-    monkeypatch.setattr(module, "image_loss", lambda images, reference: judged.append(images))
+    for name in ("moeca_fx.calibration.polish", "moeca_fx.tuning.candidates"):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, "image_loss", lambda images, reference: judged.append(images))
     again = moeca_fx.tune(_model(), CALIBRATION, "3x", level="output", log_file=log)
     assert again.method == first.method and not judged and log.read_text().splitlines() == lines
 
@@ -211,6 +213,22 @@ def test_samplers_that_cannot_be_tuned() -> None:
 def test_fingerprints_of_half_precision_runs() -> None:
     run = torch.randn(3, 4)
     assert fingerprint(run.bfloat16()) == fingerprint(run.bfloat16()) != fingerprint(run.half())
+
+
+def test_the_images_choose_between_starts() -> None:
+    """With fresh noise at every step and few full steps, the linear estimate of an error's effect misleads."""
+    noise, labels = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4)
+    model = _model()
+    plain = moeca_fx.transform(model, zoo_models.inputs(4), policy=None)
+    output = OutputCandidates(model, plain, lambda run: sample(run, noise, labels, STEPS, sampler="ancestral"))
+    first = output.method(3, "ancestral")
+    seen: dict[float, dict[tuple[int, ...], float]] = {share: {} for share in PLAIN_SHARES}
+    chosen = output.polished(first, 0, losses=lambda share: seen[share])
+    assert all(first.full in losses and (0, 4, 8) in losses for losses in seen.values())
+    images = output.sampler(plain.with_policy(chosen))
+    assert image_loss(images, output.recording.final) == pytest.approx(
+        min(loss for losses in seen.values() for loss in losses.values()), abs=1e-3
+    )
 
 
 def test_full_steps_for_a_speedup_follow_from_one_trial() -> None:
