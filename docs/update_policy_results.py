@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moeca_fx.bench.suite import suite
 from moeca_fx.tuning.target import SLACK
 
 DOCS = Path(__file__).parent
@@ -102,6 +103,25 @@ def family_table(content: dict[str, Any]) -> list[str]:
     return lines
 
 
+def command(content: dict[str, Any]) -> str:
+    """The command that makes a section, but for its policy files."""
+    settings = content["settings"]
+    words = [f"moeca-fx bench {content['target']} --steps {settings['steps']} --sampler {settings['sampler']}"]
+    words.append(f"--batch {settings['batch']} --samples {settings['samples']} --threads {settings['threads']}")
+    ran = {row["name"] for row in content["rows"]}
+    listed = [e for e in suite(settings["steps"], settings["sampler"] != "euler") if e.group in ("peer", "paper")]
+    chosen = []
+    for family in dict.fromkeys(entry.family for entry in listed):
+        names = [entry.name for entry in listed if entry.family == family]
+        found = [name for name in names if name in ran]
+        chosen += [family] if found == names else found
+    if any(entry.name not in ran for entry in listed):
+        words.append(f'--policies "{",".join(chosen)}"')
+    if not any(row.get("latency") for row in content["rows"]):
+        words.append("--no-latency")
+    return " ".join(words)
+
+
 def section(folder: Path) -> list[str]:
     """One bench run."""
     content = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
@@ -110,7 +130,10 @@ def section(folder: Path) -> list[str]:
     lines = [f"## {name}", ""]
     lines += [
         f"{settings['samples']} images of classes with odd numbers, noise seed {settings['seed']}; calibrated on other "
-        f"latents of even classes. torch {content['versions']['torch']}, CPU, fp32.",
+        f"latents of even classes. torch {content['versions']['torch']}, Python {content['versions']['python']}, CPU "
+        f"({content['environment']['cpu_capability']}), fp32, threads: {settings['threads']}. With the policy files:",
+        "",
+        f"    {command(content)}",
         "",
         *margin_table(content),
         "",

@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).parents[2] / "docs" / "update_policy_results.py"
 
 def run(speedup, psnr, group="peer", family="fora"):
     quality = {"flops_speedup": speedup, "psnr": psnr, "psnr_median": psnr + 1}
-    return {"name": f"{family} x", "family": family, "group": group, "quality": quality}
+    return {"name": f"{family} N=4", "family": family, "group": group, "quality": quality}
 
 
 def write_bench(folder, sampler, margin, fid):
@@ -33,8 +33,9 @@ def write_bench(folder, sampler, margin, fid):
     ]
     content = {
         "target": "digits",
-        "settings": {"steps": 20, "sampler": sampler, "samples": 8, "seed": 1},
-        "versions": {"torch": "2"},
+        "settings": {"steps": 20, "sampler": sampler, "batch": 4, "samples": 8, "seed": 1, "threads": 1},
+        "versions": {"torch": "2", "python": "3"},
+        "environment": {"cpu_capability": "AVX2"},
         "rows": [run(3.0, 40.0 - margin), run(6.0, 40.0, "ours", "ours best")],
         "margins": margins,
     }
@@ -75,6 +76,8 @@ def test_the_page_has_a_line_and_a_section_for_every_run(script, tmp_path, monke
     ]
     assert "| fora | 38.5 (39.5) | 38.5 (39.5) | - | - |" in lines
     assert "| ours best | 40.0 (41.0) | 40.0 (41.0) | 40.0 (41.0) | 40.0 (41.0) |" in lines
+    words = "moeca-fx bench digits --steps 20 --sampler euler --batch 4 --samples 8 --threads 1"
+    assert f'    {words} --policies "fora N=4" --no-latency' in lines
     assert (tmp_path / "docs" / "results" / "digits-euler-20-quality_vs_flops.png").read_bytes() == b"png"
 
 
