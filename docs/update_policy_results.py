@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moeca_fx.bench.margins import TARGETS
 from moeca_fx.bench.suite import suite
 from moeca_fx.tuning.target import SLACK
 
@@ -19,7 +20,6 @@ DOCS = Path(__file__).parent
 MARGINS = "<!-- margins -->"
 AIM = {"euler": 3.0, "ancestral": 1.0}
 """Margin in dB that a recommended policy should have with a sampler."""
-TARGETS = (2.0, 3.0, 4.0, 6.0)
 FIGURES = {
     "quality_vs_flops*.png": "quality against FLOPs",
     "quality_vs_latency*.png": "quality against time",
@@ -122,9 +122,8 @@ def command(content: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def section(folder: Path) -> list[str]:
-    """One bench run."""
-    content = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+def section(folder: Path, content: dict[str, Any]) -> list[str]:
+    """One bench run: its folder and what its bench.json holds."""
     settings = content["settings"]
     name = f"{content['target']}, {settings['steps']} {settings['sampler']} steps"
     lines = [f"## {name}", ""]
@@ -168,8 +167,8 @@ def main() -> None:
     notes = (DOCS / "results_notes.md").read_text(encoding="utf-8").rstrip()
     contents = [json.loads((folder / "bench.json").read_text(encoding="utf-8")) for folder in folders]
     lines = [notes.replace(MARGINS, "\n".join(summary(contents))), ""]
-    for folder in folders:
-        lines += section(folder)
+    for folder, content in zip(folders, contents, strict=True):
+        lines += section(folder, content)
     (DOCS / "results.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     print(f"{DOCS.name}/results.md: {len(folders)} sections")
 

@@ -147,7 +147,7 @@ class BranchRule(Rule):
                 "BranchRule.selector: expected a ScoreThreshold or a BranchPicker, found "
                 f"{type(self.selector).__name__}; derive the selector from BranchPicker"
             )
-        if isinstance(self.selector, BranchPicker) and "error" in self.selector.signals and self.predictor.terms < 2:
+        if "error" in self.selector.signals and self.predictor.terms < 2:
             raise ConfigError(
                 "BranchRule.selector: 'error' is what a forecast missed, and this predictor holds its values; use "
                 "Lagrange(1) or a higher order, or another signal"

@@ -58,14 +58,19 @@ class TokenSelector(ABC):
         """
 
 
-class BranchSelector:
+class BranchSelector(ABC):
     """Picks branches whose expert the token's cache holds: MoECa's `ScoreThreshold`, or a `BranchPicker`."""
 
     score_weight: ScoreWeight = "share"
 
+    @property
+    @abstractmethod
+    def signals(self) -> tuple[BranchSignal, ...]:
+        """What it looks at; see `BranchPicker`."""
 
-class BranchPicker(BranchSelector, ABC):
-    """Picks them with one function over what each cache slot is worth.
+
+class BranchPicker(BranchSelector):
+    """Picks them with one function over what each cache slot is worth; it takes the signals first, in order.
 
     Signals that it may ask for, each [B, T, k], an entry a slot: ``expert``, the expert that the slot holds; ``score``,
     MoECa's score (Eq. 9) with the weights `lambda1`, `lambda2` and the kind `score_weight`, minus infinity where the
@@ -75,11 +80,6 @@ class BranchPicker(BranchSelector, ABC):
 
     lambda1: float = 1.1
     lambda2: float = 0.6
-
-    @property
-    @abstractmethod
-    def signals(self) -> tuple[BranchSignal, ...]:
-        """What `function` takes first, in order."""
 
     @property
     @abstractmethod
@@ -107,6 +107,11 @@ class ScoreThreshold(BranchSelector):
         for name in ("tau0", "alpha", "beta", "lambda1", "lambda2"):
             check_number(self, name)
 
+    @property
+    def signals(self) -> tuple[BranchSignal, ...]:
+        """See `BranchSelector.signals`."""
+        return ("score",)
+
 
 @dataclass(frozen=True)
 class Unmatched(BranchPicker):
@@ -114,7 +119,7 @@ class Unmatched(BranchPicker):
 
     @property
     def signals(self) -> tuple[BranchSignal, ...]:
-        """See `BranchPicker.signals`."""
+        """See `BranchSelector.signals`."""
         return ("expert",)
 
     @property
@@ -149,7 +154,7 @@ class Budget(BranchPicker):
 
     @property
     def signals(self) -> tuple[BranchSignal, ...]:
-        """See `BranchPicker.signals`."""
+        """See `BranchSelector.signals`."""
         return (self.by,)
 
     @property

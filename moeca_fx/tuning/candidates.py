@@ -104,14 +104,16 @@ class OutputCandidates:
         known = {share: memory(share) for share in PLAIN_SHARES}
         full = len(method.full)
         plain = best_schedule(self.costs(self.reach(full), method.inputs, PLAIN_SHARES[-1]), full)
-        even = tuple(sorted({index * self.steps // full for index in range(full)}))
+        even = tuple(index * self.steps // full for index in range(full))
         best: tuple[float, float, Calibration] | None = None
         for share in PLAIN_SHARES:
             for start in dict.fromkeys((method.full, plain, even)):
                 if best is not None and time.monotonic() >= deadline:
                     break
-                fitted = self._fit(start, method.inputs, share)
                 loss = known[share].get(start)
+                if best is not None and loss is not None and loss >= best[0]:
+                    continue
+                fitted = self._fit(start, method.inputs, share)
                 if loss is None:
                     loss = image_loss(self.sampler(Replay(self.plain, fitted)), self.recording.final)
                     known[share][start] = loss

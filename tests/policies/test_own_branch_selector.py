@@ -60,7 +60,7 @@ def test_it_recomputes_more_than_nothing_and_less_than_all() -> None:
 
 def test_selectors_that_cannot_work() -> None:
     class Strange(BranchSelector):
-        pass
+        signals = ()
 
     with pytest.raises(ConfigError, match="expected a ScoreThreshold or a BranchPicker, found Strange"):
         BranchRule(selector=Strange())

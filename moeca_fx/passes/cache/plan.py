@@ -13,7 +13,7 @@ from moeca_fx.graph.sites import AttentionSite, DenseFFNSite, MoESite, Site, Sit
 from moeca_fx.graph.slicing import between
 from moeca_fx.graph.state import StateSpec, with_older
 from moeca_fx.policies.rules import BranchRule
-from moeca_fx.policies.selector import BranchPicker, ScoreThreshold
+from moeca_fx.policies.selector import ScoreThreshold
 
 Action = Literal["full", "reuse", "rows", "synchronized"]
 
@@ -110,13 +110,10 @@ def _moe_states(site: MoESite, rule: BranchRule, nodes: dict[str, fx.Node]) -> I
     score_dtype = torch.promote_types(weight.dtype, torch.float32)
     feature_dtype = x.dtype
     ranks_errors = needs_error(rule)
-    scores = isinstance(selector, ScoreThreshold) or (
-        isinstance(selector, BranchPicker) and "score" in selector.signals
-    )
     # A full step that keeps older features matches its slots with those of the full step before.
     yield StateSpec(site.path, "expert", slots, torch.int64, carried=terms > 1)
     yield StateSpec(site.path, "weight", slots, score_dtype)
-    if scores:
+    if "score" in selector.signals:
         yield StateSpec(site.path, "norm", slots, torch.promote_types(feature_dtype, torch.float32))
     feature = StateSpec(site.path, "feature", (*slots, x.shape[-1]), feature_dtype)
     yield from with_older(feature, terms, all_carried=ranks_errors)
@@ -131,7 +128,7 @@ def _moe_states(site: MoESite, rule: BranchRule, nodes: dict[str, fx.Node]) -> I
 
 def needs_error(rule: BranchRule) -> bool:
     """Whether the selector ranks branches by what their forecast missed at the last full step."""
-    return isinstance(rule.selector, BranchPicker) and "error" in rule.selector.signals
+    return "error" in rule.selector.signals
 
 
 def _ffn_states(site: DenseFFNSite, action: Action, rule: BranchRule, nodes: dict[str, fx.Node]) -> Iterator[StateSpec]:
