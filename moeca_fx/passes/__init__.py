@@ -18,6 +18,7 @@ from moeca_fx.passes.capture import Captured, capture
 from moeca_fx.passes.insert_cache import insert_cache, share_copy
 from moeca_fx.passes.locate import locate
 from moeca_fx.passes.lower_inplace import lower_inplace
+from moeca_fx.passes.lower_kernels import lower_kernels
 from moeca_fx.passes.lower_linear import lower_linear
 from moeca_fx.passes.normalize import normalize
 from moeca_fx.passes.pack_stream import pack_stream
@@ -96,6 +97,12 @@ def _lower_linear(work: Compilation) -> Compilation:
     return work
 
 
+def _lower_kernels(work: Compilation) -> Compilation:
+    for module in work.graph_modules().values():
+        lower_kernels(module)
+    return work
+
+
 def _lower_inplace(work: Compilation) -> Compilation:
     for rule in work.graphs.rules if work.graphs is not None else ():
         lower_inplace(rule.module)
@@ -115,6 +122,8 @@ PIPELINE: tuple[tuple[str, Callable[[Compilation], Compilation]], ...] = (
     ("insert_cache", _insert_cache),
     # After all matching, which knows linears by their ATen name.
     ("lower_linear", _lower_linear),
+    # After all matching too. Its kernels write into caches, but only what nothing reads afterwards.
+    ("lower_kernels", _lower_kernels),
     # Last: all passes before it may rely on a functional graph.
     ("lower_inplace", _lower_inplace),
 )

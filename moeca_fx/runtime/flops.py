@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from moeca_fx.graph.state import SCALES_WITH, Counter, StateSpec
+from moeca_fx.kernels.cpu import ops as kernels
 from moeca_fx.ops import dispatch, rows
 from moeca_fx.passes.cache.graphs import CachedGraphs, StepGraph
 
@@ -130,16 +131,21 @@ class _FlopInterpreter(fx.Interpreter):
         self.counter = counter
         self.selected = selected
         self.flops: dict[str, int] = {}
+        self.extra = 0  # of a call that the counter cannot see into
 
     def run_node(self, n: fx.Node) -> Any:
         before = self.counter.get_total_flops()
         result = super().run_node(n)
-        self.flops[n.name] = self.counter.get_total_flops() - before
+        self.flops[n.name] = self.counter.get_total_flops() - before + self.extra
+        self.extra = 0
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is rows.select_rows:
             return self._indices(args[0])
+        if target is kernels.recompute_branches:
+            self.extra += self.selected * kernels.branch_flops(args[2:])
+            return args[0], args[1]
         if target is dispatch.plan_recomputed:
             picked = self._indices(args[0])
             return picked, picked, picked, torch.zeros(args[3], dtype=torch.int64, device=picked.device)

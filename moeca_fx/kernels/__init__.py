@@ -1,0 +1,1 @@
+"""Kernels: fused, device-specific forms of what `moeca_fx.ops` and `moeca_fx.policies` define."""

@@ -1,0 +1,1 @@
+"""Fused operations of full and cached steps on a CPU, in C++."""

@@ -1,0 +1,153 @@
+#include "decide.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include <ATen/cpu/vec/vec.h>
+
+namespace moeca {
+namespace {
+
+using Vector = at::vec::Vectorized<float>;
+
+// The slot of each branch: its own where its expert is kept, else the next slot whose expert left.
+void match(const int64_t* expert, const int64_t* cached, int64_t k, int64_t* slot, bool* matched) {
+  bool taken[kMostSlots] = {};
+  for (int64_t p = 0; p < k; ++p) {
+    matched[p] = false;
+    for (int64_t q = 0; q < k; ++q) {
+      if (cached[q] == expert[p]) {
+        taken[q] = true;
+        if (!matched[p]) slot[p] = q;
+        matched[p] = true;
+      }
+    }
+  }
+  int64_t next = 0;
+  for (int64_t p = 0; p < k; ++p) {
+    if (matched[p]) continue;
+    while (next < k && taken[next]) ++next;
+    slot[p] = next++;
+  }
+}
+
+float sum(const float* values, int64_t k) {
+  float total = 0.0f;
+  for (int64_t p = 0; p < k; ++p) total += values[p];
+  return total;
+}
+
+void decide_token(const Decision& d, int64_t token) {
+  const int64_t k = d.top_k, base = token * k;
+  bool matched[kMostSlots];
+  int64_t* slot = d.slot + base;
+  match(d.expert + base, d.cached_expert + base, k, slot, matched);
+  const float total = d.share ? sum(d.weight + base, k) : 1.0f;
+  const float norms = d.cached_norm == nullptr ? 0.0f : sum(d.cached_norm + base, k);
+  for (int64_t p = 0; p < k; ++p) {
+    const int64_t q = base + slot[p];
+    const int64_t expert = d.expert[base + p];
+    const float weight = total == 0.0f ? 0.0f : d.weight[base + p] / total;
+    int8_t code = 2;
+    bool stays = false;
+    if (matched[p] && d.picked != nullptr) {
+      code = d.picked[q] ? 1 : 0;
+    } else if (matched[p]) {
+      const float contribution = norms == 0.0f ? 0.0f : d.cached_norm[q] / norms;
+      const float score = weight + d.lambda1 * std::fabs(weight - d.cached_weight[q]) + d.lambda2 * contribution;
+      code = score > d.threshold[token / d.tokens_a_sample * d.experts + expert] ? 1 : 0;
+    } else if (d.sticky) {
+      stays = weight - d.cached_weight[q] <= d.margin;
+    }
+    d.slot_expert[q] = stays ? d.cached_expert[q] : expert;
+    d.slot_weight[q] = weight;
+    d.code[q] = stays ? 0 : code;
+  }
+}
+
+// Entropy of one expert's activation over the tokens, in nats.
+float entropy(const float* activation, int64_t tokens) {
+  float total = 0.0f;
+  for (int64_t t = 0; t < tokens; ++t) total += activation[t];
+  if (total == 0.0f) return 0.0f;
+  const Vector scale(total), zero(0.0f), one(1.0f);
+  Vector lanes(0.0f);
+  for (int64_t t = 0; t < tokens; t += Vector::size()) {
+    const Vector share = Vector::loadu(activation + t, std::min<int64_t>(Vector::size(), tokens - t)) / scale;
+    const Vector safe = Vector::blendv(share, one, share == zero);
+    lanes = lanes - share * safe.log();
+  }
+  float parts[Vector::size()], result = 0.0f;
+  lanes.store(parts);
+  for (float part : parts) result += part;
+  return result;
+}
+
+}  // namespace
+
+void decide(const Decision& d, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (d.tokens > 256)
+  for (int64_t token = 0; token < d.tokens; ++token) decide_token(d, token);
+}
+
+void update_activation(float* activation, const int64_t* expert, int64_t samples, int64_t experts, int64_t tokens,
+                       int64_t top_k, float beta, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (samples > 1)
+  for (int64_t b = 0; b < samples; ++b) {
+    float* own = activation + b * experts * tokens;
+    for (int64_t i = 0; i < experts * tokens; ++i) own[i] *= beta;
+    const int64_t* chosen = expert + b * tokens * top_k;
+    for (int64_t i = 0; i < tokens * top_k; ++i) own[chosen[i] * tokens + i / top_k] += 1.0f - beta;
+  }
+}
+
+void threshold(const float* activation, const int64_t* expert, int64_t samples, int64_t experts, int64_t tokens,
+               int64_t top_k, float beta, float tau0, float alpha, bool log_norm, float alike, float* out,
+               int threads) {
+  const int64_t size = experts * tokens;
+#pragma omp parallel for schedule(static) num_threads(threads) if (samples > 1)
+  for (int64_t b = 0; b < samples; ++b) {
+    std::vector<float> now(activation + b * size, activation + (b + 1) * size);
+    update_activation(now.data(), expert + b * tokens * top_k, 1, experts, tokens, top_k, beta, 1);
+    float* own = out + b * experts;
+    for (int64_t e = 0; e < experts; ++e) own[e] = entropy(now.data() + e * tokens, tokens);
+    const float low = *std::min_element(own, own + experts), high = *std::max_element(own, own + experts);
+    const float span = high - low, most = std::log(static_cast<float>(tokens));
+    for (int64_t e = 0; e < experts; ++e) {
+      float scaled;
+      if (log_norm)
+        scaled = tokens > 1 ? own[e] / most : 0.5f;
+      else
+        scaled = span <= alike ? 0.5f : (own[e] - low) / span;
+      own[e] = tau0 * (1.0f + alpha * (2.0f * scaled - 1.0f));
+    }
+  }
+}
+
+void top_k(const float* values, int64_t rows, int64_t columns, int64_t k, float* best, int64_t* index, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns > 4096)
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* row = values + r * columns;
+    float* top = best + r * k;
+    int64_t* where = index + r * k;
+    int64_t held = 0;
+    for (int64_t c = 0; c < columns; ++c) {
+      const float value = row[c];
+      // NaN compares false with everything, so `!(value <= last)` lets it in.
+      if (held == k && (value <= top[k - 1] || std::isnan(top[k - 1]))) continue;
+      int64_t at = held < k ? held++ : k - 1;
+      while (at > 0 && !std::isnan(top[at - 1]) && !(value <= top[at - 1])) {
+        top[at] = top[at - 1];
+        where[at] = where[at - 1];
+        --at;
+      }
+      top[at] = value;
+      where[at] = c;
+    }
+  }
+}
+
+}  // namespace moeca

@@ -1,0 +1,208 @@
+#include "experts.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include <ATen/cpu/vec/vec.h>
+
+namespace moeca {
+namespace {
+
+using Vector = at::vec::Vectorized<float>;
+
+constexpr int64_t kChunk = 64;       // rows of one product: the inputs and both hidden panels stay in cache
+constexpr int64_t kFewestRows = 16;  // rows an expert should have in each share of the tokens
+
+enum Slot { kPanel, kInput, kGate, kUp, kOutput, kSum };  // kPanel is gemm's
+
+Scratch& scratch_of_thread() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+Vector activated(Activation kind, const Vector& v) {
+  const Vector one(1.0f), half(0.5f);
+  switch (kind) {
+    case Activation::kSilu:
+      return v / (one + v.neg().exp());
+    case Activation::kGelu:
+      return half * v * (one + (v * Vector(static_cast<float>(M_SQRT1_2))).erf());
+    case Activation::kGeluTanh: {
+      const Vector inner = Vector(0.7978845608028654f) * (v + Vector(0.044715f) * v * v * v);
+      return half * v * (one + inner.tanh());
+    }
+    default:
+      return at::vec::maximum(v, Vector(0.0f));
+  }
+}
+
+// hidden = act(gated) * up, or act(gated) where `up` is null; in place of `gated`.
+void activate(Activation kind, float* gated, const float* up, int64_t count) {
+  for (int64_t i = 0; i < count; i += Vector::size()) {
+    const int64_t n = std::min<int64_t>(Vector::size(), count - i);
+    Vector value = activated(kind, Vector::loadu(gated + i, n));
+    if (up != nullptr) value = value * Vector::loadu(up + i, n);
+    value.store(gated + i, static_cast<int>(n));
+  }
+}
+
+// Rows [rows, width] through one expert; the result lies in scratch and is valid until the next call.
+const float* through(const Experts& experts, int64_t expert, const float* x, int64_t rows, Scratch& scratch) {
+  const Weight up = experts.up.of(expert), down = experts.down.of(expert);
+  const bool gated = experts.gate.weight.data != nullptr;
+  float* hidden = scratch.take(kUp, rows * up.outputs);
+  linear(x, up.inputs, rows, up, experts.up.bias_of(expert), hidden, up.outputs, scratch);
+  if (gated) {
+    float* gate = scratch.take(kGate, rows * up.outputs);
+    linear(x, up.inputs, rows, experts.gate.of(expert), experts.gate.bias_of(expert), gate, up.outputs, scratch);
+    activate(experts.activation, gate, hidden, rows * up.outputs);
+    hidden = gate;
+  } else {
+    activate(experts.activation, hidden, nullptr, rows * up.outputs);
+  }
+  float* out = scratch.take(kOutput, rows * down.outputs);
+  linear(hidden, up.outputs, rows, down, experts.down.bias_of(expert), out, down.outputs, scratch);
+  return out;
+}
+
+float norm_of(const float* row, int64_t width) {
+  Vector total(0.0f);
+  for (int64_t i = 0; i < width; i += Vector::size()) {
+    const Vector value = Vector::loadu(row + i, std::min<int64_t>(Vector::size(), width - i));
+    total = at::vec::fmadd(value, value, total);
+  }
+  float lanes[Vector::size()], sum = 0.0f;
+  total.store(lanes);
+  for (float lane : lanes) sum += lane;
+  return std::sqrt(sum);
+}
+
+// total += weight * row
+void accumulate(float* total, const float* row, float weight, int64_t width) {
+  const Vector factor(weight);
+  for (int64_t i = 0; i < width; i += Vector::size()) {
+    const int64_t n = std::min<int64_t>(Vector::size(), width - i);
+    at::vec::fmadd(factor, Vector::loadu(row + i, n), Vector::loadu(total + i, n)).store(total + i, static_cast<int>(n));
+  }
+}
+
+struct Task {
+  int64_t expert, begin, end;
+};
+
+std::vector<Task> cut(const int64_t* starts, const int64_t* ends, int64_t experts) {
+  std::vector<Task> tasks;
+  for (int64_t e = 0; e < experts; ++e)
+    for (int64_t begin = starts[e]; begin < ends[e]; begin += kChunk)
+      tasks.push_back({e, begin, std::min(begin + kChunk, ends[e])});
+  return tasks;
+}
+
+}  // namespace
+
+Weight Stack::of(int64_t expert) const {
+  Weight own = weight;
+  const int64_t size = weight.bfloat16 ? 2 : 4;
+  own.data = static_cast<const char*>(weight.data) + expert * step * size;
+  return own;
+}
+
+const void* Stack::bias_of(int64_t expert) const {
+  if (bias == nullptr) return nullptr;
+  return static_cast<const char*>(bias) + expert * bias_step * (weight.bfloat16 ? 2 : 4);
+}
+
+void Rows::load(float* out, int64_t row) const {
+  if (bfloat16)
+    load_row(out, static_cast<const uint16_t*>(data) + row * width, width);
+  else
+    load_row(out, static_cast<const float*>(data) + row * width, width);
+}
+
+void Rows::store(int64_t row, const float* in) const {
+  if (bfloat16)
+    store_row(static_cast<uint16_t*>(data) + row * width, in, width);
+  else
+    store_row(static_cast<float*>(data) + row * width, in, width);
+}
+
+Plan group_branches(const int64_t* expert, const int8_t* code, int64_t first, int64_t last, int64_t experts) {
+  Plan plan;
+  plan.offsets.assign(experts + 1, 0);
+  for (int64_t i = first; i < last; ++i)
+    if (code == nullptr || code[i] > 0) ++plan.offsets[expert[i] + 1];
+  for (int64_t e = 0; e < experts; ++e) plan.offsets[e + 1] += plan.offsets[e];
+  plan.entry.resize(plan.offsets[experts]);
+  std::vector<int64_t> next(plan.offsets.begin(), plan.offsets.end() - 1);
+  for (int64_t i = first; i < last; ++i)
+    if (code == nullptr || code[i] > 0) plan.entry[next[expert[i]]++] = i;
+  return plan;
+}
+
+void run_branches(const Experts& experts, const Plan& plan, const Rows& x, int64_t top_k, const int64_t* token_of,
+                  const Rows& out, float* norm, int threads) {
+  const std::vector<Task> tasks = cut(plan.offsets.data(), plan.offsets.data() + 1, experts.count);
+  const int64_t count = static_cast<int64_t>(tasks.size());
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (count > 1)
+  for (int64_t t = 0; t < count; ++t) {
+    const Task task = tasks[t];
+    Scratch& scratch = scratch_of_thread();
+    const int64_t rows = task.end - task.begin;
+    float* input = scratch.take(kInput, rows * x.width);
+    for (int64_t r = 0; r < rows; ++r) x.load(input + r * x.width, plan.entry[task.begin + r] / top_k);
+    const float* result = through(experts, task.expert, input, rows, scratch);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t entry = plan.entry[task.begin + r];
+      const int64_t target = token_of == nullptr ? entry : token_of[entry / top_k] * top_k + entry % top_k;
+      out.store(target, result + r * out.width);
+      if (norm != nullptr) norm[target] = norm_of(result + r * out.width, out.width);
+    }
+  }
+}
+
+void run_grouped(const Experts& experts, const int64_t* ends, const Rows& x, const Rows& out, int threads) {
+  std::vector<int64_t> starts(experts.count, 0);
+  std::copy(ends, ends + experts.count - 1, starts.begin() + 1);
+  const std::vector<Task> tasks = cut(starts.data(), ends, experts.count);
+  const int64_t count = static_cast<int64_t>(tasks.size());
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (count > 1)
+  for (int64_t t = 0; t < count; ++t) {
+    const Task task = tasks[t];
+    Scratch& scratch = scratch_of_thread();
+    const int64_t rows = task.end - task.begin;
+    float* input = scratch.take(kInput, rows * x.width);
+    for (int64_t r = 0; r < rows; ++r) x.load(input + r * x.width, task.begin + r);
+    const float* result = through(experts, task.expert, input, rows, scratch);
+    for (int64_t r = 0; r < rows; ++r) out.store(task.begin + r, result + r * out.width);
+  }
+}
+
+void run_mixture(const Experts& experts, const int64_t* expert, const float* weight, const Rows& x, int64_t tokens,
+                 int64_t top_k, const Rows& y, int threads) {
+  // Every share of the tokens is summed by one thread: no two threads add to one row, in any order.
+  const int64_t most = std::max<int64_t>(tokens * top_k / (experts.count * kFewestRows), 1);
+  const int64_t shares = std::min<int64_t>(threads, most);
+#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(shares)) if (shares > 1)
+  for (int64_t share = 0; share < shares; ++share) {
+    const int64_t first = tokens * share / shares, last = tokens * (share + 1) / shares;
+    Scratch& scratch = scratch_of_thread();
+    const Plan plan = group_branches(expert, nullptr, first * top_k, last * top_k, experts.count);
+    float* sum = scratch.take(kSum, (last - first) * y.width);
+    std::fill(sum, sum + (last - first) * y.width, 0.0f);
+    for (const Task& task : cut(plan.offsets.data(), plan.offsets.data() + 1, experts.count)) {
+      const int64_t rows = task.end - task.begin;
+      float* input = scratch.take(kInput, rows * x.width);
+      for (int64_t r = 0; r < rows; ++r) x.load(input + r * x.width, plan.entry[task.begin + r] / top_k);
+      const float* result = through(experts, task.expert, input, rows, scratch);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t entry = plan.entry[task.begin + r];
+        accumulate(sum + (entry / top_k - first) * y.width, result + r * y.width, weight[entry], y.width);
+      }
+    }
+    for (int64_t token = first; token < last; ++token) y.store(token, sum + (token - first) * y.width);
+  }
+}
+
+}  // namespace moeca

@@ -1,0 +1,235 @@
+// moeca_cpu:: operators: torch tensors in, plain kernels called, torch tensors out.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <tuple>
+
+#include "attention.h"
+#include "decide.h"
+#include "experts.h"
+
+namespace {
+
+using at::Tensor;
+using c10::optional;
+using MaybeTensor = const optional<Tensor>&;
+
+bool is_bfloat16(const Tensor& t) {
+  TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16,
+              "moeca_cpu: expected float32 or bfloat16, found ", t.scalar_type());
+  return t.scalar_type() == at::kBFloat16;
+}
+
+template <typename T>
+T* data_or_null(MaybeTensor t) {
+  return t.has_value() ? t->data_ptr<T>() : nullptr;
+}
+
+optional<Tensor> contiguous(MaybeTensor t) {
+  return t.has_value() ? optional<Tensor>(t->contiguous()) : std::nullopt;
+}
+
+moeca::Stack stack_of(MaybeTensor weight, MaybeTensor bias) {
+  moeca::Stack stack;
+  if (!weight.has_value()) return stack;
+  const Tensor& w = *weight;
+  TORCH_CHECK(w.dim() == 3 && (w.stride(2) == 1 || w.stride(1) == 1),
+              "moeca_cpu: expected stacked weights [E, N, K] with one unit stride, found strides ", w.strides());
+  stack.weight = {w.data_ptr(), w.size(1), w.size(2), w.stride(1), w.stride(2), is_bfloat16(w)};
+  stack.step = w.stride(0);
+  if (bias.has_value()) {
+    TORCH_CHECK(bias->stride(1) == 1 && bias->scalar_type() == w.scalar_type(),
+                "moeca_cpu: expected biases [E, N] with unit inner stride in the weights' dtype");
+    stack.bias = bias->data_ptr();
+    stack.bias_step = bias->stride(0);
+  }
+  return stack;
+}
+
+moeca::Experts experts_of(MaybeTensor gate, MaybeTensor gate_bias, const Tensor& up, MaybeTensor up_bias,
+                          const Tensor& down, MaybeTensor down_bias, int64_t activation) {
+  return {up.size(0), stack_of(gate, gate_bias), stack_of(up, up_bias), stack_of(down, down_bias),
+          static_cast<moeca::Activation>(activation)};
+}
+
+moeca::Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.size(-1), is_bfloat16(t)}; }
+
+int threads() { return at::get_num_threads(); }
+
+Tensor branches(const Tensor& x_, const Tensor& expert_, MaybeTensor gate, MaybeTensor gate_bias, const Tensor& up,
+                MaybeTensor up_bias, const Tensor& down, MaybeTensor down_bias, int64_t activation) {
+  const Tensor x = x_.contiguous(), expert = expert_.contiguous();
+  const int64_t tokens = x.numel() / x.size(-1), count = expert.numel();
+  Tensor out = at::empty({count, down.size(1)}, x.options());
+  if (count == 0) return out;
+  const auto all = experts_of(gate, gate_bias, up, up_bias, down, down_bias, activation);
+  const auto plan = moeca::group_branches(expert.data_ptr<int64_t>(), nullptr, 0, count, all.count);
+  moeca::run_branches(all, plan, rows_of(x), count / tokens, nullptr, rows_of(out), nullptr, threads());
+  return out;
+}
+
+Tensor mixture(const Tensor& x_, const Tensor& expert_, const Tensor& weight_, MaybeTensor gate,
+               MaybeTensor gate_bias, const Tensor& up, MaybeTensor up_bias, const Tensor& down,
+               MaybeTensor down_bias, int64_t activation) {
+  const Tensor x = x_.contiguous(), expert = expert_.contiguous(), weight = weight_.to(at::kFloat).contiguous();
+  const int64_t tokens = x.numel() / x.size(-1);
+  Tensor out = at::empty(x.sizes(), x.options());
+  if (tokens == 0) return out;
+  const auto all = experts_of(gate, gate_bias, up, up_bias, down, down_bias, activation);
+  moeca::run_mixture(all, expert.data_ptr<int64_t>(), weight.data_ptr<float>(), rows_of(x), tokens,
+                     expert.numel() / tokens, rows_of(out), threads());
+  return out;
+}
+
+Tensor grouped(const Tensor& x_, const Tensor& ends_, MaybeTensor gate, MaybeTensor gate_bias, const Tensor& up,
+               MaybeTensor up_bias, const Tensor& down, MaybeTensor down_bias, int64_t activation) {
+  const Tensor x = x_.contiguous(), ends = ends_.contiguous();
+  Tensor out = at::empty({x.size(0), down.size(1)}, x.options());
+  if (x.size(0) == 0) return out;
+  const auto all = experts_of(gate, gate_bias, up, up_bias, down, down_bias, activation);
+  moeca::run_grouped(all, ends.data_ptr<int64_t>(), rows_of(x), rows_of(out), threads());
+  return out;
+}
+
+void recompute(Tensor feature, const optional<Tensor>& norm, const Tensor& x_, const Tensor& code_,
+               const Tensor& slot_expert_, MaybeTensor row_, MaybeTensor gate, MaybeTensor gate_bias, const Tensor& up,
+               MaybeTensor up_bias, const Tensor& down, MaybeTensor down_bias, int64_t activation) {
+  const Tensor x = x_.contiguous(), code = code_.contiguous(), slot_expert = slot_expert_.contiguous();
+  const auto row = contiguous(row_);
+  TORCH_CHECK(feature.is_contiguous(), "moeca_cpu: expected a contiguous feature cache [.., k, H]");
+  if (code.numel() == 0) return;
+  const auto all = experts_of(gate, gate_bias, up, up_bias, down, down_bias, activation);
+  const auto plan = moeca::group_branches(slot_expert.data_ptr<int64_t>(), code.data_ptr<int8_t>(), 0, code.numel(),
+                                          all.count);
+  float* norms = norm.has_value() ? norm->data_ptr<float>() : nullptr;
+  moeca::run_branches(all, plan, rows_of(x), code.size(-1), data_or_null<int64_t>(row), rows_of(feature), norms,
+                      threads());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> decide(const Tensor& expert_, const Tensor& weight_,
+                                                  const Tensor& cached_expert_, const Tensor& cached_weight_,
+                                                  MaybeTensor cached_norm_, MaybeTensor threshold_,
+                                                  MaybeTensor picked_, double lambda1, double lambda2, bool share,
+                                                  optional<double> margin) {
+  const Tensor expert = expert_.contiguous(), cached_expert = cached_expert_.contiguous();
+  const Tensor weight = weight_.to(at::kFloat).contiguous(), cached_weight = cached_weight_.contiguous();
+  const auto norm = contiguous(cached_norm_), threshold = contiguous(threshold_), picked = contiguous(picked_);
+  const int64_t k = expert.size(-1);
+  TORCH_CHECK(k <= moeca::kMostSlots, "moeca_cpu: at most ", moeca::kMostSlots, " branches a token, found ", k);
+  Tensor slot = at::empty_like(expert), slot_expert = at::empty_like(expert);
+  Tensor slot_weight = at::empty(expert.sizes(), expert.options().dtype(at::kFloat));
+  Tensor code = at::empty(expert.sizes(), expert.options().dtype(at::kChar));
+  moeca::Decision d{};
+  d.tokens = expert.numel() / k;
+  d.tokens_a_sample = expert.size(1);
+  d.top_k = k;
+  d.experts = threshold.has_value() ? threshold->size(1) : 0;
+  d.expert = expert.data_ptr<int64_t>();
+  d.cached_expert = cached_expert.data_ptr<int64_t>();
+  d.weight = weight.data_ptr<float>();
+  d.cached_weight = cached_weight.data_ptr<float>();
+  d.cached_norm = data_or_null<float>(norm);
+  d.threshold = data_or_null<float>(threshold);
+  d.picked = data_or_null<bool>(picked);
+  d.share = share;
+  d.lambda1 = static_cast<float>(lambda1);
+  d.lambda2 = static_cast<float>(lambda2);
+  d.sticky = margin.has_value();
+  d.margin = static_cast<float>(margin.value_or(0.0));
+  d.slot = slot.data_ptr<int64_t>();
+  d.slot_expert = slot_expert.data_ptr<int64_t>();
+  d.slot_weight = slot_weight.data_ptr<float>();
+  d.code = code.data_ptr<int8_t>();
+  moeca::decide(d, threads());
+  return {slot, slot_expert, slot_weight, code};
+}
+
+Tensor threshold(const Tensor& activation_, const Tensor& expert_, double beta, double tau0, double alpha,
+                 bool log_norm, double alike) {
+  const Tensor activation = activation_.contiguous(), expert = expert_.contiguous();
+  Tensor out = at::empty({activation.size(0), activation.size(1)}, activation.options());
+  moeca::threshold(activation.data_ptr<float>(), expert.data_ptr<int64_t>(), activation.size(0), activation.size(1),
+                   activation.size(2), expert.size(-1), static_cast<float>(beta), static_cast<float>(tau0),
+                   static_cast<float>(alpha), log_norm, static_cast<float>(alike), out.data_ptr<float>(), threads());
+  return out;
+}
+
+void update_activation(Tensor activation, const Tensor& expert_, double beta) {
+  const Tensor expert = expert_.contiguous();
+  TORCH_CHECK(activation.is_contiguous(), "moeca_cpu: expected a contiguous activation [B, E, T]");
+  moeca::update_activation(activation.data_ptr<float>(), expert.data_ptr<int64_t>(), activation.size(0),
+                           activation.size(1), activation.size(2), expert.size(-1), static_cast<float>(beta),
+                           threads());
+}
+
+std::tuple<Tensor, Tensor> top_k(const Tensor& values_, int64_t k) {
+  const Tensor values = values_.contiguous();
+  auto shape = values.sizes().vec();
+  const int64_t columns = shape.back();
+  TORCH_CHECK(k >= 1 && k <= columns, "moeca_cpu: top-k of ", k, " among ", columns);
+  shape.back() = k;
+  Tensor best = at::empty(shape, values.options()), index = at::empty(shape, values.options().dtype(at::kLong));
+  moeca::top_k(values.data_ptr<float>(), values.numel() / columns, columns, k, best.data_ptr<float>(),
+               index.data_ptr<int64_t>(), threads());
+  return {best, index};
+}
+
+Tensor attention_rows(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& row_,
+                      optional<double> scale) {
+  const Tensor query = query_.contiguous(), key = key_.contiguous(), value = value_.contiguous();
+  const Tensor row = row_.contiguous();
+  Tensor out = at::empty({query.size(0), query.size(1), value.size(3)}, query.options());
+  moeca::AttentionRows a{};
+  a.rows = query.size(0);
+  a.samples = key.size(0);
+  a.tokens = key.size(1);
+  a.heads = query.size(1);
+  a.kv_heads = key.size(2);
+  a.width = query.size(2);
+  a.value_width = value.size(3);
+  a.query = query.data_ptr();
+  a.key = key.data_ptr();
+  a.value = value.data_ptr();
+  a.bfloat16 = is_bfloat16(query);
+  a.row = row.data_ptr<int64_t>();
+  a.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(a.width))));
+  a.out = out.data_ptr();
+  if (a.rows > 0) moeca::attention_rows(a, threads());
+  return out;
+}
+
+}  // namespace
+
+#define EXPERTS "Tensor? gate, Tensor? gate_bias, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, int activation"
+
+TORCH_LIBRARY(moeca_cpu, m) {
+  m.def("branches(Tensor x, Tensor expert, " EXPERTS ") -> Tensor");
+  m.def("mixture(Tensor x, Tensor expert, Tensor weight, " EXPERTS ") -> Tensor");
+  m.def("grouped(Tensor x, Tensor ends, " EXPERTS ") -> Tensor");
+  m.def("recompute(Tensor(a!) feature, Tensor(b!)? norm, Tensor x, Tensor code, Tensor slot_expert, Tensor? row, "
+        EXPERTS ") -> ()");
+  m.def("decide(Tensor expert, Tensor weight, Tensor cached_expert, Tensor cached_weight, Tensor? cached_norm, "
+        "Tensor? threshold, Tensor? picked, float lambda1, float lambda2, bool share, float? margin) -> "
+        "(Tensor, Tensor, Tensor, Tensor)");
+  m.def("threshold(Tensor activation, Tensor expert, float beta, float tau0, float alpha, bool log_norm, float alike) "
+        "-> Tensor");
+  m.def("update_activation(Tensor(a!) activation, Tensor expert, float beta) -> ()");
+  m.def("top_k(Tensor values, int k) -> (Tensor, Tensor)");
+  m.def("attention_rows(Tensor query, Tensor key, Tensor value, Tensor row, float? scale) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(moeca_cpu, CPU, m) {
+  m.impl("branches", branches);
+  m.impl("mixture", mixture);
+  m.impl("grouped", grouped);
+  m.impl("recompute", recompute);
+  m.impl("decide", decide);
+  m.impl("threshold", threshold);
+  m.impl("update_activation", update_activation);
+  m.impl("top_k", top_k);
+  m.impl("attention_rows", attention_rows);
+}
