@@ -72,9 +72,8 @@ def gated_form(program: fx.GraphModule) -> GatedForm | str:
     kind = _activation(active)
     if kind is None or not _reads(up, rows) or (gate is not None and not _reads(gate, rows)):
         return "its hidden value is no activation of a linear layer of the rows"
-    assert isinstance(up, fx.Node)
-    parts = [_tensor(program, node, index) for node in (gate, up, down) for index in (1, 2)]
-    return GatedForm(*parts, activation=kind)  # type: ignore[arg-type]  # up and down are there
+    tensors = [_tensor(program, node, index) for node in (gate, up, down) for index in (1, 2)]
+    return GatedForm(*tensors, kind)  # type: ignore[call-arg, arg-type]  # six; up and down have a weight
 
 
 def _activation(node: Any) -> int | None:
@@ -93,7 +92,7 @@ def _reads(node: Any, rows: fx.Node) -> bool:
     return isinstance(node, fx.Node) and node.target is _GROUPED and node.args[0] is rows and len(node.users) == 1
 
 
-def _tensor(program: fx.GraphModule, linear: fx.Node | None, index: int) -> str | None:
+def _tensor(program: fx.GraphModule, linear: Any, index: int) -> str | None:
     """Path of an operand of a grouped linear below the program."""
     node = linear.args[index] if linear is not None else None
     if not isinstance(node, fx.Node):

@@ -3,6 +3,8 @@
 A *branch index* is ``token * k + p`` with ``token = b * T + t``; grouped rows are branches ordered by expert.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -90,6 +92,9 @@ def combine_slots(feature: Tensor, weight: Tensor) -> Tensor:
 def _weighted_sum(feature: Tensor, weight: Tensor) -> Tensor:
     """[N, k, H] and [N, k] -> [N, H] in the features' dtype, summed in the wider of the two."""
     dtype = torch.promote_types(feature.dtype, weight.dtype)
+    if torch.compiler.is_compiling():  # k terms that fuse with what follows: every feature is read once
+        terms = [weight[:, p, None].to(dtype) * feature[:, p].to(dtype) for p in range(feature.shape[1])]
+        return functools.reduce(torch.add, terms).to(feature.dtype)
     return torch.bmm(weight.unsqueeze(1).to(dtype), feature.to(dtype)).squeeze(1).to(feature.dtype)
 
 

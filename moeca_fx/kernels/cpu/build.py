@@ -39,7 +39,7 @@ def load() -> bool:
         return False
     try:
         library = _build(compiler)
-        torch.ops.load_library(library)
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]  # untyped in torch
     except (subprocess.CalledProcessError, OSError) as error:
         detail = error.stderr[-2000:] if isinstance(error, subprocess.CalledProcessError) else str(error)
         log.warning("CPU kernels could not be built, slower reference operations run instead: %s", detail)

@@ -4,6 +4,7 @@ Every operation is the fused form of reference functions; `passes/lower_kernels.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,48 +55,60 @@ def branch_flops(operands: Any) -> int:
 def _expert_flops(gate: Any, gate_bias: Any, up: Any, up_bias: Any, down: Any, *rest: Any) -> int:
     """2 a multiply-add; from tensors or shapes."""
     shapes = [tuple(w.shape if isinstance(w, Tensor) else w) for w in (gate, up, down) if w is not None]
-    return sum(2 * outputs * inputs for _, outputs, inputs in shapes)
+    return sum(2 * int(outputs) * int(inputs) for _, outputs, inputs in shapes)
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """`torch.library.register_fake`, which torch leaves untyped."""
+    return lambda function: torch.library.register_fake(name)(function)
 
 
 def _register_shapes() -> None:
-    fake = functools.partial(torch.library.register_fake)
 
-    @fake("moeca_cpu::branches")
+    @_fake("moeca_cpu::branches")
     def _(x: Tensor, expert: Tensor, gate: Any, gate_bias: Any, up: Tensor, up_bias: Any, down: Tensor, *_: Any) -> Any:
         return x.new_empty(expert.numel(), down.shape[1])
 
-    @fake("moeca_cpu::mixture")
+    @_fake("moeca_cpu::mixture")
     def _(x: Tensor, *_: Any) -> Any:
         return x.new_empty(x.shape)
 
-    @fake("moeca_cpu::grouped")
+    @_fake("moeca_cpu::grouped")
     def _(x: Tensor, ends: Tensor, gate: Any, gate_bias: Any, up: Tensor, up_bias: Any, down: Tensor, *_: Any) -> Any:
         return x.new_empty(x.shape[0], down.shape[1])
 
-    @fake("moeca_cpu::recompute")
+    @_fake("moeca_cpu::recompute")
     def _(*_: Any) -> None:
         return None
 
-    @fake("moeca_cpu::decide")
+    @_fake("moeca_cpu::decide")
     def _(expert: Tensor, *_: Any) -> Any:
         shape = expert.shape
         weight, code = expert.new_empty(shape, dtype=torch.float32), expert.new_empty(shape, dtype=torch.int8)
         return expert.new_empty(shape), expert.new_empty(shape), weight, code
 
-    @fake("moeca_cpu::threshold")
+    @_fake("moeca_cpu::threshold")
     def _(activation: Tensor, *_: Any) -> Any:
         return activation.new_empty(activation.shape[:2])
 
-    @fake("moeca_cpu::update_activation")
+    @_fake("moeca_cpu::update_activation")
     def _(*_: Any) -> None:
         return None
 
-    @fake("moeca_cpu::top_k")
+    @_fake("moeca_cpu::top_k")
     def _(values: Tensor, k: int) -> Any:
         shape = (*values.shape[:-1], k)
         return values.new_empty(shape), values.new_empty(shape, dtype=torch.int64)
 
-    @fake("moeca_cpu::attention_rows")
+    @_fake("moeca_cpu::modulated_norm")
+    def _(x: Tensor, *_: Any) -> Any:
+        return x.new_empty(x.shape)
+
+    @_fake("moeca_cpu::gated_norm")
+    def _(x: Tensor, *_: Any) -> Any:
+        return x.new_empty(x.shape), x.new_empty(x.shape)
+
+    @_fake("moeca_cpu::attention_rows")
     def _(query: Tensor, key: Tensor, value: Tensor, row: Tensor, scale: float | None) -> Any:
         return query.new_empty(query.shape[0], query.shape[1], value.shape[-1])
 
@@ -105,7 +118,8 @@ def _register_flops() -> None:
 
     @register_flop_formula(ops.branches)
     def _(x: Any, expert: Any, *weights: Any, out_shape: Any = None, **_: Any) -> int:
-        return torch.Size(expert).numel() * _expert_flops(*weights)
+        count: int = torch.Size(expert).numel()
+        return count * _expert_flops(*weights)
 
     @register_flop_formula(ops.mixture)
     def _(x: Any, expert: Any, weight: Any, *weights: Any, out_shape: Any = None, **_: Any) -> int:

@@ -6,24 +6,15 @@
 #include <limits>
 #include <vector>
 
-#include <ATen/cpu/vec/vec.h>
+#include "vec.h"
 
 namespace moeca {
 namespace {
-
-using Vector = at::vec::Vectorized<float>;
 
 constexpr int64_t kBlock = 64;  // queries at a time: their scores stay in cache
 constexpr int64_t kFew = 4;     // up to this many queries, plain dot products beat a call of the BLAS
 
 enum Slot { kPanel, kQuery, kKey, kValue, kScores, kResult };
-
-float total(const Vector& lanes) {
-  float parts[Vector::size()], sum = 0.0f;
-  lanes.store(parts);
-  for (float part : parts) sum += part;
-  return sum;
-}
 
 float dot(const float* a, const float* b, int64_t n) {
   Vector sum(0.0f);
@@ -52,6 +43,27 @@ void softmax(float* row, int64_t n, float scale) {
   for (i = 0; i < n; i += Vector::size()) {
     const int64_t count = std::min<int64_t>(Vector::size(), n - i);
     (Vector::loadu(row + i, count) * share).store(row + i, static_cast<int>(count));
+  }
+}
+
+// out = sum of weight[t] * value row t: columns in registers, so that the sum is written once.
+void mix(const float* weight, const float* value, int64_t stride, int64_t tokens, int64_t width, float* out) {
+  int64_t i = 0;
+  for (; i + 4 * Vector::size() <= width; i += 4 * Vector::size()) {
+    Vector sums[4] = {Vector(0.0f), Vector(0.0f), Vector(0.0f), Vector(0.0f)};
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Vector factor(weight[t]);
+      for (int64_t j = 0; j < 4; ++j)
+        sums[j] = at::vec::fmadd(factor, Vector::loadu(value + t * stride + i + j * Vector::size()), sums[j]);
+    }
+    for (int64_t j = 0; j < 4; ++j) sums[j].store(out + i + j * Vector::size());
+  }
+  for (; i < width; i += Vector::size()) {
+    const int64_t n = std::min<int64_t>(Vector::size(), width - i);
+    Vector sum(0.0f);
+    for (int64_t t = 0; t < tokens; ++t)
+      sum = at::vec::fmadd(Vector(weight[t]), Vector::loadu(value + t * stride + i, n), sum);
+    sum.store(out + i, static_cast<int>(n));
   }
 }
 
@@ -92,17 +104,8 @@ void attend(const AttentionRows& a, int64_t begin, int64_t end, int64_t head, Sc
   }
   for (int64_t r = 0; r < rows; ++r) softmax(scores + r * a.tokens, a.tokens, a.scale);
   if (rows <= kFew) {
-    std::fill(result, result + rows * a.value_width, 0.0f);
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t t = 0; t < a.tokens; ++t) {
-        const Vector factor(scores[r * a.tokens + t]);
-        float* out = result + r * a.value_width;
-        for (int64_t i = 0; i < a.value_width; i += Vector::size()) {
-          const int64_t n = std::min<int64_t>(Vector::size(), a.value_width - i);
-          at::vec::fmadd(factor, Vector::loadu(value + t * v_stride + i, n), Vector::loadu(out + i, n))
-              .store(out + i, static_cast<int>(n));
-        }
-      }
+      mix(scores + r * a.tokens, value, v_stride, a.tokens, a.value_width, result + r * a.value_width);
   } else {
     multiply(scores, a.tokens, value, v_stride, result, a.value_width, rows, a.value_width, a.tokens);
   }

@@ -4,14 +4,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <limits>
 #include <vector>
 
-#include <ATen/cpu/vec/vec.h>
+#include "vec.h"
 
 namespace moeca {
 namespace {
-
-using Vector = at::vec::Vectorized<float>;
 
 // The slot of each branch: its own where its expert is kept, else the next slot whose expert left.
 void match(const int64_t* expert, const int64_t* cached, int64_t k, int64_t* slot, bool* matched) {
@@ -70,20 +70,17 @@ void decide_token(const Decision& d, int64_t token) {
 
 // Entropy of one expert's activation over the tokens, in nats.
 float entropy(const float* activation, int64_t tokens) {
-  float total = 0.0f;
-  for (int64_t t = 0; t < tokens; ++t) total += activation[t];
-  if (total == 0.0f) return 0.0f;
-  const Vector scale(total), zero(0.0f), one(1.0f);
+  float mass = 0.0f;
+  for (int64_t t = 0; t < tokens; ++t) mass += activation[t];
+  if (mass == 0.0f) return 0.0f;
+  const Vector scale(mass), zero(0.0f), one(1.0f);
   Vector lanes(0.0f);
   for (int64_t t = 0; t < tokens; t += Vector::size()) {
     const Vector share = Vector::loadu(activation + t, std::min<int64_t>(Vector::size(), tokens - t)) / scale;
     const Vector safe = Vector::blendv(share, one, share == zero);
     lanes = lanes - share * safe.log();
   }
-  float parts[Vector::size()], result = 0.0f;
-  lanes.store(parts);
-  for (float part : parts) result += part;
-  return result;
+  return total(lanes);
 }
 
 }  // namespace
@@ -127,25 +124,59 @@ void threshold(const float* activation, const int64_t* expert, int64_t samples, 
   }
 }
 
+namespace {
+
+// Insertion, one value at a time: right for every value, NaN and infinities too.
+void top_k_any(const float* row, int64_t columns, int64_t k, float* top, int64_t* where) {
+  int64_t held = 0;
+  for (int64_t c = 0; c < columns; ++c) {
+    const float value = row[c];
+    // NaN compares false with everything, so `!(value <= last)` lets it in.
+    if (held == k && (value <= top[k - 1] || std::isnan(top[k - 1]))) continue;
+    int64_t at = held < k ? held++ : k - 1;
+    while (at > 0 && !std::isnan(top[at - 1]) && !(value <= top[at - 1])) {
+      top[at] = top[at - 1];
+      where[at] = where[at - 1];
+      --at;
+    }
+    top[at] = value;
+    where[at] = c;
+  }
+}
+
+// A finite value and its column as one integer that orders like (value, earlier column first).
+int64_t key_of(float value, int64_t column) {
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits ^= (bits >> 31) & 0x7fffffff;
+  return static_cast<int64_t>(bits) * 4294967296 + (4294967295 - column);
+}
+
+}  // namespace
+
 void top_k(const float* values, int64_t rows, int64_t columns, int64_t k, float* best, int64_t* index, int threads) {
+  constexpr int64_t kMostKeys = 512;
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns > 4096)
   for (int64_t r = 0; r < rows; ++r) {
     const float* row = values + r * columns;
     float* top = best + r * k;
     int64_t* where = index + r * k;
-    int64_t held = 0;
-    for (int64_t c = 0; c < columns; ++c) {
-      const float value = row[c];
-      // NaN compares false with everything, so `!(value <= last)` lets it in.
-      if (held == k && (value <= top[k - 1] || std::isnan(top[k - 1]))) continue;
-      int64_t at = held < k ? held++ : k - 1;
-      while (at > 0 && !std::isnan(top[at - 1]) && !(value <= top[at - 1])) {
-        top[at] = top[at - 1];
-        where[at] = where[at - 1];
-        --at;
-      }
-      top[at] = value;
-      where[at] = c;
+    float sum = 0.0f;
+    for (int64_t c = 0; c < columns; ++c) sum += std::fabs(row[c]);
+    if (columns > kMostKeys || !std::isfinite(sum)) {
+      top_k_any(row, columns, k, top, where);
+      continue;
+    }
+    int64_t keys[kMostKeys];
+    for (int64_t c = 0; c < columns; ++c) keys[c] = key_of(row[c], c);
+    for (int64_t p = 0; p < k; ++p) {
+      // Without branches: which value wins cannot be predicted.
+      int64_t high = keys[0];
+      for (int64_t c = 1; c < columns; ++c) high = keys[c] > high ? keys[c] : high;
+      const int64_t column = 4294967295 - (high & 4294967295);
+      top[p] = row[column];
+      where[p] = column;
+      keys[column] = std::numeric_limits<int64_t>::min();
     }
   }
 }

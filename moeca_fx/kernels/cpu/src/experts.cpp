@@ -5,12 +5,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include <ATen/cpu/vec/vec.h>
+#include "vec.h"
 
 namespace moeca {
 namespace {
-
-using Vector = at::vec::Vectorized<float>;
 
 constexpr int64_t kChunk = 64;       // rows of one product: the inputs and both hidden panels stay in cache
 constexpr int64_t kFewestRows = 16;  // rows an expert should have in each share of the tokens
@@ -68,15 +66,12 @@ const float* through(const Experts& experts, int64_t expert, const float* x, int
 }
 
 float norm_of(const float* row, int64_t width) {
-  Vector total(0.0f);
+  Vector squares(0.0f);
   for (int64_t i = 0; i < width; i += Vector::size()) {
     const Vector value = Vector::loadu(row + i, std::min<int64_t>(Vector::size(), width - i));
-    total = at::vec::fmadd(value, value, total);
+    squares = at::vec::fmadd(value, value, squares);
   }
-  float lanes[Vector::size()], sum = 0.0f;
-  total.store(lanes);
-  for (float lane : lanes) sum += lane;
-  return std::sqrt(sum);
+  return std::sqrt(total(squares));
 }
 
 // total += weight * row

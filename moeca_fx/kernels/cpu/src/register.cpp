@@ -11,6 +11,7 @@
 #include "attention.h"
 #include "decide.h"
 #include "experts.h"
+#include "norm.h"
 
 namespace {
 
@@ -202,6 +203,49 @@ Tensor attention_rows(const Tensor& query_, const Tensor& key_, const Tensor& va
   return out;
 }
 
+moeca::Modulation modulation_of(MaybeTensor t, const Tensor& x) {
+  moeca::Modulation m;
+  if (!t.has_value()) return m;
+  TORCH_CHECK(t->dim() == 3 && t->stride(2) == 1 && t->scalar_type() == x.scalar_type() && t->size(2) == x.size(2),
+              "moeca_cpu: expected a modulation [B, 1, H] in the dtype of the tokens");
+  m.data = t->data_ptr();
+  m.sample_stride = t->size(0) == 1 ? 0 : t->stride(0);
+  m.token_stride = t->size(1) == 1 ? 0 : t->stride(1);
+  return m;
+}
+
+Tensor run_norm(const Tensor& x, const optional<Tensor>& y, MaybeTensor gate, const Tensor& factor,
+                const Tensor& shift, double eps, void* stream) {
+  Tensor out = at::empty(x.sizes(), x.options());
+  moeca::AdaNorm a{};
+  a.samples = x.size(0);
+  a.tokens = x.size(1);
+  a.width = x.size(2);
+  a.x = x.data_ptr();
+  a.y = y.has_value() ? y->data_ptr() : nullptr;
+  a.gate = modulation_of(gate, x);
+  a.factor = modulation_of(factor, x);
+  a.shift = modulation_of(shift, x);
+  a.eps = eps;
+  a.bfloat16 = is_bfloat16(x);
+  a.stream = stream;
+  a.out = out.data_ptr();
+  moeca::ada_norm(a, threads());
+  return out;
+}
+
+Tensor modulated_norm(const Tensor& x, const Tensor& factor, const Tensor& shift, double eps) {
+  return run_norm(x.contiguous(), std::nullopt, std::nullopt, factor, shift, eps, nullptr);
+}
+
+std::tuple<Tensor, Tensor> gated_norm(const Tensor& x_, const Tensor& gate, const Tensor& y_, const Tensor& factor,
+                                      const Tensor& shift, double eps) {
+  const Tensor x = x_.contiguous(), y = y_.contiguous();
+  Tensor stream = at::empty(x.sizes(), x.options());
+  Tensor out = run_norm(x, y, gate, factor, shift, eps, stream.data_ptr());
+  return {stream, out};
+}
+
 }  // namespace
 
 #define EXPERTS "Tensor? gate, Tensor? gate_bias, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, int activation"
@@ -219,6 +263,8 @@ TORCH_LIBRARY(moeca_cpu, m) {
         "-> Tensor");
   m.def("update_activation(Tensor(a!) activation, Tensor expert, float beta) -> ()");
   m.def("top_k(Tensor values, int k) -> (Tensor, Tensor)");
+  m.def("modulated_norm(Tensor x, Tensor factor, Tensor shift, float eps) -> Tensor");
+  m.def("gated_norm(Tensor x, Tensor gate, Tensor y, Tensor factor, Tensor shift, float eps) -> (Tensor, Tensor)");
   m.def("attention_rows(Tensor query, Tensor key, Tensor value, Tensor row, float? scale) -> Tensor");
 }
 
@@ -231,5 +277,7 @@ TORCH_LIBRARY_IMPL(moeca_cpu, CPU, m) {
   m.impl("threshold", threshold);
   m.impl("update_activation", update_activation);
   m.impl("top_k", top_k);
+  m.impl("modulated_norm", modulated_norm);
+  m.impl("gated_norm", gated_norm);
   m.impl("attention_rows", attention_rows);
 }

@@ -1,0 +1,29 @@
+"""Edits that every rule of `lower_kernels` makes, and what they must not break."""
+
+from typing import Any
+
+from torch import fx
+
+from moeca_fx.graph.rewrite import call
+from moeca_fx.graph.slicing import ancestors
+from moeca_fx.graph.state import SCALES_WITH
+
+
+def replace_call(module: fx.GraphModule, node: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """Put a call of `target` in the place of `node`, with its metadata and readers."""
+    with module.graph.inserting_before(node):
+        made = call(module.graph, target, *args, name=f"{node.name}_fused", like=node)
+    if SCALES_WITH in node.meta:
+        made.meta[SCALES_WITH] = node.meta[SCALES_WITH]
+    node.replace_all_uses_with(made)
+    module.graph.erase_node(node)
+    return made
+
+
+def may_write_in_place(write: fx.Node) -> bool:
+    """Whether all that reads the cache's old value runs before the write."""
+    cache = write.args[0]
+    if not isinstance(cache, fx.Node) or cache.op != "placeholder":
+        return False
+    before = ancestors([write])
+    return all(user is write or user in before for user in cache.users)

@@ -1,0 +1,104 @@
+"""Experts: all branches of a full step, or the recomputed ones of a cached step, one kernel each."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from moeca_fx.graph.gated_form import GatedForm, gated_form
+from moeca_fx.graph.rewrite import call
+from moeca_fx.graph.state import SCALES_WITH
+from moeca_fx.kernels.cpu import ops as kernels
+from moeca_fx.ops import dispatch, rows
+from moeca_fx.passes.kernels.edits import may_write_in_place, replace_call
+
+
+def is_experts(node: fx.Node) -> bool:
+    """Whether a node runs an expert program."""
+    return node.op == "call_module" and len(node.args) == 3 and str(node.target).endswith("_experts")
+
+
+def _weights(module: fx.GraphModule, node: fx.Node) -> tuple[Any, ...] | str:
+    """Operands of a kernel that stand for an expert program, inserted before it; or why there are none."""
+    path = str(node.target)
+    program = module.get_submodule(path)
+    assert isinstance(program, fx.GraphModule)
+    form = gated_form(program)
+    if not isinstance(form, GatedForm):
+        return form
+    for name in (form.gate, form.up, form.down):
+        if name is not None and 1 not in getattr(program, name).stride()[1:]:
+            return f"the weight {name} is strided"
+    with module.graph.inserting_before(node):
+        operands = tuple(module.graph.get_attr(f"{path}.{name}") if name is not None else None for name in form.names())
+    return (*operands, form.activation)
+
+
+def _experts_before(node: fx.Node) -> fx.Node | None:
+    source = node.args[0]
+    return source if isinstance(source, fx.Node) and is_experts(source) else None
+
+
+def lower_branches(module: fx.GraphModule, feature: fx.Node) -> str | None:
+    """All branches, in branch order; or their weighted sum, where nothing else reads them."""
+    hidden = _experts_before(feature)
+    gathered = hidden.args[0] if hidden is not None else None
+    if hidden is None or not isinstance(gathered, fx.Node) or gathered.target is not dispatch.gather_branches:
+        return "the rows are not gathered from all tokens"
+    if len(hidden.users) > 1:
+        return "another node reads the grouped rows"
+    plan = gathered.args[1].args[0]  # type: ignore[union-attr]  # gather_branches reads an item of a plan
+    assert isinstance(plan, fx.Node) and plan.target is dispatch.plan_branches
+    weights = _weights(module, hidden)
+    if isinstance(weights, str):
+        return weights
+    x, expert = gathered.args[0], plan.args[0]
+    readers = list(feature.users)
+    if [reader.target for reader in readers] == [dispatch.combine_branches]:
+        combined = readers[0]
+        replace_call(module, combined, torch.ops.moeca_cpu.mixture.default, x, expert, combined.args[1], *weights)
+    else:
+        replace_call(module, feature, torch.ops.moeca_cpu.branches.default, x, expert, *weights)
+    return None
+
+
+def lower_recompute(module: fx.GraphModule, plan: fx.Node) -> str | None:
+    """The picked branches of a cached step, written where they are kept."""
+    code, slot_expert, row, _ = plan.args
+    taken = [user for item in plan.users for user in item.users if user.target is dispatch.take_rows]
+    hidden = next((user for take in taken for user in take.users if is_experts(user)), None)
+    if hidden is None:
+        return "no experts read the plan"
+    writes = [user for user in hidden.users if user.target is rows.write_rows]
+    norms = [user for user in hidden.users if user.target is dispatch.feature_norm]
+    if len(writes) != 1 or len(writes) + len(norms) != len(hidden.users):
+        return "features are not only written into a cache: kept values are corrected"
+    norm_writes = [user for norm in norms for user in norm.users]
+    targets = [*writes, *norm_writes]
+    if len(norm_writes) > 1 or any(not may_write_in_place(write) for write in targets):
+        return "a cache is read after it is written"
+    weights = _weights(module, hidden)
+    if isinstance(weights, str):
+        return weights
+    (write,), x = writes, taken[0].args[0]
+    caches = (write.args[0], norm_writes[0].args[0] if norm_writes else None)
+    last = max(targets, key=list(module.graph.nodes).index)
+    with module.graph.inserting_before(last):
+        operands = (*caches, x, code, slot_expert, row, *weights)
+        made = call(module.graph, kernels.recompute_branches, *operands, name=f"{hidden.name}_recompute")
+        made.meta[SCALES_WITH] = hidden.meta[SCALES_WITH]
+        for index, written in enumerate(targets):
+            item = call(module.graph, operator.getitem, made, index, name=f"{written.name}_done", like=written)
+            written.replace_all_uses_with(item)
+    return None
+
+
+def lower_grouped(module: fx.GraphModule, hidden: fx.Node) -> str | None:
+    """An expert program on rows that something else gathered."""
+    weights = _weights(module, hidden)
+    if isinstance(weights, str):
+        return weights
+    x, _, ends = hidden.args
+    replace_call(module, hidden, torch.ops.moeca_cpu.grouped.default, x, ends, *weights)
+    return None
