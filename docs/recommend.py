@@ -51,7 +51,7 @@ def main() -> None:
         return sample(run, noise, labels, options.steps, sampler=options.sampler, seed=options.seed)
 
     example = (noise, torch.zeros(options.batch), labels)
-    plain = moeca_fx.transform(model, example, policy=None)
+    plain = moeca_fx.transform(model, example, policy=None, compile=False)
     output = OutputCandidates(model, plain, sampler, fewest=1 / max(TARGETS))
     folder = options.out / options.model / f"{options.sampler}-{options.steps}"
     folder.mkdir(parents=True, exist_ok=True)

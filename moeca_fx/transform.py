@@ -29,6 +29,7 @@ def transform(
     policy: Method | Policy | str | PathLike[str] | None = _DEFAULT,
     *,
     timestep: str | int | None = None,
+    compile: bool = True,
 ) -> TransformedModel:
     """Compile a DiT-MoE model into one that caches expert branches, attention and feed-forward rows.
 
@@ -39,6 +40,9 @@ def transform(
         policy: what is recomputed when: a method such as `MoECa`, a method's name, a YAML policy file, or a `Policy` of
             your own parts; None vectorises the experts and caches nothing.
         timestep: name or position of forward's timestep parameter, when it is not found by itself.
+        compile: run the graphs through `torch.compile`, each whole, at its first call (tens of seconds; the compiler's
+            cache makes later processes start in seconds; the logger ``moeca_fx.compile`` tells). Without a compiler, or
+            with the environment variable MOECA_FX_COMPILE=0, graphs run eagerly.
 
     Returns:
         A model of the same class: same signature, same result structure, weights shared with the original. See
@@ -56,7 +60,7 @@ def transform(
     kwargs = dict(example_kwargs or {})
     found = find_regions(model, example_inputs, kwargs)
     stack_experts(model, found.regions)
-    runtime = Runtime(found.regions, parts, timestep)
+    runtime = Runtime(found.regions, parts, timestep, compile)
     fast = make_transformed(model, runtime)
     runtime.prepare(fast, example_inputs, kwargs)
     return fast

@@ -1,7 +1,12 @@
 """Shared by every test: the same threads and seeds whatever ran before."""
 
+import os
+
 import pytest
 import torch
+
+# Compiling takes tens of seconds a graph: the tests of compilation switch it on for themselves.
+os.environ.setdefault("MOECA_FX_COMPILE", "0")
 
 TEST_THREADS = 1  # tiny models gain nothing from more, and on a busy machine waiting threads cost much
 

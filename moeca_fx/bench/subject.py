@@ -37,7 +37,7 @@ class Subject:
     @cached_property
     def vectorised(self) -> TransformedModel:
         """The model with vectorised experts and no cache; what runs with fewer steps gets it too."""
-        return moeca_fx.transform(self.model, self.example(2), policy=None)
+        return moeca_fx.transform(self.model, self.example(2), policy=None, compile=False)
 
     def transformed(self, policy: Any) -> TransformedModel:
         """The model under a policy."""

@@ -52,7 +52,7 @@ def input_changes(model: nn.Module, recording: Recording) -> torch.Tensor:
         args: tuple[Any, ...] = (state, *rest)
         kwargs: Mapping[str, Any] = named
         if fast is None:
-            fast = transform(model, args, kwargs, policy=TeaCache(steps=recording.steps))
+            fast = transform(model, args, kwargs, policy=TeaCache(steps=recording.steps), compile=False)
         graphs = fast._moeca.prepare(fast, args, kwargs).graphs
         assert graphs is not None and graphs.probe is not None, "TeaCache looks at the model"
         leaves = pytree.tree_leaves((args, dict(kwargs)))

@@ -35,19 +35,22 @@ class TransformedModel(nn.Module):
         """The original's forward; see `moeca_fx.transform`."""
         return self._moeca.call(self, args, kwargs)
 
-    def with_policy(self, policy: Method | Policy | str | PathLike[str] | None) -> "TransformedModel":
+    def with_policy(
+        self, policy: Method | Policy | str | PathLike[str] | None, *, compile: bool | None = None
+    ) -> "TransformedModel":
         """The same model under another policy, in a fraction of the time of `transform`: nothing is traced again.
 
         Weights are shared; trajectories, statistics and caches are not.
 
         Args:
             policy: as for `moeca_fx.transform`.
+            compile: as for `moeca_fx.transform`; None keeps what this model does.
 
         Raises:
             ConfigError, UnsupportedModelError: `policy` is no policy, or the model lacks what it needs.
         """
         parts = None if policy is None else resolve_policy(policy)
-        return make_transformed(original_view(self), self._moeca.under(parts))
+        return make_transformed(original_view(self), self._moeca.under(parts, compile))
 
     def context(self, name: str) -> AbstractContextManager[None]:
         """Calls inside ``with model.context(name):`` belong to a trajectory of their own.

@@ -16,6 +16,7 @@ from moeca_fx.passes import POLICY_FREE, Compilation, run_pipeline
 from moeca_fx.passes.cache.graphs import CachedGraphs
 from moeca_fx.passes.capture import batch_size
 from moeca_fx.policies.policy import Policy
+from moeca_fx.runtime.compiler import CompiledStep, say_once, why_not_compiled
 from moeca_fx.runtime.timestep import find_timestep
 
 Signature = tuple[Any, ...]
@@ -32,6 +33,7 @@ class Program:
         sites: located sites.
         out_spec: structure of the model's result; `outputs` is its number of leaves.
         timestep: index of the timestep among the flat inputs; None without a policy.
+        steps: what is compiled, by the names of `CachedGraphs.modules`.
     """
 
     traced: Compilation
@@ -41,6 +43,20 @@ class Program:
     out_spec: pytree.TreeSpec
     outputs: int
     timestep: int | None
+    steps: Mapping[str, CompiledStep]
+
+    def run(self, name: str, batch: int, *inputs: Any) -> Any:
+        """Run one of the graphs, compiled where that was asked for.
+
+        Args:
+            name: as in `CachedGraphs.modules`; "" is the vectorised graph.
+            batch: samples.
+        """
+        if name in self.steps:
+            return self.steps[name](batch, *inputs)
+        if self.graphs is None:
+            return self.plain(*inputs)
+        return self.graphs.modules()[name](*inputs)
 
     @property
     def traced_module(self) -> fx.GraphModule:
@@ -66,13 +82,16 @@ def build_program(
     kwargs: Mapping[str, Any],
     policy: Policy | None,
     timestep: str | int | None,
+    compile: bool = False,
 ) -> Program:
     """Run the pipeline for calls like ``model(*args, **kwargs)``."""
     traced = run_pipeline(Compilation(model, regions, args, dict(kwargs), policy), until=POLICY_FREE)
-    return finish_program(traced, policy, timestep)
+    return finish_program(traced, policy, timestep, compile)
 
 
-def finish_program(traced: Compilation, policy: Policy | None, timestep: str | int | None) -> Program:
+def finish_program(
+    traced: Compilation, policy: Policy | None, timestep: str | int | None, compile: bool = False
+) -> Program:
     """Run the rest of the pipeline on what `POLICY_FREE` left, which stays as it is."""
     work = run_pipeline(replace(traced, policy=policy), after=POLICY_FREE)
     assert work.module is not None and work.captured is not None and work.sites is not None
@@ -85,7 +104,19 @@ def finish_program(traced: Compilation, policy: Policy | None, timestep: str | i
         out_spec=work.captured.out_spec,
         outputs=work.captured.out_spec.num_leaves,
         timestep=found,
+        steps=_compiled_steps(work) if compile else {},
     )
+
+
+def _compiled_steps(work: Compilation) -> dict[str, CompiledStep]:
+    """Every graph, to be compiled at its first call."""
+    modules = work.graph_modules()
+    device = next((tensor.device for module in modules.values() for tensor in module.parameters()), torch.device("cpu"))
+    reason = why_not_compiled(device)
+    if reason is not None:
+        say_once(f"graphs are not compiled and run eagerly, more slowly: {reason}")
+        return {}
+    return {name: CompiledStep(module, f"{name} step" if name else "model") for name, module in modules.items()}
 
 
 def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Signature, list[Any], int]:

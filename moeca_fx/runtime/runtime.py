@@ -55,12 +55,20 @@ class Runtime:
         regions: proven MoE regions.
         policy: None runs the vectorised graph at every step.
         timestep: parameter name or position of the timestep; None finds it.
+        compile: whether graphs run through torch.compile where a compiler exists.
     """
 
-    def __init__(self, regions: tuple[MoERegion, ...], policy: Policy | None, timestep: str | int | None) -> None:
+    def __init__(
+        self,
+        regions: tuple[MoERegion, ...],
+        policy: Policy | None,
+        timestep: str | int | None,
+        compile: bool = False,
+    ) -> None:
         self.regions = regions
         self.policy = policy
         self.timestep = timestep
+        self.compile = compile
         self.programs: dict[Signature, Program] = {}
         self.trajectories: dict[str, Trajectory] = {}
         self._active: ContextVar[str] = ContextVar("moeca_fx_context", default=DEFAULT_CONTEXT)
@@ -69,14 +77,14 @@ class Runtime:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
         """A copied model starts without programs, trajectories and statistics; they are rebuilt on its first call."""
-        return Runtime(self.regions, self.policy, self.timestep)
+        return Runtime(self.regions, self.policy, self.timestep, self.compile)
 
-    def under(self, policy: Policy | None) -> "Runtime":
+    def under(self, policy: Policy | None, compile: bool | None = None) -> "Runtime":
         """A runtime of the same traced graphs under another policy, without trajectories and statistics."""
-        other = Runtime(self.regions, policy, self.timestep)
+        other = Runtime(self.regions, policy, self.timestep, self.compile if compile is None else compile)
         for signature, program in self.programs.items():
             own = replace(program.traced, module=detached_copy(program.traced_module))
-            other.programs[signature] = finish_program(own, policy, self.timestep)
+            other.programs[signature] = finish_program(own, policy, self.timestep, other.compile)
         return other
 
     # -- calls --------------------------------------------------------------------------------------------------
@@ -98,7 +106,7 @@ class Runtime:
                 )
             plain_args, plain_kwargs = _detached(args), _detached(dict(kwargs))
             self.programs[signature] = build_program(
-                original_view(model), self.regions, plain_args, plain_kwargs, self.policy, self.timestep
+                original_view(model), self.regions, plain_args, plain_kwargs, self.policy, self.timestep, self.compile
             )
         return self.programs[signature]
 
@@ -116,7 +124,7 @@ class Runtime:
             if program.graphs is None:
                 tally = self.accounting.tally(program, leaves, batch)
                 tally.full_steps += 1
-                return program.split(program.plain(*leaves))[0]
+                return program.split(program.run("", batch, *leaves))[0]
             return self._step(program, leaves, batch)
 
     def _step(self, program: Program, leaves: list[Any], batch: int) -> Any:
@@ -135,10 +143,13 @@ class Runtime:
             step = program.graphs.full_step if rule == FULL else program.graphs.rules[rule]
             if rule == FULL:
                 held = self._carried(program, trajectory, batch, device)
+                trajectory.states = []  # what a full step does not read makes room for what it writes
             else:
                 held = trajectory.states
             clock = [self._clock(trajectory, rule, device)] if step.clock else []
-            result, rest = program.split(step.module(*leaves, *held, *clock, *(prefix if step.prefix else [])))
+            result, rest = program.split(
+                program.run(step.name, batch, *leaves, *held, *clock, *(prefix if step.prefix else []))
+            )
             states, counters = rest[: len(program.graphs.states)], rest[len(program.graphs.states) :]
             if rule == FULL:
                 tally.full_steps += 1
@@ -168,7 +179,7 @@ class Runtime:
         if before is None:
             device = leaves[program.timestep].device
             before = torch.zeros(trajectory.batch, *probe.state.shape, dtype=probe.state.dtype, device=device)
-        change, value, *prefix = probe.module(*leaves, before)
+        change, value, *prefix = program.run("probe", trajectory.batch, *leaves, before)
         # A probed value may be a view of the caller's tensors.
         return value.clone(), math.nan if trajectory.probed is None else float(change), prefix
 

@@ -123,7 +123,7 @@ class _Search:
         self.count = 0
         self.example = _first_call(model, sampler)
         say("recording an uncached run")
-        self.plain = transform(model, *self.example, policy=None)
+        self.plain = transform(model, *self.example, policy=None, compile=False)
         # Expert branches need fewer full steps than the speed-up alone says: half as many at the least.
         fewest = FEWEST_FULL if target.speedup is None else max(FEWEST_FULL, 0.5 / target.speedup)
         self.output = OutputCandidates(model, self.plain, sampler, fewest)

@@ -4,6 +4,7 @@ Every operation is the fused form of reference functions; `passes/lower_kernels.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +68,7 @@ def _register_shapes() -> None:
 
     @_fake("moeca_cpu::branches")
     def _(x: Tensor, expert: Tensor, gate: Any, gate_bias: Any, up: Tensor, up_bias: Any, down: Tensor, *_: Any) -> Any:
-        return x.new_empty(expert.numel(), down.shape[1])
+        return x.new_empty(expert.numel(), down.shape[1]), x.new_empty(expert.numel(), dtype=torch.float32)
 
     @_fake("moeca_cpu::mixture")
     def _(x: Tensor, *_: Any) -> Any:
@@ -118,13 +119,12 @@ def _register_flops() -> None:
 
     @register_flop_formula(ops.branches)
     def _(x: Any, expert: Any, *weights: Any, out_shape: Any = None, **_: Any) -> int:
-        count: int = torch.Size(expert).numel()
-        return count * _expert_flops(*weights)
+        return int(math.prod(expert)) * _expert_flops(*weights)
 
     @register_flop_formula(ops.mixture)
     def _(x: Any, expert: Any, weight: Any, *weights: Any, out_shape: Any = None, **_: Any) -> int:
         # As of the reference: the experts, and the weighted sum as a product.
-        return torch.Size(expert).numel() * (_expert_flops(*weights) + 2 * x[-1])
+        return math.prod(expert) * (_expert_flops(*weights) + 2 * x[-1])
 
     @register_flop_formula(ops.grouped)
     def _(x: Any, ends: Any, *weights: Any, out_shape: Any = None, **_: Any) -> int:

@@ -10,7 +10,7 @@ from moeca_fx.graph.gated_form import GatedForm, gated_form
 from moeca_fx.graph.rewrite import call
 from moeca_fx.graph.state import SCALES_WITH
 from moeca_fx.kernels.cpu import ops as kernels
-from moeca_fx.ops import dispatch, rows
+from moeca_fx.ops import dispatch, rows, slots
 from moeca_fx.passes.kernels.edits import may_write_in_place, replace_call
 
 
@@ -58,8 +58,19 @@ def lower_branches(module: fx.GraphModule, feature: fx.Node) -> str | None:
     if [reader.target for reader in readers] == [dispatch.combine_branches]:
         combined = readers[0]
         replace_call(module, combined, torch.ops.moeca_cpu.mixture.default, x, expert, combined.args[1], *weights)
-    else:
-        replace_call(module, feature, torch.ops.moeca_cpu.branches.default, x, expert, *weights)
+        return None
+    with module.graph.inserting_before(feature):
+        both = call(
+            module.graph, torch.ops.moeca_cpu.branches.default, x, expert, *weights, name=f"{hidden.name}_fused"
+        )
+        made, norms = (
+            call(module.graph, operator.getitem, both, index, name=f"{feature.name}_{kind}")
+            for index, kind in enumerate(("fused", "norms"))
+        )
+    for kept in [user for user in readers if user.target is slots.slot_features]:
+        for norm in [user for user in kept.users if user.target is dispatch.feature_norm]:
+            replace_call(module, norm, slots.slots, norms, *kept.args[1:])
+    feature.replace_all_uses_with(made)
     return None
 
 

@@ -61,16 +61,18 @@ moeca::Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.size(-1), is_bflo
 
 int threads() { return at::get_num_threads(); }
 
-Tensor branches(const Tensor& x_, const Tensor& expert_, MaybeTensor gate, MaybeTensor gate_bias, const Tensor& up,
-                MaybeTensor up_bias, const Tensor& down, MaybeTensor down_bias, int64_t activation) {
+std::tuple<Tensor, Tensor> branches(const Tensor& x_, const Tensor& expert_, MaybeTensor gate, MaybeTensor gate_bias,
+                                    const Tensor& up, MaybeTensor up_bias, const Tensor& down, MaybeTensor down_bias,
+                                    int64_t activation) {
   const Tensor x = x_.contiguous(), expert = expert_.contiguous();
   const int64_t tokens = x.numel() / x.size(-1), count = expert.numel();
   Tensor out = at::empty({count, down.size(1)}, x.options());
-  if (count == 0) return out;
+  Tensor norm = at::empty({count}, x.options().dtype(at::kFloat));
+  if (count == 0) return {out, norm};
   const auto all = experts_of(gate, gate_bias, up, up_bias, down, down_bias, activation);
   const auto plan = moeca::group_branches(expert.data_ptr<int64_t>(), nullptr, 0, count, all.count);
-  moeca::run_branches(all, plan, rows_of(x), count / tokens, nullptr, rows_of(out), nullptr, threads());
-  return out;
+  moeca::run_branches(all, plan, rows_of(x), count / tokens, nullptr, rows_of(out), norm.data_ptr<float>(), threads());
+  return {out, norm};
 }
 
 Tensor mixture(const Tensor& x_, const Tensor& expert_, const Tensor& weight_, MaybeTensor gate,
@@ -251,7 +253,7 @@ std::tuple<Tensor, Tensor> gated_norm(const Tensor& x_, const Tensor& gate, cons
 #define EXPERTS "Tensor? gate, Tensor? gate_bias, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, int activation"
 
 TORCH_LIBRARY(moeca_cpu, m) {
-  m.def("branches(Tensor x, Tensor expert, " EXPERTS ") -> Tensor");
+  m.def("branches(Tensor x, Tensor expert, " EXPERTS ") -> (Tensor, Tensor)");
   m.def("mixture(Tensor x, Tensor expert, Tensor weight, " EXPERTS ") -> Tensor");
   m.def("grouped(Tensor x, Tensor ends, " EXPERTS ") -> Tensor");
   m.def("recompute(Tensor(a!) feature, Tensor(b!)? norm, Tensor x, Tensor code, Tensor slot_expert, Tensor? row, "
