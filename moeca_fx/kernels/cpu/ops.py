@@ -124,11 +124,16 @@ def _register_flops() -> None:
     @register_flop_formula(ops.mixture)
     def _(x: Any, expert: Any, weight: Any, *weights: Any, out_shape: Any = None, **_: Any) -> int:
         # As of the reference: the experts, and the weighted sum as a product.
-        return math.prod(expert) * (_expert_flops(*weights) + 2 * x[-1])
+        return int(math.prod(expert)) * (_expert_flops(*weights) + 2 * int(x[-1]))
 
     @register_flop_formula(ops.grouped)
     def _(x: Any, ends: Any, *weights: Any, out_shape: Any = None, **_: Any) -> int:
         return int(x[0]) * _expert_flops(*weights)
+
+    @register_flop_formula(ops.recompute, get_raw=True)
+    def _(feature: Any, norm: Any, x: Any, code: Tensor, *rest: Any, **_: Any) -> int:
+        # Only where it really runs: how many branches depends on the data (`runtime/flops.py` counts the others).
+        return int((code > 0).sum()) * branch_flops((x, code, *rest))
 
     @register_flop_formula(ops.attention_rows)
     def _(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
