@@ -46,6 +46,24 @@ def test_decide_of_single_token_samples() -> None:
     assert torch.equal(found[3], expected[3])
 
 
+def test_a_cache_that_holds_one_expert_twice_breaks_nothing() -> None:
+    now, same = _routing(1, 30, 4, 6), torch.zeros(1, 30, 4, dtype=torch.int64)
+    slot, slot_expert, _, code = ops.decide(
+        now,
+        torch.rand(1, 30, 4),
+        same,
+        *torch.rand(2, 1, 30, 4),
+        None,
+        torch.zeros(1, 30, 4, dtype=torch.bool),
+        0.0,
+        0.0,
+        True,
+        None,
+    )
+    assert 0 <= int(slot.min()) and int(slot.max()) < 4
+    assert 0 <= int(slot_expert.min()) and int(slot_expert.max()) < 6 and int(code.max()) <= 2
+
+
 @pytest.mark.parametrize("margin", [None, 0.0, 0.2])
 def test_decide_picked(margin: float | None) -> None:
     now, then = _routing(2, 40, 4, 9), _routing(2, 40, 4, 9)

@@ -196,3 +196,6 @@ def test_refusals_name_what_was_found() -> None:
     strided = torch.randn(EXPERTS, HIDDEN, 2 * WIDTH, 2)[:, :, ::2, 0]
     with pytest.raises(RuntimeError, match="one unit stride"):
         ops.branches(torch.randn(TOKENS, WIDTH), _routing()[0], strided, None, *_weights()[2:])
+    for wrong in (-1, EXPERTS):
+        with pytest.raises(IndexError, match=f"expected expert ids from 0 to {EXPERTS - 1}, found {wrong}"):
+            ops.mixture(torch.randn(1, WIDTH), torch.full((1, TOP_K), wrong), torch.ones(1, TOP_K), *_weights())

@@ -30,7 +30,7 @@ void match(const int64_t* expert, const int64_t* cached, int64_t k, int64_t* slo
   for (int64_t p = 0; p < k; ++p) {
     if (matched[p]) continue;
     while (next < k && taken[next]) ++next;
-    slot[p] = next++;
+    slot[p] = next < k ? next++ : 0;  // none is free only where a cache holds one expert twice
   }
 }
 
@@ -45,6 +45,11 @@ void decide_token(const Decision& d, int64_t token) {
   bool matched[kMostSlots];
   int64_t* slot = d.slot + base;
   match(d.expert + base, d.cached_expert + base, k, slot, matched);
+  for (int64_t q = base; q < base + k; ++q) {
+    d.slot_expert[q] = 0;
+    d.slot_weight[q] = 0.0f;
+    d.code[q] = 2;
+  }
   const float total = d.share ? sum(d.weight + base, k) : 1.0f;
   const float norms = d.cached_norm == nullptr ? 0.0f : sum(d.cached_norm + base, k);
   for (int64_t p = 0; p < k; ++p) {

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
+#include <string>
 
 #include "vec.h"
 
@@ -126,8 +128,13 @@ void Rows::store(int64_t row, const float* in) const {
 Plan group_branches(const int64_t* expert, const int8_t* code, int64_t first, int64_t last, int64_t experts) {
   Plan plan;
   plan.offsets.assign(experts + 1, 0);
-  for (int64_t i = first; i < last; ++i)
-    if (code == nullptr || code[i] > 0) ++plan.offsets[expert[i] + 1];
+  for (int64_t i = first; i < last; ++i) {
+    if (code != nullptr && code[i] <= 0) continue;
+    if (expert[i] < 0 || expert[i] >= experts)
+      throw std::out_of_range("expected expert ids from 0 to " + std::to_string(experts - 1) + ", found " +
+                              std::to_string(expert[i]));
+    ++plan.offsets[expert[i] + 1];
+  }
   for (int64_t e = 0; e < experts; ++e) plan.offsets[e + 1] += plan.offsets[e];
   plan.entry.resize(plan.offsets[experts]);
   std::vector<int64_t> next(plan.offsets.begin(), plan.offsets.end() - 1);
@@ -179,11 +186,15 @@ void run_mixture(const Experts& experts, const int64_t* expert, const float* wei
   // Every share of the tokens is summed by one thread: no two threads add to one row, in any order.
   const int64_t most = std::max<int64_t>(tokens * top_k / (experts.count * kFewestRows), 1);
   const int64_t shares = std::min<int64_t>(threads, most);
+  std::vector<Plan> plans;  // made out here: what they refuse must not be thrown inside a parallel region
+  for (int64_t share = 0; share < shares; ++share)
+    plans.push_back(group_branches(expert, nullptr, tokens * share / shares * top_k,
+                                   tokens * (share + 1) / shares * top_k, experts.count));
 #pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(shares)) if (shares > 1)
   for (int64_t share = 0; share < shares; ++share) {
     const int64_t first = tokens * share / shares, last = tokens * (share + 1) / shares;
     Scratch& scratch = scratch_of_thread();
-    const Plan plan = group_branches(expert, nullptr, first * top_k, last * top_k, experts.count);
+    const Plan& plan = plans[share];
     float* sum = scratch.take(kSum, (last - first) * y.width);
     std::fill(sum, sum + (last - first) * y.width, 0.0f);
     for (const Task& task : cut(plan.offsets.data(), plan.offsets.data() + 1, experts.count)) {
