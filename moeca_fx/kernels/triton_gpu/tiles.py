@@ -1,0 +1,126 @@
+"""Tile sizes of the grouped GEMMs: a rule from static shapes, and a measurement that replaces it.
+
+How many rows are live is known on the device only, so nothing here depends on it and a captured graph stays valid.
+Measuring needs the host, so it is a call of its own: measure once, before capture, and pass the result on.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moeca_fx.kernels.triton_gpu._common import INTERPRETED
+
+_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One GEMM's tile.
+
+    Attributes:
+        rows, columns, depth: of the tile, powers of two of at least 16.
+        warps, stages: warps and software-pipeline stages of a program.
+        per_sm: programs of the persistent grid for each multiprocessor.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int = 4
+    stages: int = 3
+    per_sm: int = 2
+
+    def options(self) -> dict[str, Any]:
+        """The launch arguments this stands for."""
+        return {
+            "BM": self.rows,
+            "BN": self.columns,
+            "BK": self.depth,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of the first (gate and up) and the second (down) GEMM."""
+
+    up: Tile
+    down: Tile
+
+
+_SMALL = Tiles(Tile(16, 64, 128, stages=4, per_sm=4), Tile(16, 64, 128, stages=4, per_sm=4))
+_MEDIUM = Tiles(Tile(64, 64, 64, stages=3, per_sm=3), Tile(64, 128, 64, stages=3, per_sm=3))
+_LARGE = Tiles(Tile(128, 64, 64, warps=8, stages=3), Tile(128, 128, 64, warps=8, stages=3))
+_FLOAT = Tiles(Tile(32, 32, 32, stages=2, per_sm=4), Tile(32, 64, 32, stages=2, per_sm=4))
+_INTERPRETED = Tiles(Tile(16, 32, 32, per_sm=1), Tile(16, 32, 32, per_sm=1))
+_CANDIDATES = (
+    _SMALL,
+    Tiles(Tile(32, 64, 64, stages=4, per_sm=4), Tile(32, 128, 64, stages=4, per_sm=4)),
+    _MEDIUM,
+    Tiles(Tile(64, 128, 64, stages=3), Tile(64, 256, 64, warps=8, stages=3)),
+    _LARGE,
+    Tiles(Tile(128, 128, 64, warps=8, stages=3, per_sm=1), Tile(128, 256, 64, warps=8, stages=3, per_sm=1)),
+)
+
+
+def default_tiles(rows: int, num_experts: int, dtype: torch.dtype) -> Tiles:
+    """Tiles by rule.
+
+    Args:
+        rows: branches that can be live at most, N*k.
+        num_experts: E.
+        dtype: of the weights.
+    """
+    if INTERPRETED:
+        return _INTERPRETED
+    if dtype == torch.float32:
+        return _FLOAT
+    each = rows / num_experts
+    return _SMALL if each <= 32 else _MEDIUM if each <= 256 else _LARGE
+
+
+def tuned_tiles(run: Callable[[Tiles], object], rows: int, num_experts: int, dtype: torch.dtype) -> Tiles:
+    """The fastest candidates for `run`, the up and the down GEMM chosen apart; synchronises with the device.
+
+    Args:
+        run: launches `gated_experts` on live rows as they are expected in use, with the tiles it is given.
+        rows, num_experts, dtype: as for `default_tiles`, whose tiles are compared too.
+    """
+    best = default_tiles(rows, num_experts, dtype)
+    if INTERPRETED or dtype == torch.float32:
+        return best
+    fits = [each for each in _CANDIDATES if each.up.rows <= max(64, 2 * rows // num_experts)]
+    seconds = _milliseconds(run, best)
+    for field in ("up", "down"):
+        for candidate in fits:
+            tile = getattr(candidate, field)
+            tiles = Tiles(tile, best.down) if field == "up" else Tiles(best.up, tile)
+            if tiles == best:
+                continue
+            own = _milliseconds(run, tiles)
+            if own < seconds:
+                best, seconds = tiles, own
+    return best
+
+
+def _milliseconds(run: Callable[[Tiles], object], tiles: Tiles) -> float:
+    """Median over a few launches; infinite when the tile does not fit the device's shared memory."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        run(tiles)  # compiles
+    except OutOfResources:
+        return float("inf")
+    times = []
+    for _ in range(_REPEATS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run(tiles)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
