@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moeca_fx.kernels.triton_gpu._common import blocks, contiguous, power_of_two
 
-_CELLS = 16384  # (branch, expert) cells that one program ranks
+_CELLS = 8192  # (branch, expert) cells that one program ranks
 
 
 def plan(code: Tensor, slot_expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
