@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 pytest.importorskip("triton", reason="triton is not installed")
-from moeca_fx.kernels.triton_gpu import gated_experts, plan
+from moeca_fx.kernels.triton_gpu import Tile, Tiles, gated_experts, grouped_mm_experts, plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPERTS, UNTOUCHED = 6, -7.0
@@ -57,9 +57,7 @@ class Case:
         norm = torch.full((count,), UNTOUCHED, device=DEVICE)
         order, offsets, _ = plan(self.code, self.expert, EXPERTS)
         options = {"gate": self.gate, "norm": norm, "row": row, **self.biases, **options}
-        gated_experts(
-            self.x, order, offsets, self.top_k, up=self.up, down=self.down, feature=feature, **options
-        )
+        gated_experts(self.x, order, offsets, self.top_k, up=self.up, down=self.down, feature=feature, **options)
         return feature, norm
 
     def expected(self, activation: str = "silu", gated: bool = True) -> Tensor:
@@ -72,7 +70,9 @@ class Case:
                 out.append(torch.full((self.x.shape[1],), UNTOUCHED, dtype=torch.float64, device=DEVICE))
                 continue
             token, none = self.x[branch // self.top_k].double(), torch.zeros(EXPERTS, 1, device=DEVICE)
-            bias = {name: self.biases.get(name, none)[expert].double() for name in ("gate_bias", "up_bias", "down_bias")}
+            bias = {
+                name: self.biases.get(name, none)[expert].double() for name in ("gate_bias", "up_bias", "down_bias")
+            }
             up = self.up[expert].double() @ token + bias["up_bias"]
             gate = self.gate[expert].double() @ token + bias["gate_bias"]
             inner = act(gate) * up if gated else act(up)
@@ -138,3 +138,18 @@ def test_no_token_rows() -> None:
 def test_the_result_does_not_depend_on_the_run() -> None:
     case = Case(dtype=torch.bfloat16)
     assert all(torch.equal(one, other) for one, other in zip(case.run(), case.run(), strict=True))
+
+
+@pytest.mark.parametrize("tile", [Tile(16, 16, 16, per_sm=1), Tile(64, 32, 64, per_sm=1)])
+def test_the_result_does_not_depend_on_the_tiles(tile: Tile) -> None:
+    case = Case()
+    _check(case, case.run(tiles=Tiles(tile, tile)), case.expected())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_the_path_through_grouped_mm(share: float) -> None:
+    case = Case(share, dtype=torch.bfloat16)
+    order, offsets, _ = plan(case.code, case.expert, EXPERTS)
+    feature = torch.full((case.code.numel(), 48), UNTOUCHED, dtype=torch.bfloat16, device=DEVICE)
+    grouped_mm_experts(case.x, order, offsets, case.top_k, case.gate, case.up, case.down, feature)
+    torch.testing.assert_close(feature.double(), case.expected(), rtol=2e-2, atol=2e-2)

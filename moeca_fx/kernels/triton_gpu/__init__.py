@@ -9,6 +9,7 @@ from moeca_fx.kernels.triton_gpu.attention_rows import attention_rows_masked, at
 from moeca_fx.kernels.triton_gpu.combine import combine_slots
 from moeca_fx.kernels.triton_gpu.decide import decide
 from moeca_fx.kernels.triton_gpu.grouped_gemm import gated_experts
+from moeca_fx.kernels.triton_gpu.grouped_mm import grouped_mm_experts
 from moeca_fx.kernels.triton_gpu.plan import plan
 from moeca_fx.kernels.triton_gpu.tiles import Tile, Tiles, default_tiles, tuned_tiles
 
@@ -21,6 +22,7 @@ __all__ = [
     "decide",
     "default_tiles",
     "gated_experts",
+    "grouped_mm_experts",
     "listed_rows",
     "plan",
     "tuned_tiles",

@@ -85,7 +85,14 @@ def attention_rows_packed(query: Tensor, key: Tensor, value: Tensor, row: Tensor
 
 
 def _launch(
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, bounds: Tensor, out: Tensor, scale: float | None, packed: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    bounds: Tensor,
+    out: Tensor,
+    scale: float | None,
+    packed: bool,
 ) -> None:
     """Queries [.., h, d] and results by list place (packed) or by flat row."""
     (batch, tokens, kv_heads, depth), heads = key.shape, query.shape[1]
@@ -98,7 +105,11 @@ def _launch(
     _attention_kernel[(batch * heads, blocks(most, block))](
         *(query, key, value, rows, bounds, out, batch),
         (1 / math.sqrt(depth) if scale is None else scale) * math.log2(math.e),  # exponents to base 2
-        *(*query.stride()[:2], *key.stride()[:3], *value.stride()[:3]),
+        *(query.stride(0), *key.stride()[:2], *value.stride()[:2]),
+        # Constants, because a stride that is known to be a multiple of 8 but not of 16 still allows 16-byte loads.
+        QUERY_HEAD=query.stride(1),
+        KEY_HEAD=key.stride(2),
+        VALUE_HEAD=value.stride(2),
         HEADS=heads,
         GROUP=heads // kv_heads,
         D=depth,
@@ -130,7 +141,8 @@ def _list_kernel(mask_ptr, rows_ptr, bounds_ptr, batch, tokens, BLOCK: tl.conste
 @triton.jit
 def _attention_kernel(
     query_ptr, key_ptr, value_ptr, rows_ptr, bounds_ptr, out_ptr, batch, scale,
-    query_row, query_head, key_b, key_t, key_head, value_b, value_t, value_head,
+    query_row, key_b, key_t, value_b, value_t,
+    QUERY_HEAD: tl.constexpr, KEY_HEAD: tl.constexpr, VALUE_HEAD: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     PACKED: tl.constexpr, TOKENS: tl.constexpr, IEEE: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
@@ -147,10 +159,10 @@ def _attention_kernel(
             row = tl.load(rows_ptr + place, mask=live, other=0).to(tl.int64)
         d = tl.arange(0, DP)
         dv = tl.arange(0, DVP)
-        query_at = query_ptr + row[:, None] * query_row + head * query_head + d[None, :]
+        query_at = query_ptr + row[:, None] * query_row + head * QUERY_HEAD + d[None, :]
         query = tl.load(query_at, mask=live[:, None] & (d < D)[None, :], other=0.0)
-        key_base = key_ptr + sample.to(tl.int64) * key_b + (head // GROUP) * key_head
-        value_base = value_ptr + sample.to(tl.int64) * value_b + (head // GROUP) * value_head
+        key_base = key_ptr + sample.to(tl.int64) * key_b + (head // GROUP) * KEY_HEAD
+        value_base = value_ptr + sample.to(tl.int64) * value_b + (head // GROUP) * VALUE_HEAD
         highest = tl.full([BM], float("-inf"), tl.float32)
         weight = tl.zeros([BM], tl.float32)
         total = tl.zeros([BM, DVP], tl.float32)

@@ -12,7 +12,7 @@ from torch import Tensor
 from moeca_fx.kernels.triton_gpu._common import blocks, contiguous, power_of_two
 from moeca_fx.policies.branch import ScoreWeight
 
-_PAIRS = 4096  # (branch, slot) pairs that one program holds
+_PAIRS = 2048  # (branch, slot) pairs that one program holds
 
 
 def decide(

@@ -60,7 +60,7 @@ def gated_experts(
     rows, (num_experts, width, depth), out_width = order.shape[0], up.shape, down.shape[1]
     if rows == 0:
         return
-    tiles = tiles or default_tiles(rows, num_experts, x.dtype)
+    tiles = tiles or default_tiles(rows, up)
     x = x if x.stride(-1) == 1 else x.contiguous()
     inner = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     column_blocks = blocks(out_width, tiles.down.columns)

@@ -52,9 +52,7 @@ def _one_hot(code_ptr, expert_ptr, branch, total, E: tl.constexpr, EP: tl.conste
 
 
 @triton.jit
-def _count(
-    code_ptr, expert_ptr, counts_ptr, total, programs, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr
-):
+def _count(code_ptr, expert_ptr, counts_ptr, total, programs, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
     pid = tl.program_id(0)
     hot = _one_hot(code_ptr, expert_ptr, pid * BLOCK + tl.arange(0, BLOCK), total, E, EP)
     tl.store(counts_ptr + tl.arange(0, EP) * programs + pid, tl.sum(hot, axis=0))

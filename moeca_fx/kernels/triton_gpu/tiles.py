@@ -4,12 +4,14 @@ How many rows are live is known on the device only, so nothing here depends on i
 Measuring needs the host, so it is a call of its own: measure once, before capture, and pass the result on.
 """
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moeca_fx.kernels.triton_gpu._common import INTERPRETED
 
@@ -52,58 +54,60 @@ class Tiles:
     down: Tile
 
 
-_SMALL = Tiles(Tile(16, 64, 128, stages=4, per_sm=4), Tile(16, 64, 128, stages=4, per_sm=4))
-_MEDIUM = Tiles(Tile(64, 64, 64, stages=3, per_sm=3), Tile(64, 128, 64, stages=3, per_sm=3))
-_LARGE = Tiles(Tile(128, 64, 64, warps=8, stages=3), Tile(128, 128, 64, warps=8, stages=3))
-_FLOAT = Tiles(Tile(32, 32, 32, stages=2, per_sm=4), Tile(32, 64, 32, stages=2, per_sm=4))
+# Programs a multiprocessor follow the registers and shared memory that each tile takes when compiled for Hopper.
+_SMALL = Tiles(Tile(16, 64, 128, per_sm=3), Tile(16, 128, 64, per_sm=3))
+_MEDIUM = Tiles(Tile(64, 64, 64), Tile(64, 128, 64, per_sm=3))
+_LARGE = Tiles(Tile(128, 64, 64), Tile(128, 128, 64, warps=8, per_sm=1))
+_NARROW = Tiles(Tile(32, 32, 32, stages=2, per_sm=3), Tile(32, 64, 32, stages=2, per_sm=4))
 _INTERPRETED = Tiles(Tile(16, 32, 32, per_sm=1), Tile(16, 32, 32, per_sm=1))
 _CANDIDATES = (
     _SMALL,
-    Tiles(Tile(32, 64, 64, stages=4, per_sm=4), Tile(32, 128, 64, stages=4, per_sm=4)),
+    Tiles(Tile(32, 64, 64, stages=4, per_sm=3), Tile(32, 128, 64, stages=4, per_sm=3)),
     _MEDIUM,
-    Tiles(Tile(64, 128, 64, stages=3), Tile(64, 256, 64, warps=8, stages=3)),
+    Tiles(Tile(64, 128, 64, warps=8, per_sm=1), Tile(64, 256, 64, warps=8, per_sm=1)),
     _LARGE,
-    Tiles(Tile(128, 128, 64, warps=8, stages=3, per_sm=1), Tile(128, 256, 64, warps=8, stages=3, per_sm=1)),
+    Tiles(Tile(128, 128, 64, warps=8, stages=4, per_sm=1), Tile(128, 256, 64, warps=8, per_sm=1)),
 )
 
 
-def default_tiles(rows: int, num_experts: int, dtype: torch.dtype) -> Tiles:
+def _is_narrow(weight: Tensor) -> bool:
+    """Whether loads are narrow: fp32, which has no tensor cores, or widths that are no multiple of 16 bytes."""
+    return weight.dtype == torch.float32 or any(size * weight.itemsize % 16 for size in weight.shape[1:])
+
+
+def default_tiles(rows: int, up: Tensor) -> Tiles:
     """Tiles by rule.
 
     Args:
         rows: branches that can be live at most, N*k.
-        num_experts: E.
-        dtype: of the weights.
+        up: [E, I, H] weights of the up projection.
     """
     if INTERPRETED:
         return _INTERPRETED
-    if dtype == torch.float32:
-        return _FLOAT
-    each = rows / num_experts
+    if _is_narrow(up):
+        return _NARROW
+    each = rows / up.shape[0]
     return _SMALL if each <= 32 else _MEDIUM if each <= 256 else _LARGE
 
 
-def tuned_tiles(run: Callable[[Tiles], object], rows: int, num_experts: int, dtype: torch.dtype) -> Tiles:
+def tuned_tiles(run: Callable[[Tiles], object], rows: int, up: Tensor) -> Tiles:
     """The fastest candidates for `run`, the up and the down GEMM chosen apart; synchronises with the device.
 
     Args:
         run: launches `gated_experts` on live rows as they are expected in use, with the tiles it is given.
-        rows, num_experts, dtype: as for `default_tiles`, whose tiles are compared too.
+        rows, up: as for `default_tiles`, whose tiles are compared too.
     """
-    best = default_tiles(rows, num_experts, dtype)
-    if INTERPRETED or dtype == torch.float32:
+    best = default_tiles(rows, up)
+    if INTERPRETED or _is_narrow(up):
         return best
-    fits = [each for each in _CANDIDATES if each.up.rows <= max(64, 2 * rows // num_experts)]
-    seconds = _milliseconds(run, best)
-    for field in ("up", "down"):
+    fits = [each for each in _CANDIDATES if each.up.rows <= max(64, 2 * rows // up.shape[0])]
+    shortest = _milliseconds(run, best)
+    for part in ("up", "down"):
         for candidate in fits:
-            tile = getattr(candidate, field)
-            tiles = Tiles(tile, best.down) if field == "up" else Tiles(best.up, tile)
-            if tiles == best:
-                continue
-            own = _milliseconds(run, tiles)
-            if own < seconds:
-                best, seconds = tiles, own
+            tiles = Tiles(candidate.up, best.down) if part == "up" else Tiles(best.up, candidate.down)
+            own = _milliseconds(run, tiles) if tiles != best else math.inf
+            if own < shortest:
+                best, shortest = tiles, own
     return best
 
 
@@ -114,8 +118,8 @@ def _milliseconds(run: Callable[[Tiles], object], tiles: Tiles) -> float:
     try:
         run(tiles)  # compiles
     except OutOfResources:
-        return float("inf")
-    times = []
+        return math.inf
+    times: list[float] = []
     for _ in range(_REPEATS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
