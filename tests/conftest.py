@@ -1,7 +1,13 @@
 """Shared by every test: the same threads and seeds whatever ran before."""
 
+import os
+
 import pytest
 import torch
+
+# Without a GPU, Triton kernels run in Triton's interpreter; the switch is read when they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TEST_THREADS = 1  # tiny models gain nothing from more, and on a busy machine waiting threads cost much
 

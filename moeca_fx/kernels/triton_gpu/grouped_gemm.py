@@ -81,7 +81,6 @@ def gated_experts(
         DEPTH=depth,
         GATED=gate is not None,
         ACTIVATION=activation,
-        PROGRAMS=programs,
         **shared,
         **tiles.up.options(),
     )
@@ -91,7 +90,6 @@ def gated_experts(
         *down.stride(),
         WIDTH=out_width,
         DEPTH=width,
-        PROGRAMS=programs,
         **shared,
         **tiles.down.options(),
     )
@@ -118,7 +116,7 @@ def _up_kernel(
     x_ptr, order_ptr, offsets_ptr, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr, inner_ptr,
     x_stride, gate_e, gate_n, gate_k, up_e, up_n, up_k,
     WIDTH: tl.constexpr, DEPTH: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    PROGRAMS: tl.constexpr, TOP_K: tl.constexpr,
+    TOP_K: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, IEEE: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -166,14 +164,14 @@ def _up_kernel(
         at = inner_ptr + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
         keep = (rows < end)[:, None] & (columns < WIDTH)[None, :]
         tl.store(at, raised.to(inner_ptr.dtype.element_ty), mask=keep)
-        index += PROGRAMS
+        index += tl.num_programs(0)
 
 
 @triton.jit
 def _down_kernel(
     inner_ptr, order_ptr, offsets_ptr, down_ptr, bias_ptr, row_ptr, feature_ptr, partial_ptr,
     down_e, down_n, down_k,
-    WIDTH: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr, TOP_K: tl.constexpr,
+    WIDTH: tl.constexpr, DEPTH: tl.constexpr, TOP_K: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, IEEE: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -210,7 +208,7 @@ def _down_kernel(
             exact = tl.where(keep, stored.to(tl.float32), 0.0)
             at = partial_ptr + rows.to(tl.int64) * column_blocks + index % column_blocks
             tl.store(at, tl.sum(exact * exact, axis=1), mask=live)
-        index += PROGRAMS
+        index += tl.num_programs(0)
 
 
 @triton.jit
