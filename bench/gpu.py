@@ -320,20 +320,20 @@ def time_experts(case: Case, verdict: dict[str, Any], rounds: int, tune: bool) -
     from moeca_fx.kernels import triton_gpu
 
     s, entries = case.shape, []
-    tiles = triton_gpu.default_tiles(case.expert.numel(), case.up)
-    if tune and not isinstance(verdict["experts"], str):
-        order, offsets, _ = triton_gpu.plan(case.code(1.0), case.expert, s.experts)
-        tiles = triton_gpu.tuned_tiles(lambda own: experts_run(case, own)(order, offsets), len(order), case.up)
-    right = guarded(lambda: max(check_experts(case, fraction, experts_run(case, tiles)) for fraction in (0.25, 1.0)))
+    few, many = (chosen_tiles(case, share, tune and isinstance(verdict["experts"], float)) for share in (0.1, 1.0))
     for fraction in FRACTIONS:
-        order, offsets, count = triton_gpu.plan(case.code(fraction), case.expert, s.experts)
+        tiles = few if fraction < 0.5 else many
+        right = guarded(lambda share=fraction, tiles=tiles: check_experts(case, share, experts_run(case, tiles)))
+        code, decision = case.code(fraction), case.decision()
+        order, offsets, count = triton_gpu.plan(code, case.expert, s.experts)
         rows = int(count)
         entry: dict[str, Any] = {"fraction": fraction, "rows": rows, "tiles": str(tiles), "not_timed": {}}
         runs: dict[str, Run] = {}
-        if isinstance(right, str):
-            entry["not_timed"]["experts"] = right
+        if isinstance(right, str) or isinstance(verdict["experts"], str):
+            entry["not_timed"]["experts"] = right if isinstance(right, str) else verdict["experts"]
         else:
-            runs["experts"] = lambda order=order, offsets=offsets: experts_run(case, tiles)(order, offsets)
+            experts = experts_run(case, tiles)
+            runs["experts"] = lambda run=experts, order=order, offsets=offsets: run(order, offsets)
         if isinstance(verdict.get("grouped_mm"), float):
             runs["grouped_mm"] = lambda order=order, offsets=offsets: grouped_mm_run(case)(order, offsets)
         else:
@@ -342,6 +342,8 @@ def time_experts(case: Case, verdict: dict[str, Any], rounds: int, tune: bool) -
             x, inner = case.normal(rows, s.width), case.normal(rows, s.inner)
             first, second = case.normal(2 * s.inner, s.width), case.normal(s.width, s.inner)
             runs["dense"] = lambda x=x, inner=inner, a=first, b=second: (x @ a.t(), inner @ b.t())
+        if "experts" in runs and all(isinstance(verdict[name], float) for name in ("decide", "plan", "combine")):
+            runs["site"] = lambda code=code, run=experts, decision=decision: moe_site(case, code, run, decision)
         times = timed(runs, rounds, entry["not_timed"])
         entry["share_of_dense_rate"] = ratio(times, "dense", "experts")
         entry["faster_than_grouped_mm"] = ratio(times, "grouped_mm", "experts")
@@ -349,7 +351,32 @@ def time_experts(case: Case, verdict: dict[str, Any], rounds: int, tune: bool) -
         if "experts" in times:
             entry["experts_tflops"] = round(6e-9 * rows * s.width * s.inner / entry["experts_ms"], 1)
         entries.append(entry)
+    for entry in entries:  # what a cached step should cost is its fraction, plus little
+        if "site_ms" in entry and "site_ms" in entries[-1]:
+            entry["site_share_of_full"] = round(entry["site_ms"] / entries[-1]["site_ms"], 3)
     return entries
+
+
+def chosen_tiles(case: Case, fraction: float, tune: bool) -> Any:
+    """Tiles by rule, or those that are fastest at one recomputed fraction."""
+    from moeca_fx.kernels import triton_gpu
+
+    rows = case.expert.numel()
+    if not tune:
+        return triton_gpu.default_tiles(rows, case.up)
+    order, offsets, _ = triton_gpu.plan(case.code(fraction), case.expert, case.shape.experts)
+    return triton_gpu.tuned_tiles(lambda tiles: experts_run(case, tiles)(order, offsets), rows, case.up)
+
+
+def moe_site(case: Case, code: Tensor, experts: Callable[[Tensor, Tensor], None], decision: tuple[Any, ...]) -> Tensor:
+    """All kernels of a MoE site in their order; the decision's own codes give way to those of the sweep."""
+    from moeca_fx.kernels import triton_gpu
+
+    s = case.shape
+    triton_gpu.decide(*decision)
+    order, offsets, _ = triton_gpu.plan(code, case.expert, s.experts)
+    experts(order, offsets)
+    return triton_gpu.combine_slots(case.feature.view(-1, s.top_k, s.width), case.weight)
 
 
 def time_others(case: Case, verdict: dict[str, Any], rounds: int) -> dict[str, Any]:
@@ -535,7 +562,8 @@ def time_kernels(name: str, batch: int, quick: bool) -> dict[str, Any]:
     for each in experts if isinstance(experts, list) else []:
         print(
             f"{name:<12} batch {batch:>3} {each['fraction']:>5.0%} recomputed: {each['share_of_dense_rate']} of dense "
-            f"rate, {each['faster_than_grouped_mm']}x grouped_mm, {each.get('experts_ms')} ms",
+            f"rate, {each['faster_than_grouped_mm']}x grouped_mm, {each.get('experts_ms')} ms; whole site "
+            f"{each.get('site_share_of_full')} of a full one",
             flush=True,
         )
     return entry
@@ -562,7 +590,8 @@ def agenda(quick: bool) -> list[tuple[str, str, int, float]]:
         return [each for each in small if each[1] in ("dsmoe-s-e48", "dsmoe-l-e48")] + models[:1]
     large = [("kernels", name, 125, 40.0) for name in NAMES]
     models_large = [("models", "dsmoe-s-e48", 125, 60.0), ("models", "dsmoe-l-e48", 125, 100.0)]
-    rest = [("models", name, 8, 90.0) for name in ("dsmoe-s-e16", "dsmoe-l-e16", "dit-moe-xl")]
+    rest = [("models", name, 8, 90.0) for name in ("dsmoe-s-e16", "dsmoe-l-e16")]
+    rest += [("models", "dit-moe-xl", 8, 180.0)]  # building its 4 billion parameters takes a while
     return small + models + large + models_large + rest
 
 

@@ -68,7 +68,7 @@ def test_times_every_kernel_that_is_right(bench: ModuleType) -> None:
     assert [each["fraction"] for each in entry["experts"]] == [0.0, 0.4]
     assert entry["experts"][0]["share_of_dense_rate"] is None, "no rows, no dense GEMM to compare with"
     assert entry["experts"][1]["share_of_dense_rate"] == entry["experts"][1]["faster_than_grouped_mm"] == 1.0
-    assert all(each["not_timed"] == {} for each in entry["experts"])
+    assert all(each["not_timed"] == {} and each["site_share_of_full"] == 1.0 for each in entry["experts"])
     assert entry["others"]["combine"]["faster_than_torch"] == 1.0
     assert [each["share_of_dense_time"] for each in entry["others"]["attention"]] == [1.0, 1.0]
     json.dumps(entry)

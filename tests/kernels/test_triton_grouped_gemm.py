@@ -146,6 +146,15 @@ def test_the_result_does_not_depend_on_the_tiles(tile: Tile) -> None:
     _check(case, case.run(tiles=Tiles(tile, tile)), case.expected())
 
 
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("sizes", [(48, 32), (40, 72), (115, 48)], ids=["even", "uneven", "not aligned"])
+def test_weights_through_the_tensor_memory_accelerator(sizes: tuple[int, int], gated: bool) -> None:
+    case = Case(sizes=sizes, dtype=torch.float16, biased=True)
+    tile = Tile(16, 32, 32, per_sm=1, tma=True)
+    options = {} if gated else {"gate": None}
+    _check(case, case.run(tiles=Tiles(tile, tile), **options), case.expected(gated=gated))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
 def test_the_path_through_grouped_mm(share: float) -> None:
     case = Case(share, dtype=torch.bfloat16)

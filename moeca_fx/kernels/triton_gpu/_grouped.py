@@ -1,4 +1,4 @@
-"""What programs of a grouped GEMM ask on the device: which tile is theirs, where its rows go; and the activations."""
+"""What programs of a grouped GEMM share: which tile is theirs, how it is read, where its rows go; the activations."""
 
 import triton
 import triton.language as tl
@@ -45,3 +45,21 @@ def target(order_ptr, row_ptr, rows, live, TOP_K: tl.constexpr):
         token = tl.load(row_ptr + branch // TOP_K, mask=live, other=0)
         branch = token.to(tl.int64) * TOP_K + branch % TOP_K
     return branch
+
+
+@triton.jit
+def load_rows(at, left, EVEN: tl.constexpr, BK: tl.constexpr):
+    """A [rows, BK] tile of which `left` columns are there, zeros for the others."""
+    if EVEN:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=tl.arange(0, BK)[None, :] < left, other=0.0)
+
+
+@triton.jit
+def load_columns(at, left, EVEN: tl.constexpr, BK: tl.constexpr):
+    """A [BK, columns] tile of which `left` rows are there, zeros for the others."""
+    if EVEN:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=tl.arange(0, BK)[:, None] < left, other=0.0)

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moeca_fx.kernels.triton_gpu._common import INTERPRETED, blocks, matmul, power_of_two
-from moeca_fx.kernels.triton_gpu._grouped import activate, find, groups, target
-from moeca_fx.kernels.triton_gpu.tiles import Tile, Tiles, default_tiles
+from moeca_fx.kernels.triton_gpu._grouped import activate, find, groups, load_columns, load_rows, target
+from moeca_fx.kernels.triton_gpu.tiles import Tiles, can_describe, default_tiles, described, programs
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 _NORM_ROWS = 64
@@ -73,21 +73,28 @@ def gated_experts(
         "UPCAST": INTERPRETED,
     }
     first = gate if gate is not None else up
-    programs = _programs(rows, width, num_experts, tiles.up, x.device)
-    _up_kernel[(programs,)](
-        *(x, order, offsets, first, up, gate_bias, up_bias, inner),
+    through_tma = tiles.up.tma and can_describe(first) and can_describe(up)
+    launched = programs(rows, width, num_experts, tiles.up, x.device)
+    _up_kernel[(launched,)](
+        *(x, order, offsets),
+        *(described(weight, tiles.up) if through_tma else weight for weight in (first, up)),
+        *(gate_bias, up_bias, inner),
         *(x.stride(0), *first.stride(), *up.stride()),
         WIDTH=width,
         DEPTH=depth,
+        TMA=through_tma,
         GATED=gate is not None,
         ACTIVATION=activation,
         **shared,
         **tiles.up.options(),
     )
-    programs = _programs(rows, out_width, num_experts, tiles.down, x.device)
-    _down_kernel[(programs,)](
-        *(inner, order, offsets, down, down_bias, row, feature, partial),
+    launched = programs(rows, out_width, num_experts, tiles.down, x.device)
+    through_tma = tiles.down.tma and can_describe(down)
+    _down_kernel[(launched,)](
+        *(inner, order, offsets, described(down, tiles.down) if through_tma else down),
+        *(down_bias, row, feature, partial),
         *down.stride(),
+        TMA=through_tma,
         WIDTH=out_width,
         DEPTH=width,
         **shared,
@@ -103,19 +110,11 @@ def gated_experts(
         )
 
 
-def _programs(rows: int, columns: int, num_experts: int, tile: Tile, device: torch.device) -> int:
-    """Programs of the persistent grid: so many a multiprocessor, but no more than there can be tiles."""
-    most = (blocks(rows, tile.rows) + min(rows, num_experts)) * blocks(columns, tile.columns)
-    if INTERPRETED:
-        return min(most, 2)
-    return min(most, tile.per_sm * int(torch.cuda.get_device_properties(device).multi_processor_count))
-
-
 @triton.jit
 def _up_kernel(
     x_ptr, order_ptr, offsets_ptr, gate_ptr, up_ptr, gate_bias_ptr, up_bias_ptr, inner_ptr,
     x_stride, gate_e, gate_n, gate_k, up_e, up_n, up_k,
-    WIDTH: tl.constexpr, DEPTH: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    TMA: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     TOP_K: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, IEEE: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -133,26 +132,28 @@ def _up_kernel(
         column = tl.minimum(columns, WIDTH - 1).to(tl.int64)
         k = tl.arange(0, BK)
         x_at = x_ptr + token[:, None] * x_stride + k[None, :]
-        gate_at = gate_ptr + expert.to(tl.int64) * gate_e + column[None, :] * gate_n + k[:, None] * gate_k
-        up_at = up_ptr + expert.to(tl.int64) * up_e + column[None, :] * up_n + k[:, None] * up_k
+        first_column = expert * WIDTH + (index % column_blocks) * BN
+        if not TMA:
+            gate_at = gate_ptr + expert.to(tl.int64) * gate_e + column[None, :] * gate_n + k[:, None] * gate_k
+            up_at = up_ptr + expert.to(tl.int64) * up_e + column[None, :] * up_n + k[:, None] * up_k
         gated = tl.zeros([BM, BN], tl.float32)
         raised = tl.zeros([BM, BN], tl.float32)
         for start in range(0, DEPTH, BK):
-            if DEPTH % BK == 0:
-                a, b = tl.load(x_at), tl.load(up_at)
+            a = load_rows(x_at, DEPTH - start, DEPTH % BK == 0, BK)
+            if TMA:
+                b = up_ptr.load([first_column, start]).T
             else:
-                a = tl.load(x_at, mask=k[None, :] < DEPTH - start, other=0.0)
-                b = tl.load(up_at, mask=k[:, None] < DEPTH - start, other=0.0)
+                b = load_columns(up_at, DEPTH - start, DEPTH % BK == 0, BK)
+                up_at += BK * up_k
             raised = matmul(a, b, raised, IEEE, UPCAST)
             if GATED:
-                if DEPTH % BK == 0:
-                    c = tl.load(gate_at)
+                if TMA:
+                    c = gate_ptr.load([first_column, start]).T
                 else:
-                    c = tl.load(gate_at, mask=k[:, None] < DEPTH - start, other=0.0)
+                    c = load_columns(gate_at, DEPTH - start, DEPTH % BK == 0, BK)
+                    gate_at += BK * gate_k
                 gated = matmul(a, c, gated, IEEE, UPCAST)
-                gate_at += BK * gate_k
             x_at += BK
-            up_at += BK * up_k
         if up_bias_ptr is not None:
             raised += tl.load(up_bias_ptr + expert * WIDTH + column)[None, :].to(tl.float32)
         if GATED:
@@ -171,7 +172,7 @@ def _up_kernel(
 def _down_kernel(
     inner_ptr, order_ptr, offsets_ptr, down_ptr, bias_ptr, row_ptr, feature_ptr, partial_ptr,
     down_e, down_n, down_k,
-    WIDTH: tl.constexpr, DEPTH: tl.constexpr, TOP_K: tl.constexpr,
+    TMA: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, TOP_K: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, IEEE: tl.constexpr, UPCAST: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -187,17 +188,19 @@ def _down_kernel(
         column = tl.minimum(columns, WIDTH - 1).to(tl.int64)
         k = tl.arange(0, BK)
         inner_at = inner_ptr + tl.minimum(rows, end - 1).to(tl.int64)[:, None] * DEPTH + k[None, :]
-        down_at = down_ptr + expert.to(tl.int64) * down_e + column[None, :] * down_n + k[:, None] * down_k
+        first_column = expert * WIDTH + (index % column_blocks) * BN
+        if not TMA:
+            down_at = down_ptr + expert.to(tl.int64) * down_e + column[None, :] * down_n + k[:, None] * down_k
         out = tl.zeros([BM, BN], tl.float32)
         for start in range(0, DEPTH, BK):
-            if DEPTH % BK == 0:
-                a, b = tl.load(inner_at), tl.load(down_at)
+            a = load_rows(inner_at, DEPTH - start, DEPTH % BK == 0, BK)
+            if TMA:
+                b = down_ptr.load([first_column, start]).T
             else:
-                a = tl.load(inner_at, mask=k[None, :] < DEPTH - start, other=0.0)
-                b = tl.load(down_at, mask=k[:, None] < DEPTH - start, other=0.0)
+                b = load_columns(down_at, DEPTH - start, DEPTH % BK == 0, BK)
+                down_at += BK * down_k
             out = matmul(a, b, out, IEEE, UPCAST)
             inner_at += BK
-            down_at += BK * down_k
         if bias_ptr is not None:
             out += tl.load(bias_ptr + expert * WIDTH + column)[None, :].to(tl.float32)
         stored = out.to(feature_ptr.dtype.element_ty)

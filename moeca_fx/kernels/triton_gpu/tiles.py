@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moeca_fx.kernels.triton_gpu._common import INTERPRETED
+from moeca_fx.kernels.triton_gpu._common import INTERPRETED, blocks
 
 _REPEATS = 7
 
@@ -26,6 +27,7 @@ class Tile:
         rows, columns, depth: of the tile, powers of two of at least 16.
         warps, stages: warps and software-pipeline stages of a program.
         per_sm: programs of the persistent grid for each multiprocessor.
+        tma: read weights through the tensor memory accelerator where their layout allows it.
     """
 
     rows: int
@@ -34,6 +36,7 @@ class Tile:
     warps: int = 4
     stages: int = 3
     per_sm: int = 2
+    tma: bool = False
 
     def options(self) -> dict[str, Any]:
         """The launch arguments this stands for."""
@@ -64,9 +67,15 @@ _CANDIDATES = (
     _SMALL,
     Tiles(Tile(32, 64, 64, stages=4, per_sm=3), Tile(32, 128, 64, stages=4, per_sm=3)),
     _MEDIUM,
-    Tiles(Tile(64, 128, 64, warps=8, per_sm=1), Tile(64, 256, 64, warps=8, per_sm=1)),
+    Tiles(Tile(64, 64, 64, per_sm=3, tma=True), Tile(64, 128, 64, per_sm=3, tma=True)),
+    Tiles(Tile(64, 128, 64, warps=8, per_sm=1, tma=True), Tile(64, 256, 64, warps=8, per_sm=1, tma=True)),
     _LARGE,
+    Tiles(Tile(128, 64, 64, tma=True), Tile(128, 128, 64, warps=8, per_sm=1, tma=True)),
     Tiles(Tile(128, 128, 64, warps=8, stages=4, per_sm=1), Tile(128, 256, 64, warps=8, per_sm=1)),
+    Tiles(
+        Tile(128, 128, 64, warps=8, stages=4, per_sm=1, tma=True),
+        Tile(128, 256, 64, warps=8, stages=4, per_sm=1, tma=True),
+    ),
 )
 
 
@@ -109,6 +118,25 @@ def tuned_tiles(run: Callable[[Tiles], object], rows: int, up: Tensor) -> Tiles:
             if own < shortest:
                 best, shortest = tiles, own
     return best
+
+
+def programs(rows: int, columns: int, num_experts: int, tile: Tile, device: torch.device) -> int:
+    """Programs of the persistent grid: so many a multiprocessor, but no more than there can be tiles."""
+    most = (blocks(rows, tile.rows) + min(rows, num_experts)) * blocks(columns, tile.columns)
+    if INTERPRETED:
+        return min(most, 2)
+    return min(most, tile.per_sm * int(torch.cuda.get_device_properties(device).multi_processor_count))
+
+
+def can_describe(weight: Tensor) -> bool:
+    """Whether the tensor memory accelerator can read [E, N, K] weights: row-major, in steps of 16 bytes."""
+    aligned = weight.data_ptr() % 16 == 0 and weight.shape[-1] * weight.itemsize % 16 == 0
+    return aligned and weight.is_contiguous() and weight.dtype != torch.float32
+
+
+def described(weight: Tensor, tile: Tile) -> TensorDescriptor:
+    """[E, N, K] weights as [E * N, K] for the tensor memory accelerator, which fills with zeros past column K."""
+    return TensorDescriptor.from_tensor(weight.flatten(0, 1), [tile.columns, tile.depth])
 
 
 def _milliseconds(run: Callable[[Tiles], object], tiles: Tiles) -> float:
