@@ -90,6 +90,7 @@ def test_a_wrong_kernel_is_not_timed(bench: ModuleType, monkeypatch: pytest.Monk
     assert all("experts_ms" not in each and "experts" in each["not_timed"] for each in entry["experts"])
 
 
+@pytest.mark.slow  # two transformed models, in bf16 on a CPU
 def test_whole_trajectories(bench: ModuleType) -> None:
     entry = bench.end_to_end("digits", 1, 3, 1)
     assert entry["errors"] == {}
