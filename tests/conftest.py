@@ -7,6 +7,9 @@ import torch
 
 # Compiling takes tens of seconds a graph: the tests of compilation switch it on for themselves.
 os.environ.setdefault("MOECA_FX_COMPILE", "0")
+# Without a GPU, Triton kernels run in Triton's interpreter; the switch is read when they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TEST_THREADS = 1  # tiny models gain nothing from more, and on a busy machine waiting threads cost much
 

@@ -1,1 +1,1 @@
-"""Kernels: fused, device-specific forms of what `moeca_fx.ops` and `moeca_fx.policies` define."""
+"""Hand-written kernels that replace reference operations where they are faster; each is tested against the reference."""
