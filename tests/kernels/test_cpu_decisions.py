@@ -60,8 +60,8 @@ def test_a_cache_that_holds_one_expert_twice_breaks_nothing() -> None:
         True,
         None,
     )
-    assert 0 <= int(slot.min()) and int(slot.max()) < 4
-    assert 0 <= int(slot_expert.min()) and int(slot_expert.max()) < 6 and int(code.max()) <= 2
+    assert int(slot.min()) >= 0 and int(slot.max()) < 4
+    assert int(slot_expert.min()) >= 0 and int(slot_expert.max()) < 6 and int(code.max()) <= 2
 
 
 @pytest.mark.parametrize("margin", [None, 0.0, 0.2])

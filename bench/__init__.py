@@ -1,0 +1,1 @@
+"""Benchmarks of speed: `python -m bench.cpu` and `python bench/gpu.py`."""

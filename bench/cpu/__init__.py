@@ -1,0 +1,1 @@
+"""The CPU benchmark: steps, layers, trajectories and memory, each in interleaved repeats in one process."""
