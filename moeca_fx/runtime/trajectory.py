@@ -17,7 +17,8 @@ class Trajectory:
     """State of one run.
 
     Attributes:
-        program, batch: what it runs; another program or batch size begins a new trajectory.
+        program, batch: what it runs, for how many samples; another program begins a new trajectory.
+        call_batch: samples of the whole call, whose chunk these may be; another number begins a new trajectory.
         step: calls so far.
         states: cache tensors after the last call.
         counters: what the steps of each rule counted so far.
@@ -31,6 +32,7 @@ class Trajectory:
 
     program: Program
     batch: int
+    call_batch: int
     step: int = 0
     states: list[Tensor] = field(default_factory=list)
     counters: dict[int, Tensor] = field(default_factory=dict)
@@ -45,11 +47,11 @@ class Trajectory:
     paired: bool = False
 
     def why_over(self, program: Program, batch: int, timestep: Tensor) -> str | None:
-        """Why a call with these inputs begins a new trajectory; None when it continues this one."""
+        """Why a call with these inputs, `batch` samples in all, begins a new trajectory; None when it does not."""
         if program is not self.program:
             return "the shape, dtype or device of the inputs changed"
-        if batch != self.batch:
-            return f"the batch size changed from {self.batch} to {batch}"
+        if batch != self.call_batch:
+            return f"the batch size changed from {self.call_batch} to {batch}"
         assert self.timestep is not None, "a trajectory has made at least one call"
         if timestep.shape != self.timestep.shape:
             return "the shape of the timestep changed"
