@@ -50,9 +50,10 @@ def stored(state: StateSpec, storage: Storage | None) -> tuple[StateSpec, ...]:
     """
     if storage is None or not state.vector:
         return (state,)
-    states = [replace(state, dtype=storage.dtype)]
+    states = [replace(state, dtype=storage.dtype, vector=False)]
     if storage.scaled:
-        states.append(replace(state, kind=f"{state.kind}_scale", shape=state.shape[:-1], dtype=torch.float32))
+        scale = replace(states[0], kind=f"{state.kind}_scale", shape=state.shape[:-1], dtype=torch.float32)
+        states.append(scale)
     smaller = sum(part.bytes(1) for part in states) < state.bytes(1)
     return tuple(states) if smaller else (state,)
 

@@ -241,8 +241,7 @@ class Runtime:
     def _carried(self, program: Program, trajectory: Trajectory, batch: int, device: torch.device) -> list[Tensor]:
         assert program.graphs is not None
         if trajectory.states:
-            pairs = zip(program.graphs.states, trajectory.states, strict=True)
-            return [tensor for state, tensor in pairs if state.carried]
+            return [tensor for state, tensor in trajectory.held() if state.carried]
         carried = [state for state in program.graphs.states if state.carried]
         return [torch.full((batch, *state.shape), state.empty, dtype=state.dtype, device=device) for state in carried]
 
@@ -303,7 +302,7 @@ class Runtime:
         for trajectory in self.trajectories.values():
             assert trajectory.program.graphs is not None
             batch += trajectory.batch
-            for state, tensor in zip(trajectory.program.graphs.states, trajectory.states, strict=True):
+            for state, tensor in trajectory.held():
                 held.append((state, tensor.numel() * tensor.element_size()))
             if trajectory.probed is not None and trajectory.program.graphs.probe is not None:
                 probed = trajectory.probed
@@ -314,9 +313,7 @@ class Runtime:
         """The cache tensors of a context by state name; empty before its first step."""
         held: dict[str, list[Tensor]] = {}
         for key in self._keys(name):
-            trajectory = self.trajectories[key]
-            assert trajectory.program.graphs is not None
-            for state, tensor in zip(trajectory.program.graphs.states, trajectory.states, strict=True):
+            for state, tensor in self.trajectories[key].held():
                 held.setdefault(state.name, []).append(tensor)
         return {state: parts[0] if len(parts) == 1 else torch.cat(parts) for state, parts in held.items()}
 

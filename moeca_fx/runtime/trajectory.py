@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeca_fx.graph.state import StateSpec
 from moeca_fx.runtime.program import Program
 from moeca_fx.runtime.timestep import direction_of, jumped_back
 
@@ -87,6 +88,11 @@ class Trajectory:
             self.counters[rule] = self.counters[rule] + counters if rule in self.counters else counters
             assert self.program.graphs is not None
             self.routed_steps += any(counter.kind == "matched" for counter in self.program.graphs.rules[rule].counters)
+
+    def held(self) -> list[tuple[StateSpec, Tensor]]:
+        """Every cache tensor after the last call; none before the first."""
+        assert self.program.graphs is not None, "a trajectory has caches"
+        return list(zip(self.program.graphs.states, self.states, strict=True)) if self.states else []
 
     def recomputed_branches(self) -> int:
         """Branches recomputed so far; waits for the device."""

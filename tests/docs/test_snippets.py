@@ -1,6 +1,7 @@
 """The README is true: its code runs, its table is the demo's, its links and its tree exist."""
 
 import importlib.util
+import inspect
 import json
 import re
 from pathlib import Path
@@ -84,6 +85,15 @@ def test_the_configuration_table_names_every_field():
         documented |= dict(zip(names, row[2].strip().split(", "), strict=True))
     defaults = moeca_fx.MoECa().as_dict().items()
     assert documented == {name: f'`"{value}"`' if isinstance(value, str) else str(value) for name, value in defaults}
+
+
+def test_the_memory_table_names_every_option():
+    table = README.read_text().partition("\n## Memory")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    documented = {row[1].strip(" `"): row[2].strip() for row in rows}
+    parameters = inspect.signature(moeca_fx.transform).parameters
+    options = [name for name in parameters if name.startswith("cache_") or name == "chunk"]
+    assert documented == {name: str(parameters[name].default) for name in options}
 
 
 def test_the_version_is_the_same_everywhere():
