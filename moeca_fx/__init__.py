@@ -6,13 +6,14 @@ fast = moeca_fx.transform(model, example_inputs=(x, t, y), policy=moeca_fx.MoECa
 from moeca_fx import errors, policies, zoo
 from moeca_fx.inspection import inspect
 from moeca_fx.policies import MoECa
-from moeca_fx.runtime.runtime import NothingReusedWarning, OtherLengthWarning
+from moeca_fx.runtime.advice import CacheLimitWarning, NothingReusedWarning, OtherLengthWarning
 from moeca_fx.transform import estimate_memory, transform
 from moeca_fx.tuning import tune
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CacheLimitWarning",
     "MoECa",
     "NothingReusedWarning",
     "OtherLengthWarning",

@@ -33,6 +33,10 @@ class PassError(MoecaError):
     """A graph pass failed or left an illegal graph; names the pass and the passes before it."""
 
 
+class OutOfMemoryError(MoecaError, MemoryError, RuntimeError):
+    """A step ran out of memory; says what the caches take and which options lower that. The model stays usable."""
+
+
 class WeightsError(MoecaError):
     """A weights file or hub entry is missing, corrupt or does not fit the model."""
 

@@ -12,6 +12,7 @@ from moeca_fx.discover import Refusal, discover
 from moeca_fx.graph.rewrite import module_path
 from moeca_fx.graph.sites import MoESite, Site, kind_of
 from moeca_fx.graph.slicing import between
+from moeca_fx.graph.storage import CacheDtype, find_storage
 from moeca_fx.model_checks import check_inputs, check_model, resolve_policy
 from moeca_fx.passes import Compilation, run_pipeline
 from moeca_fx.passes.capture import at_least_two, batch_size
@@ -103,11 +104,13 @@ def inspect(
     example_inputs: tuple[Any, ...] = (),
     example_kwargs: Mapping[str, Any] | None = None,
     policy: Method | Policy | str | PathLike[str] = _DEFAULT,
+    *,
+    cache_dtype: CacheDtype | None = None,
 ) -> InspectionReport:
     """Run discovery and every pass, and report; nothing is executed faster and the model stays as it is.
 
     Args:
-        model, example_inputs, example_kwargs, policy: as for `moeca_fx.transform`.
+        model, example_inputs, example_kwargs, policy, cache_dtype: as for `moeca_fx.transform`.
 
     Returns:
         The report. A model without any proven MoE layer gives a report without sites, whose refusals say why.
@@ -115,7 +118,7 @@ def inspect(
     Raises:
         UnsupportedModelError, InputError, CaptureError, PassError: as `moeca_fx.transform`.
     """
-    chosen = as_method(policy)
+    chosen, storage = as_method(policy), find_storage(cache_dtype)
     parts = resolve_policy(chosen)
     kwargs = dict(example_kwargs or {})
     check_model(model)
@@ -128,7 +131,7 @@ def inspect(
         warnings = _why_not(unproven)
         return InspectionReport(type(model).__name__, batch, (), tuple(refused), warnings, {}, 0, chosen.as_dict())
     graphs: dict[str, str] = {}
-    work = Compilation(share_weights(model), found.regions, example_inputs, kwargs, parts)
+    work = Compilation(share_weights(model), found.regions, example_inputs, kwargs, parts, storage)
     done = run_pipeline(work, observe=lambda stage, state: graphs.update(_texts(stage, state)))
     assert done.sites is not None and done.module is not None and done.graphs is not None
     leaves = pytree.tree_leaves(at_least_two(example_inputs, kwargs))

@@ -9,6 +9,7 @@ from torch import nn
 from moeca_fx.discover import Discovery, discover
 from moeca_fx.errors import ConfigError, NoMoEFoundError, UnprovenRegionError
 from moeca_fx.graph.expert_stack import stack_experts
+from moeca_fx.graph.storage import CacheDtype, find_storage, stored_states
 from moeca_fx.model_checks import check_inputs, check_model, resolve_policy
 from moeca_fx.passes import Compilation, run_pipeline
 from moeca_fx.passes.capture import batch_size
@@ -16,6 +17,7 @@ from moeca_fx.passes.insert_cache import plan_states
 from moeca_fx.policies import Method, MoECa, Policy
 from moeca_fx.runtime.memory import MemoryReport, report
 from moeca_fx.runtime.module import TransformedModel, make_transformed, share_weights
+from moeca_fx.runtime.options import memory_options
 from moeca_fx.runtime.runtime import Runtime
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,6 +32,9 @@ def transform(
     *,
     timestep: str | int | None = None,
     compile: bool = True,
+    cache_dtype: CacheDtype | None = None,
+    cache_limit: int | str | None = None,
+    chunk: int | None = None,
 ) -> TransformedModel:
     """Compile a DiT-MoE model into one that caches expert branches, attention and feed-forward rows.
 
@@ -43,6 +48,11 @@ def transform(
         compile: run the graphs through `torch.compile`, each whole, at its first call (tens of seconds; the compiler's
             cache makes later processes start in seconds; the logger ``moeca_fx.compile`` tells). Without a compiler, or
             with the environment variable MOECA_FX_COMPILE=0, graphs run eagerly.
+        cache_dtype: how reused vectors are stored: None in the model's dtype, ``"bf16"``, or ``"fp8"`` with an fp32
+            scale for each. What a step computes keeps the model's dtype.
+        cache_limit: most bytes of cache that one context may hold, or text such as ``"500MB"``. Samples beyond what
+            fits are computed in full at every step.
+        chunk: most samples that are computed at once; larger calls run in parts, each with caches of its own.
 
     Returns:
         A model of the same class: same signature, same result structure, weights shared with the original. See
@@ -54,13 +64,14 @@ def transform(
         UnprovenRegionError: a layer was found whose routing could not be proven.
         InputError: the example inputs do not fit the model.
         CaptureError, PassError: tracing or a graph pass failed.
-        ConfigError: `policy` is none of these.
+        ConfigError: `policy` is none of these, an option is out of range, or not one sample fits into `cache_limit`.
     """
     parts = None if policy is None else resolve_policy(policy)
+    options = memory_options(cache_dtype, cache_limit, chunk)
     kwargs = dict(example_kwargs or {})
     found = find_regions(model, example_inputs, kwargs)
     stack_experts(model, found.regions)
-    runtime = Runtime(found.regions, parts, timestep, compile)
+    runtime = Runtime(found.regions, parts, timestep, options, compile)
     fast = make_transformed(model, runtime)
     runtime.prepare(fast, example_inputs, kwargs)
     return fast
@@ -73,17 +84,18 @@ def estimate_memory(
     policy: Method | Policy | str | PathLike[str] = _DEFAULT,
     *,
     batch: int | None = None,
+    cache_dtype: CacheDtype | None = None,
 ) -> MemoryReport:
     """Bytes of cache that a transformed model will hold for one context, before any run.
 
     Args:
-        model, example_inputs, example_kwargs, policy: as for `transform`.
+        model, example_inputs, example_kwargs, policy, cache_dtype: as for `transform`.
         batch: samples; the example's batch size by default.
 
     Raises:
         As `transform`.
     """
-    parts = resolve_policy(policy)
+    parts, storage = resolve_policy(policy), find_storage(cache_dtype)
     if batch is not None and (not isinstance(batch, int) or batch < 1):
         raise ConfigError(f"batch: expected an integer >= 1, found {batch!r}; pass the batch size of the run")
     kwargs = dict(example_kwargs or {})
@@ -92,7 +104,7 @@ def estimate_memory(
     located = run_pipeline(work, until="locate")
     assert located.module is not None and located.sites is not None
     size = batch_size(example_inputs, kwargs) if batch is None else batch
-    states = plan_states(located.module, located.sites, parts)
+    states = stored_states(plan_states(located.module, located.sites, parts), storage)
     return report(((state, state.bytes(size)) for state in states), size)
 
 

@@ -1,7 +1,7 @@
 """``moeca-fx inspect TARGET``: what the compiler finds in a model, what it refuses, which graphs it makes."""
 
 import json
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
@@ -12,6 +12,7 @@ import moeca_fx
 from moeca_fx.cli.console import stderr, stdout
 from moeca_fx.cli.target import HELP, load_target
 from moeca_fx.errors import NoMoEFoundError, TargetError
+from moeca_fx.graph.storage import CacheDtype, find_storage
 from moeca_fx.inspection import InspectionReport, SiteReport
 
 KINDS = {"moe": "MoE", "attention": "attention", "dense_ffn": "dense FFN"}
@@ -21,6 +22,9 @@ def inspect(
     target: Annotated[str, typer.Argument(metavar="TARGET", help=HELP)],
     weights: Annotated[str | None, typer.Option(help="Weights: a local file or a hub id.")] = None,
     batch: Annotated[int, typer.Option(help="Batch size of the example inputs.")] = 2,
+    cache_dtype: Annotated[
+        str | None, typer.Option(help="Storage of reused vectors: bf16 or fp8.", show_default="the model's")
+    ] = None,
     graph: Annotated[
         list[str] | None,
         typer.Option(help="Print the graph of this stage instead; may be repeated; all = every one."),
@@ -32,8 +36,9 @@ def inspect(
     The column "cached step" says what is computed there: branches (routed ones that changed), synchronized (attention
     of their tokens), rows (of the tokens refreshed before), reuse (nothing), full (everything).
     """
+    find_storage(cache_dtype)
     loaded = load_target(target, weights, batch)
-    report = moeca_fx.inspect(loaded.model, loaded.inputs, loaded.kwargs)
+    report = moeca_fx.inspect(loaded.model, loaded.inputs, loaded.kwargs, cache_dtype=cast(CacheDtype, cache_dtype))
     graphs = _chosen_graphs(report, graph or []) if report.sites else {}
     if as_json:
         record = report.as_dict()

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -21,6 +21,7 @@ from moeca_fx.files import prepare_folder, write_whole
 from moeca_fx.policies import Method, Policy, as_method, build, names
 from moeca_fx.policies.registry import required_fields
 from moeca_fx.runtime.module import TransformedModel
+from moeca_fx.runtime.options import memory_options
 from moeca_fx.zoo.sampling import find_sampler, guided
 from moeca_fx.zoo.sampling import sample as draw
 
@@ -47,6 +48,13 @@ def sample(
     interval: Annotated[
         int | None, typer.Option(help="Cycle length of moeca: every n-th step is full.", show_default="4")
     ] = None,
+    cache_dtype: Annotated[
+        str | None, typer.Option(help="Storage of reused vectors: bf16 or fp8.", show_default="the model's")
+    ] = None,
+    cache_limit: Annotated[
+        str | None, typer.Option(help="Largest cache, e.g. 500MB; samples beyond it are computed in full.")
+    ] = None,
+    chunk: Annotated[int | None, typer.Option(help="Most samples that are computed at once.")] = None,
     out: Annotated[Path, typer.Option(help="The picture, a PNG file.")] = Path("out/samples.png"),
 ) -> None:
     """Draw one sample per class and write them as one picture; latents are drawn as they are, not decoded."""
@@ -59,6 +67,7 @@ def sample(
     if not math.isfinite(guidance):
         raise InputError(f"--guidance must be a finite number, found {guidance}")
     find_sampler(sampler)
+    memory = _memory_options(policy, cache_dtype=cache_dtype, cache_limit=cache_limit, chunk=chunk)
     method = _method(policy, interval, steps)
     if isinstance(method, Method):
         method.check_run(steps, sampler)
@@ -70,7 +79,7 @@ def sample(
     velocity = _velocity(flow, guidance, target)
     labels = torch.tensor(parse_classes(classes, flow.num_classes))
     noise = torch.randn(len(labels), *loaded.inputs[0].shape[1:], generator=torch.Generator().manual_seed(seed))
-    model = _transformed(loaded, policy, method, (noise, torch.zeros(len(labels)), labels))
+    model = _transformed(loaded, policy, method, (noise, torch.zeros(len(labels)), labels), memory)
 
     start = time.perf_counter()
     with step_progress() as progress:
@@ -109,6 +118,15 @@ def _method(policy: str, interval: int | None, steps: int) -> Method | Policy | 
     return as_method(policy)
 
 
+def _memory_options(policy: str, **options: Any) -> dict[str, Any]:
+    """What `transform` takes, checked before the model is loaded."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if given and policy == ORIGINAL:
+        raise ConfigError(f"{given[0]} belongs to a transformed model, found --policy {policy}; drop one of them")
+    memory_options(**options)
+    return options
+
+
 def _velocity(flow: Flow, guidance: float, target: str) -> Callable[[nn.Module], Velocity]:
     """From the model to its velocity, guided if that is asked for."""
     null = flow.null_class
@@ -120,8 +138,12 @@ def _velocity(flow: Flow, guidance: float, target: str) -> Callable[[nn.Module],
 
 
 def _transformed(
-    loaded: Target, policy: str, method: Method | Policy | None, inputs: tuple[torch.Tensor, ...]
+    loaded: Target,
+    policy: str,
+    method: Method | Policy | None,
+    inputs: tuple[torch.Tensor, ...],
+    memory: dict[str, Any],
 ) -> nn.Module:
     if policy == ORIGINAL:
         return loaded.model
-    return moeca_fx.transform(loaded.model, example_inputs=inputs, policy=method)
+    return moeca_fx.transform(loaded.model, example_inputs=inputs, policy=method, **memory)

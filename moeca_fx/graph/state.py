@@ -18,6 +18,7 @@ class StateSpec:
         shape: shape of one sample; the tensor is [B, *shape].
         dtype: its dtype.
         carried: whether a full step reads it too (the activation statistic), instead of only overwriting it.
+        vector: whether its last axis is a vector that is reused as a value, which may be stored in fewer bits.
     """
 
     site: str
@@ -25,6 +26,7 @@ class StateSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     carried: bool = False
+    vector: bool = False
 
     @property
     def name(self) -> str:

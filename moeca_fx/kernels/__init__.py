@@ -1,1 +1,1 @@
-"""Hand-written kernels in the place of reference operations where they are faster, each tested against the reference."""
+"""Hand-written kernels that replace reference operations where they are faster, each tested against its reference."""

@@ -51,19 +51,28 @@ def missed(fresh: Tensor, dense: Tensor, row: Tensor) -> Tensor:
     return fresh - dense.reshape(-1, *fresh.shape[1:]).index_select(0, row).to(fresh.dtype)
 
 
+def corrected_rows(rows: Tensor, change: Tensor) -> Tensor:
+    """`add_rows` on the rows themselves, [M, rest]."""
+    return rows + change.to(rows.dtype)
+
+
+def restarted_rows(rows: Tensor, change: Tensor, values: Tensor, restart: Tensor) -> Tensor:
+    """`restart_rows` on the rows themselves, [M, rest]."""
+    mask = restart.view(-1, *[1] * (values.dim() - 1))
+    return torch.where(mask, values.to(rows.dtype), rows + change.to(rows.dtype))
+
+
 def restart_rows(cache: Tensor, row: Tensor, change: Tensor, values: Tensor, restart: Tensor) -> Tensor:
     """`add_rows`, but rows with `restart` [M] take `values` [M, rest] instead: they have no history."""
     flat = cache.view(-1, *values.shape[1:])
-    mask = restart.view(-1, *[1] * (values.dim() - 1))
-    corrected = torch.where(mask, values.to(cache.dtype), flat.index_select(0, row) + change.to(cache.dtype))
+    corrected = restarted_rows(flat.index_select(0, row), change, values, restart)
     return flat.index_copy(0, row, corrected).view(cache.shape)
 
 
 def restart_rows_(cache: Tensor, row: Tensor, change: Tensor, values: Tensor, restart: Tensor) -> Tensor:
     """`restart_rows` in place."""
     flat = cache.view(-1, *values.shape[1:])
-    mask = restart.view(-1, *[1] * (values.dim() - 1))
-    corrected = torch.where(mask, values.to(cache.dtype), flat.index_select(0, row) + change.to(cache.dtype))
+    corrected = restarted_rows(flat.index_select(0, row), change, values, restart)
     flat.index_copy_(0, row, corrected)
     return cache
 

@@ -13,6 +13,7 @@ from moeca_fx.errors import MoecaError, PassError
 from moeca_fx.graph import legality
 from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.graph.sites import Sites
+from moeca_fx.graph.storage import Storage
 from moeca_fx.passes.cache.graphs import CachedGraphs
 from moeca_fx.passes.capture import Captured, capture
 from moeca_fx.passes.insert_cache import insert_cache, share_copy
@@ -22,6 +23,7 @@ from moeca_fx.passes.lower_kernels import lower_kernels
 from moeca_fx.passes.lower_linear import lower_linear
 from moeca_fx.passes.normalize import normalize
 from moeca_fx.passes.pack_stream import pack_stream
+from moeca_fx.passes.store_caches import store_caches
 from moeca_fx.passes.vectorize_experts import vectorize_experts
 from moeca_fx.policies.policy import Policy
 
@@ -34,6 +36,7 @@ class Compilation:
 
     Attributes:
         model, regions, args, kwargs, policy: the request. Without a policy there is no cache.
+        storage: how vectors of the cache are stored; None in the model's dtype.
         captured: the trace and its input and output structure.
         module: the graph being rewritten.
         sites: what was located.
@@ -45,6 +48,7 @@ class Compilation:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     policy: Policy | None
+    storage: Storage | None = None
     captured: Captured | None = None
     module: fx.GraphModule | None = None
     sites: Sites | None = None
@@ -88,7 +92,8 @@ def _insert_cache(work: Compilation) -> Compilation:
     assert work.module is not None and work.sites is not None
     if work.policy is None:
         return replace(work, module=share_copy(work.module))  # later passes edit in place
-    return replace(work, graphs=insert_cache(work.module, work.sites, work.policy))
+    graphs = insert_cache(work.module, work.sites, work.policy)
+    return replace(work, graphs=store_caches(graphs, work.storage))
 
 
 def _lower_linear(work: Compilation) -> Compilation:

@@ -2,7 +2,7 @@
 
     new_feature = write_rows(cache_feature, branch, h)   -->   new_feature = write_rows_(cache_feature, branch, h)
 
-Corrections of kept values (`add_rows`, `restart_rows`) likewise.
+Corrections of kept values (`add_rows`, `restart_rows`) and writes of codes (`write_codes`) likewise.
 
 Done last: every pass before it may rely on the graph being functional. A write moves in place only when all that reads
 the old value has run before it.
@@ -11,10 +11,11 @@ the old value has run before it.
 from torch import fx
 
 from moeca_fx.graph.slicing import ancestors
-from moeca_fx.ops import forecast, rows
+from moeca_fx.ops import forecast, rows, storage
 
 IN_PLACE = {
     rows.write_rows: rows.write_rows_,
+    storage.write_codes: storage.write_codes_,
     forecast.add_rows: forecast.add_rows_,
     forecast.restart_rows: forecast.restart_rows_,
 }

@@ -20,6 +20,7 @@ class Tally:
 
     Attributes:
         shapes: the flat inputs, tensors without data; device: where they live.
+        full_steps: full steps that fill caches; plain_steps: steps without caches.
         rule_steps: steps of each rule; counters: sum of each rule's counters, on the device.
     """
 
@@ -28,6 +29,7 @@ class Tally:
     shapes: list[Any]
     device: torch.device
     full_steps: int = 0
+    plain_steps: int = 0
     rule_steps: dict[int, int] = field(default_factory=dict)
     counters: dict[int, Tensor] = field(default_factory=dict)
     flops: StepFlops | None = None
@@ -61,7 +63,11 @@ class Tally:
         flops = self.step_flops()
         probes = flops.probe * (self.full_steps + self.cached_steps)
         rules = (flops.rules[rule].executed(steps, self.counts(rule)) for rule, steps in self.rule_steps.items())
-        return flops.full * self.full_steps + probes + sum(rules)
+        return flops.full * self.full_steps + flops.uncached * self.plain_steps + probes + sum(rules)
+
+    def uncached(self) -> int:
+        """FLOPs of all these steps without caches."""
+        return self.step_flops().uncached * (self.full_steps + self.plain_steps + self.cached_steps)
 
     def site_statistics(self) -> list[SiteStatistics]:
         """One entry a site, summed over the rules."""
@@ -82,11 +88,22 @@ class Tally:
 
 
 class Accounting:
-    """Tallies of all programs and batch sizes since the last reset."""
+    """Calls, and tallies of all programs and batch sizes, since the last reset."""
 
     def __init__(self) -> None:
         self.tallies: dict[tuple[int, int], Tally] = {}
-        self.trajectories = 0
+        self.trajectories = self.full_calls = self.cached_calls = self.samples_left_out = 0
+
+    def count_call(self, reuses: bool, left_out: int = 0) -> None:
+        """Add one call of the model, however many chunks it ran in.
+
+        Args:
+            reuses: whether any sample took a step of a rule.
+            left_out: samples beyond what the cache may hold.
+        """
+        self.cached_calls += reuses
+        self.full_calls += not reuses
+        self.samples_left_out += left_out
 
     def tally(self, program: Program, leaves: Sequence[Any], batch: int) -> Tally:
         """The tally of a call."""
@@ -98,19 +115,20 @@ class Accounting:
         return self.tallies[key]
 
     def statistics(self) -> Statistics:
-        """Totals so far."""
+        """Totals so far; FLOPs and sites by what every chunk did, steps by the calls of the model."""
         sites: dict[str, list[SiteStatistics]] = {}
         executed = uncached = 0
         for tally in self.tallies.values():
             executed += tally.executed()
-            uncached += tally.step_flops().uncached * (tally.full_steps + tally.cached_steps)
+            uncached += tally.uncached()
             for part in tally.site_statistics():
                 sites.setdefault(part.path, []).append(part)
         return Statistics(
             sites=tuple(_sum_up(parts) for parts in sites.values()),
-            full_steps=sum(tally.full_steps for tally in self.tallies.values()),
-            cached_steps=sum(tally.cached_steps for tally in self.tallies.values()),
+            full_steps=self.full_calls,
+            cached_steps=self.cached_calls,
             trajectories=self.trajectories,
+            samples_left_out=self.samples_left_out,
             flops_executed=executed,
             flops_uncached=uncached,
         )

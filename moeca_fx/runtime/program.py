@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from moeca_fx.discover import MoERegion
 from moeca_fx.errors import InputError
 from moeca_fx.graph.sites import Sites
+from moeca_fx.graph.storage import Storage
 from moeca_fx.model_checks import count_not_finite
 from moeca_fx.passes import POLICY_FREE, Compilation, run_pipeline
 from moeca_fx.passes.cache.graphs import CachedGraphs
@@ -54,7 +55,7 @@ class Program:
         """
         if name in self.steps:
             return self.steps[name](batch, *inputs)
-        if self.graphs is None:
+        if not name or self.graphs is None:
             return self.plain(*inputs)
         return self.graphs.modules()[name](*inputs)
 
@@ -63,6 +64,13 @@ class Program:
         """The graph of `traced`."""
         assert self.traced.module is not None
         return self.traced.module
+
+    def cache_bytes(self, batch: int) -> int:
+        """Bytes of cache that a context takes for a batch, as `estimate_memory` says."""
+        if self.graphs is None:
+            return 0
+        probe = () if self.graphs.probe is None else (self.graphs.probe.state,)
+        return sum(state.bytes(batch) for state in (*self.graphs.states, *probe))
 
     def split(self, results: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
         """The model's own result and the flat rest; results in a cache's memory are copied: later steps write there."""
@@ -82,10 +90,11 @@ def build_program(
     kwargs: Mapping[str, Any],
     policy: Policy | None,
     timestep: str | int | None,
+    storage: Storage | None = None,
     compile: bool = False,
 ) -> Program:
     """Run the pipeline for calls like ``model(*args, **kwargs)``."""
-    traced = run_pipeline(Compilation(model, regions, args, dict(kwargs), policy), until=POLICY_FREE)
+    traced = run_pipeline(Compilation(model, regions, args, dict(kwargs), policy, storage), until=POLICY_FREE)
     return finish_program(traced, policy, timestep, compile)
 
 

@@ -2,8 +2,6 @@
 
 import logging
 import math
-import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,37 +13,26 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moeca_fx.discover import MoERegion
-from moeca_fx.errors import UnsupportedModelError
+from moeca_fx.errors import ConfigError, UnsupportedModelError
 from moeca_fx.model_checks import check_autocast
 from moeca_fx.passes.insert_cache import detached_copy
 from moeca_fx.policies.policy import Policy
-from moeca_fx.policies.schedule import FULL, Cycle
-from moeca_fx.runtime.accounting import Accounting
+from moeca_fx.policies.schedule import FULL
+from moeca_fx.runtime.accounting import Accounting, Tally
+from moeca_fx.runtime.advice import Advice
+from moeca_fx.runtime.chunks import Chunk, join, split_batch, take
 from moeca_fx.runtime.memory import MemoryReport, report
+from moeca_fx.runtime.options import MemoryOptions
 from moeca_fx.runtime.program import Program, Signature, build_program, check_finite, finish_program, signature_of
+from moeca_fx.runtime.shortage import is_out_of_memory, out_of_memory
 from moeca_fx.runtime.statistics import Statistics
 from moeca_fx.runtime.timestep import timestep_value
 from moeca_fx.runtime.trajectory import STOOD_STILL, Trajectory
 
 log = logging.getLogger(__name__)
 DEFAULT_CONTEXT = "default"
+Key = str | tuple[str, int]
 _MANY_PROGRAMS = 8
-
-
-class NothingReusedWarning(UserWarning):
-    """A run in which no branch was reused: it cost as much as the uncached model."""
-
-
-class OtherLengthWarning(UserWarning):
-    """A trajectory of another length than the policy was made for."""
-
-
-def _levels_to_the_caller() -> int:
-    """`stacklevel` of the first frame outside this package and torch, for a warning raised by the caller of this."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(("moeca_fx.", "torch.")):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 class Runtime:
@@ -55,7 +42,10 @@ class Runtime:
         regions: proven MoE regions.
         policy: None runs the vectorised graph at every step.
         timestep: parameter name or position of the timestep; None finds it.
-        compile: whether graphs run through torch.compile where a compiler exists.
+        options: how much memory it may use.
+
+    Attributes:
+        trajectories: by context; those of chunks after the first by (context, number of the chunk).
     """
 
     def __init__(
@@ -63,28 +53,31 @@ class Runtime:
         regions: tuple[MoERegion, ...],
         policy: Policy | None,
         timestep: str | int | None,
+        options: MemoryOptions,
         compile: bool = False,
     ) -> None:
         self.regions = regions
         self.policy = policy
         self.timestep = timestep
+        self.options = options
         self.compile = compile
         self.programs: dict[Signature, Program] = {}
-        self.trajectories: dict[str, Trajectory] = {}
+        self.trajectories: dict[Key, Trajectory] = {}
         self._active: ContextVar[str] = ContextVar("moeca_fx_context", default=DEFAULT_CONTEXT)
-        self._warned: set[str] = set()
+        self.advice = Advice(policy)
         self.reset_stats()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
         """A copied model starts without programs, trajectories and statistics; they are rebuilt on its first call."""
-        return Runtime(self.regions, self.policy, self.timestep, self.compile)
+        return Runtime(self.regions, self.policy, self.timestep, self.options, self.compile)
 
     def under(self, policy: Policy | None, compile: bool | None = None) -> "Runtime":
         """A runtime of the same traced graphs under another policy, without trajectories and statistics."""
-        other = Runtime(self.regions, policy, self.timestep, self.compile if compile is None else compile)
+        chosen = self.compile if compile is None else compile
+        other = Runtime(self.regions, policy, self.timestep, self.options, chosen)
         for signature, program in self.programs.items():
             own = replace(program.traced, module=detached_copy(program.traced_module))
-            other.programs[signature] = finish_program(own, policy, self.timestep, other.compile)
+            other._add(signature, finish_program(own, policy, self.timestep, chosen))
         return other
 
     # -- calls --------------------------------------------------------------------------------------------------
@@ -105,10 +98,32 @@ class Runtime:
                     _MANY_PROGRAMS,
                 )
             plain_args, plain_kwargs = _detached(args), _detached(dict(kwargs))
-            self.programs[signature] = build_program(
-                original_view(model), self.regions, plain_args, plain_kwargs, self.policy, self.timestep, self.compile
+            view, storage = original_view(model), self.options.storage
+            program = build_program(
+                view, self.regions, plain_args, plain_kwargs, self.policy, self.timestep, storage, self.compile
             )
+            self._add(signature, program)
         return self.programs[signature]
+
+    def _add(self, signature: Signature, program: Program) -> None:
+        self._most_cached(program)
+        self.programs[signature] = program
+
+    def _most_cached(self, program: Program) -> float:
+        """How many samples of a call may have caches.
+
+        Raises:
+            ConfigError: not one.
+        """
+        if self.options.limit is None or program.graphs is None:
+            return math.inf
+        each = program.cache_bytes(1)
+        if self.options.limit >= each:
+            return self.options.limit // each
+        raise ConfigError(
+            f"cache_limit: expected at least {each} bytes, the cache of one sample, found {self.options.limit}; raise "
+            "it, store the cache in fewer bits (cache_dtype), or use policy=None"
+        )
 
     def call(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """One forward call of the transformed model."""
@@ -117,55 +132,92 @@ class Runtime:
                 f"{type(model).__name__} is in training mode; caching is for inference: call .eval() first"
             )
         check_autocast()
+        name = self._active.get()
         # Caches outlive the call, so they must not become inference tensors, which cannot be written to outside.
         with torch.inference_mode(False), torch.no_grad():
             signature, leaves, batch = signature_of(args, kwargs)
             program = self._program(model, args, kwargs, signature)
-            if program.graphs is None:
-                tally = self.accounting.tally(program, leaves, batch)
-                tally.full_steps += 1
-                return program.split(program.run("", batch, *leaves))[0]
-            return self._step(program, leaves, batch)
+            try:
+                return self._run(program, leaves, batch, name)
+            except BaseException as error:
+                refused = None
+                if is_out_of_memory(error):
+                    refused = out_of_memory(error, self.memory(), program.cache_bytes(batch), batch)
+                # A step that stopped halfway has written some caches and not others.
+                for key in self._keys(name):
+                    del self.trajectories[key]
+                if refused is None:
+                    raise
+        # Outside of the handler: the failed step's frames, and the memory they hold, must not hang on the error.
+        raise refused
 
-    def _step(self, program: Program, leaves: list[Any], batch: int) -> Any:
+    def _run(self, program: Program, leaves: list[Any], batch: int, name: str) -> Any:
+        """One call, in as many chunks as the options ask for."""
+        chunks = self._chunks(program, batch, name)
+        results, reuses = [], False
+        for number, chunk in enumerate(chunks):
+            own = leaves if chunk.size == batch else take(leaves, batch, chunk)
+            tally = self.accounting.tally(program, own, chunk.size)
+            if program.graphs is None or not chunk.cached:
+                result, _ = program.split(program.run("", chunk.size, *own))
+                tally.plain_steps += 1
+            else:
+                result, rule = self._step(program, own, chunk.size, batch, _key(name, number), tally)
+                reuses = reuses or rule != FULL
+            results.append(result)
+        self.accounting.count_call(reuses, sum(chunk.size for chunk in chunks if not chunk.cached))
+        return results[0] if len(results) == 1 else join(results, program.traced_module)
+
+    def _chunks(self, program: Program, batch: int, name: str) -> tuple[Chunk, ...]:
+        """How a call is split; trajectories of chunks that it does not have are over."""
+        most = int(min(batch, self._most_cached(program)))
+        if most < batch:
+            self.advice.cache_limit(batch, most, program.cache_bytes(batch))
+        chunks = split_batch(batch, most, self.options.chunk)
+        cached = {_key(name, number) for number, chunk in enumerate(chunks) if chunk.cached}
+        for key in [key for key in self._keys(name) if key not in cached]:
+            del self.trajectories[key]
+        return chunks
+
+    def _keys(self, name: str) -> list[Key]:
+        """Of the trajectories of a context."""
+        return [key for key in self.trajectories if key == name or key[0] == name]
+
+    def _step(
+        self, program: Program, leaves: list[Any], batch: int, call_batch: int, key: Key, tally: Tally
+    ) -> tuple[Any, int]:
+        """A chunk's result, and `FULL` or the position of the rule it followed."""
         assert program.graphs is not None and program.timestep is not None and self.policy is not None
-        name = self._active.get()
-        try:
-            check_finite(leaves)
-            timestep = timestep_value(leaves[program.timestep])
-            trajectory = self._continue_or_begin(name, program, batch, timestep)
-            tally = self.accounting.tally(program, leaves, batch)
-            if trajectory.step == self.policy.schedule.settles:
-                self._warn_if_nothing_reused(trajectory, "")
-            device = leaves[program.timestep].device
-            probed, change, prefix = self._probe(program, trajectory, leaves)
-            rule = self._choose(trajectory, timestep, change)
-            step = program.graphs.full_step if rule == FULL else program.graphs.rules[rule]
-            if rule == FULL:
-                held = self._carried(program, trajectory, batch, device)
-                trajectory.states = []  # what a full step does not read makes room for what it writes
-            else:
-                held = trajectory.states
-            clock = [self._clock(trajectory, rule, device)] if step.clock else []
-            result, rest = program.split(
-                program.run(step.name, batch, *leaves, *held, *clock, *(prefix if step.prefix else []))
-            )
-            states, counters = rest[: len(program.graphs.states)], rest[len(program.graphs.states) :]
-            if rule == FULL:
-                tally.full_steps += 1
-                trajectory.full_steps.insert(0, trajectory.step)
-            else:
-                counted = counters[0] if counters else None
-                trajectory.count(rule, counted)
-                tally.count_cached(rule, counted)
-            if program.graphs.probe is not None and (rule == FULL or program.graphs.probe.every_step):
-                trajectory.probed = probed
-            trajectory.advance(timestep, states)
-        except BaseException:
-            # A step that stopped halfway has written some caches and not others.
-            self.trajectories.pop(name, None)
-            raise
-        return result
+        check_finite(leaves)
+        timestep = timestep_value(leaves[program.timestep])
+        trajectory = self._continue_or_begin(key, program, batch, call_batch, timestep)
+        if trajectory.step == self.policy.schedule.settles:
+            self.advice.nothing_reused(trajectory, "")
+        device = leaves[program.timestep].device
+        probed, change, prefix = self._probe(program, trajectory, leaves)
+        rule = self._choose(trajectory, timestep, change)
+        step = program.graphs.full_step if rule == FULL else program.graphs.rules[rule]
+        if rule == FULL:
+            held = self._carried(program, trajectory, batch, device)
+            trajectory.states = []  # what a full step does not read makes room for what it writes
+        else:
+            held = trajectory.states
+        clock = [self._clock(trajectory, rule, device)] if step.clock else []
+        result, rest = program.split(
+            program.run(step.name, batch, *leaves, *held, *clock, *(prefix if step.prefix else []))
+        )
+        states, counters = rest[: len(program.graphs.states)], rest[len(program.graphs.states) :]
+        if rule == FULL:
+            tally.full_steps += 1
+            trajectory.full_steps.insert(0, trajectory.step)
+        else:
+            counted = counters[0] if counters else None
+            trajectory.count(rule, counted)
+            tally.count_cached(rule, counted)
+        if program.graphs.probe is not None and (rule == FULL or program.graphs.probe.every_step):
+            trajectory.probed = probed
+        trajectory.advance(timestep, states)
+        return result, rule
 
     def _probe(
         self, program: Program, trajectory: Trajectory, leaves: list[Any]
@@ -186,7 +238,7 @@ class Runtime:
     def _choose(self, trajectory: Trajectory, timestep: Tensor, change: float) -> int:
         """`FULL` or the position of a rule."""
         assert self.policy is not None
-        self._warn_if_other_length(trajectory, over=False)
+        self.advice.other_length(trajectory, over=False)
         chosen, trajectory.memory = self.policy.schedule.choose(trajectory.step, change, trajectory.memory)
         must = trajectory.must_be_full(timestep) or not trajectory.full_steps
         return FULL if must else chosen
@@ -201,22 +253,23 @@ class Runtime:
     def _carried(self, program: Program, trajectory: Trajectory, batch: int, device: torch.device) -> list[Tensor]:
         assert program.graphs is not None
         if trajectory.states:
-            pairs = zip(program.graphs.states, trajectory.states, strict=True)
-            return [tensor for state, tensor in pairs if state.carried]
+            return [tensor for state, tensor in trajectory.held() if state.carried]
         carried = [state for state in program.graphs.states if state.carried]
         return [torch.full((batch, *state.shape), state.empty, dtype=state.dtype, device=device) for state in carried]
 
-    def _continue_or_begin(self, name: str, program: Program, batch: int, timestep: Tensor) -> Trajectory:
-        current, reason = self.trajectories.get(name), ""
+    def _continue_or_begin(
+        self, key: Key, program: Program, batch: int, call_batch: int, timestep: Tensor
+    ) -> Trajectory:
+        current, reason = self.trajectories.get(key), ""
         if current is not None:
-            reason = current.why_over(program, batch, timestep) or ""
+            reason = current.why_over(program, call_batch, timestep) or ""
             if not reason:
                 return current
-            self._warn_if_nothing_reused(current, reason)
-            self._warn_if_other_length(current, over=True)
-        self.trajectories[name] = Trajectory(program, batch, doubtful=reason == STOOD_STILL)
-        self.accounting.trajectories += 1
-        return self.trajectories[name]
+            self.advice.nothing_reused(current, reason)
+            self.advice.other_length(current, over=True)
+        self.trajectories[key] = Trajectory(program, batch, call_batch, doubtful=reason == STOOD_STILL)
+        self.accounting.trajectories += isinstance(key, str)
+        return self.trajectories[key]
 
     # -- contexts -----------------------------------------------------------------------------------------------
 
@@ -231,61 +284,14 @@ class Runtime:
 
     def reset(self, name: str | None = None) -> None:
         """End the trajectory of one context, or of all; the next call is a full step and caches are freed."""
-        for key in [name] if name is not None else list(self.trajectories):
-            if (trajectory := self.trajectories.pop(key, None)) is not None:
-                self._warn_if_nothing_reused(trajectory, "reset() was called")
+        for key in self._keys(name) if name is not None else list(self.trajectories):
+            self.advice.nothing_reused(self.trajectories.pop(key), "reset() was called")
 
     def forget_programs(self) -> None:
         """Drop graphs and caches: the weights moved or changed their type."""
         self.trajectories.clear()
         self.programs.clear()
         self.reset_stats()
-
-    def _warn_if_nothing_reused(self, trajectory: Trajectory, reason: str) -> None:
-        """Say once when a finished trajectory reused nothing."""
-        why = self._why_nothing_reused(trajectory, reason)
-        if why is not None and "nothing reused" not in self._warned:
-            self._warned.add("nothing reused")
-            message = f"moeca_fx: a run of {trajectory.step} steps reused nothing: {why}"
-            warnings.warn(message, NothingReusedWarning, _levels_to_the_caller())
-
-    def _warn_if_other_length(self, trajectory: Trajectory, over: bool) -> None:
-        """Say once when a schedule was made for trajectories of another length."""
-        assert self.policy is not None
-        length = self.policy.schedule.length
-        if length is None or trajectory.step < 2 or "length" in self._warned:
-            return
-        if trajectory.step < length if over else trajectory.step == length:
-            self._warned.add("length")
-            found = f"ended after {trajectory.step}" if over else f"goes on after {length}"
-            warnings.warn(
-                f"moeca_fx: the policy was made for trajectories of {length} steps, this one {found}; its full steps "
-                "fall elsewhere than intended: run that many, or tune a policy for yours",
-                OtherLengthWarning,
-                _levels_to_the_caller(),
-            )
-
-    def _why_nothing_reused(self, trajectory: Trajectory, reason: str) -> str | None:
-        assert self.policy is not None
-        if trajectory.cached_steps == 0:
-            schedule = self.policy.schedule
-            if isinstance(schedule, Cycle) and schedule.interval == 1:
-                return "interval=1 makes every step full"
-            advice = (
-                "; if the sampler calls the model twice a step (guidance), wrap each call in "
-                "`with model.context('cond'):` and `with model.context('uncond'):`, else every step runs in full"
-            )
-            if trajectory.paired:
-                return f"every timestep came twice in one context{advice}"
-            if 1 < trajectory.step <= schedule.settles:
-                return f"it was over before {schedule} skips a step"
-            if trajectory.step > 1:
-                return f"the schedule {schedule} made every step full; lower its threshold's caution or choose another"
-            return f"it had one call before a new trajectory began, because {reason}" + advice * (reason == STOOD_STILL)
-        if trajectory.routed_steps and trajectory.branches() == trajectory.recomputed_branches():
-            steps = trajectory.routed_steps
-            return f"every branch was recomputed on all {steps} cached steps; raise tau0 or lower lambda1"
-        return None
 
     # -- reports ------------------------------------------------------------------------------------------------
 
@@ -298,7 +304,7 @@ class Runtime:
         if self.policy is not None:
             for trajectory in self.trajectories.values():
                 if trajectory.cached_steps or trajectory.step > self.policy.schedule.settles:
-                    self._warn_if_nothing_reused(trajectory, "stats() was called")
+                    self.advice.nothing_reused(trajectory, "stats() was called")
         return self.accounting.statistics()
 
     def memory(self) -> MemoryReport:
@@ -308,7 +314,7 @@ class Runtime:
         for trajectory in self.trajectories.values():
             assert trajectory.program.graphs is not None
             batch += trajectory.batch
-            for state, tensor in zip(trajectory.program.graphs.states, trajectory.states, strict=True):
+            for state, tensor in trajectory.held():
                 held.append((state, tensor.numel() * tensor.element_size()))
             if trajectory.probed is not None and trajectory.program.graphs.probe is not None:
                 probed = trajectory.probed
@@ -317,10 +323,16 @@ class Runtime:
 
     def cache(self, name: str) -> dict[str, Tensor]:
         """The cache tensors of a context by state name; empty before its first step."""
-        trajectory = self.trajectories.get(name)
-        if trajectory is None or trajectory.program.graphs is None:
-            return {}
-        return {s.name: t for s, t in zip(trajectory.program.graphs.states, trajectory.states, strict=True)}
+        held: dict[str, list[Tensor]] = {}
+        for key in self._keys(name):
+            for state, tensor in self.trajectories[key].held():
+                held.setdefault(state.name, []).append(tensor)
+        return {state: parts[0] if len(parts) == 1 else torch.cat(parts) for state, parts in held.items()}
+
+
+def _key(context: str, chunk: int) -> Key:
+    """Of a chunk's trajectory."""
+    return (context, chunk) if chunk else context
 
 
 def original_view(model: nn.Module) -> nn.Module:

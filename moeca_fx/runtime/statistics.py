@@ -44,8 +44,11 @@ class Statistics:
 
     Attributes:
         sites: per site, in network order.
-        full_steps, cached_steps: forward calls of each kind, over all contexts.
+        full_steps, cached_steps: forward calls of each kind, over all contexts; a call in chunks is one call, and
+            cached when any of its samples reused something.
         trajectories: trajectories begun.
+        samples_left_out: samples of all calls that were computed in full because of `cache_limit`; they are in the
+            FLOPs, and in no count of branches or rows.
         flops_executed: what ran; flops_uncached: the same calls, every one of them a full step.
     """
 
@@ -53,6 +56,7 @@ class Statistics:
     full_steps: int
     cached_steps: int
     trajectories: int
+    samples_left_out: int
     flops_executed: int
     flops_uncached: int
 
@@ -115,6 +119,8 @@ class Statistics:
             f"({self.reuse_over_match:.1%} of matched), {self.recomputed_branches} branches and {self.attention_rows} "
             "attention rows recomputed"
         )
+        if self.samples_left_out:
+            head += f"\nbeyond the cache limit: {self.samples_left_out} samples of these calls computed in full"
         lines = [f"{'site':<28}{'kind':<12}{'match':>8}{'reuse/match':>13}{'branches':>12}{'rows':>12}"]
         for site in self.sites:
             moe = site.kind == "moe"
@@ -131,6 +137,7 @@ _TOTALS = (
     "full_steps",
     "cached_steps",
     "trajectories",
+    "samples_left_out",
     "branches",
     "matched_branches",
     "recomputed_branches",

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeca_fx.graph.state import StateSpec
 from moeca_fx.runtime.program import Program
 from moeca_fx.runtime.timestep import direction_of, jumped_back
 
@@ -17,7 +18,8 @@ class Trajectory:
     """State of one run.
 
     Attributes:
-        program, batch: what it runs; another program or batch size begins a new trajectory.
+        program, batch: what it runs, for how many samples; another program begins a new trajectory.
+        call_batch: samples of the whole call, whose chunk these may be; another number begins a new trajectory.
         step: calls so far.
         states: cache tensors after the last call.
         counters: what the steps of each rule counted so far.
@@ -31,6 +33,7 @@ class Trajectory:
 
     program: Program
     batch: int
+    call_batch: int
     step: int = 0
     states: list[Tensor] = field(default_factory=list)
     counters: dict[int, Tensor] = field(default_factory=dict)
@@ -45,11 +48,11 @@ class Trajectory:
     paired: bool = False
 
     def why_over(self, program: Program, batch: int, timestep: Tensor) -> str | None:
-        """Why a call with these inputs begins a new trajectory; None when it continues this one."""
+        """Why a call with these inputs, `batch` samples in all, begins a new trajectory; None when it does not."""
         if program is not self.program:
             return "the shape, dtype or device of the inputs changed"
-        if batch != self.batch:
-            return f"the batch size changed from {self.batch} to {batch}"
+        if batch != self.call_batch:
+            return f"the batch size changed from {self.call_batch} to {batch}"
         assert self.timestep is not None, "a trajectory has made at least one call"
         if timestep.shape != self.timestep.shape:
             return "the shape of the timestep changed"
@@ -85,6 +88,11 @@ class Trajectory:
             self.counters[rule] = self.counters[rule] + counters if rule in self.counters else counters
             assert self.program.graphs is not None
             self.routed_steps += any(counter.kind == "matched" for counter in self.program.graphs.rules[rule].counters)
+
+    def held(self) -> list[tuple[StateSpec, Tensor]]:
+        """Every cache tensor after the last call; none before the first."""
+        assert self.program.graphs is not None, "a trajectory has caches"
+        return list(zip(self.program.graphs.states, self.states, strict=True)) if self.states else []
 
     def recomputed_branches(self) -> int:
         """Branches recomputed so far; waits for the device."""

@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass
 
 from moeca_fx.errors import ConfigError
+from moeca_fx.sizes import parse_bytes
 
-_UNITS = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _NUMBER = r"(\d+(?:\.\d+)?)\s*"
 DEFAULT_SPEEDUP = 3.0
 """Of a target that is a cache size alone."""
@@ -86,8 +86,8 @@ def _parse_part(part: str) -> tuple[str, float]:
         return "speedup", float(match[1])
     if match := re.fullmatch(_NUMBER + "db", lowered):
         return "psnr", float(match[1])
-    if match := re.fullmatch(_NUMBER + "([kmg]i?b|b)", lowered):
-        return "cache_bytes", float(match[1]) * _UNITS[match[2]]
+    if (size := parse_bytes(part)) is not None:
+        return "cache_bytes", size
     raise ConfigError(
         f"target: expected parts like '3x' (FLOPs), '40dB' (PSNR) or '1.2GB' (cache), found {part!r}; write for "
         "example '3x' or '40dB,500MB'"

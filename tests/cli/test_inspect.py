@@ -109,3 +109,13 @@ def test_an_unproven_region_is_refused_with_its_path_and_reason(refuse):
     for arguments in (["inspect"], ["sample", "--steps", "2"]):
         message = refuse(arguments[0], "tiny_models:unproven", *arguments[1:])
         assert "blocks.1.mlp.experts" in message and "differs from its output by" in message
+
+
+def test_the_cache_in_fewer_bits(run, refuse):
+    sizes = [
+        json.loads(run("inspect", "tiny_models:tiny", "--json", *options).stdout)["cache_bytes"]
+        for options in ((), ("--cache-dtype", "bf16"), ("--cache-dtype", "fp8"))
+    ]
+    assert sizes[0] > sizes[1] > sizes[2] > 0
+    message = refuse("inspect", "tiny_models:tiny", "--cache-dtype", "int4")
+    assert "cache_dtype: expected None" in message and "found 'int4'" in message

@@ -54,6 +54,19 @@ def test_policies_agree_where_they_must(run, project):
         assert (original - other).abs().max() <= 1  # rounding to 8 bits may differ by one
 
 
+def test_memory_options(run, refuse, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    small = ("sample", "tiny_models:tiny", *STEPS, "--out", "it.png")
+    result = run(*small, "--cache-dtype", "fp8", "--chunk", "4", "--cache-limit", "20kB")
+    assert result.exit_code == 0, result.output
+    assert "beyond the cache limit: " in result.stdout and "samples of these calls computed in full" in result.stdout
+    assert "cache_dtype: expected None" in refuse(*small, "--cache-dtype", "int4")
+    assert "chunk: expected an integer >= 1, found 0" in refuse(*small, "--chunk", "0")
+    assert "cache_limit: expected bytes" in refuse(*small, "--cache-limit", "much")
+    assert "one sample" in refuse(*small, "--cache-limit", "10B")
+    assert "--chunk belongs to a transformed model" in refuse(*small, "--policy", "original", "--chunk", "2")
+
+
 def test_the_cache_shows_in_statistics_and_picture(run, project):
     run("sample", "tiny_models:tiny", *STEPS, "--policy", "original", "--out", "original.png")
     result = run("sample", "tiny_models:tiny", *STEPS, "--interval", "6", "--out", "cached.png")

@@ -1,6 +1,7 @@
 """The README is true: its code runs, its table is the demo's, its links and its tree exist."""
 
 import importlib.util
+import inspect
 import json
 import re
 from pathlib import Path
@@ -67,12 +68,12 @@ def test_the_cached_step_is_described_with_operations_it_has():
     before, after = re.findall(r"^```\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
     model = moeca_fx.zoo.build("digits")
     graphs = moeca_fx.inspect(model, moeca_fx.zoo.example_inputs(model)).graphs
-    for text, stage in ((before, "vectorize_experts"), (after, "lower_inplace.cached")):
+    for text, stage in ((before, "vectorize_experts"), (after, "insert_cache.cached")):
         named = set(re.findall(r"(\w+)\(", text)) - {"norm2"}  # abridged: the norm and its modulation
         graph = graphs[stage]
         assert sorted(name for name in named if f"{name}(" not in graph) == []
     states = set(re.findall(r"cache_(\w+)", after))
-    assert {name for name in states if f"_{name} = input" not in graphs["lower_inplace.cached"]} == set()
+    assert {name for name in states if f"_{name} = input" not in graphs["insert_cache.cached"]} == set()
 
 
 def test_the_configuration_table_names_every_field():
@@ -84,6 +85,15 @@ def test_the_configuration_table_names_every_field():
         documented |= dict(zip(names, row[2].strip().split(", "), strict=True))
     defaults = moeca_fx.MoECa().as_dict().items()
     assert documented == {name: f'`"{value}"`' if isinstance(value, str) else str(value) for name, value in defaults}
+
+
+def test_the_memory_table_names_every_option():
+    table = README.read_text().partition("\n## Memory")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    documented = {row[1].strip(" `"): row[2].strip() for row in rows}
+    parameters = inspect.signature(moeca_fx.transform).parameters
+    options = [name for name in parameters if name.startswith("cache_") or name == "chunk"]
+    assert documented == {name: str(parameters[name].default) for name in options}
 
 
 def test_the_version_is_the_same_everywhere():

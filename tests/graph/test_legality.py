@@ -44,9 +44,10 @@ AFTER_NORMALIZE = (
     "pack_stream",
     "insert_cache",
     "lower_linear",
+    "lower_kernels",
     "lower_inplace",
 )
-AFTER_VECTORIZE = ("vectorize_experts", "pack_stream", "insert_cache", "lower_linear", "lower_inplace")
+AFTER_VECTORIZE = AFTER_NORMALIZE[2:]
 PLANTED: list[tuple[Callable[[fx.Graph, fx.Node], None], tuple[str, ...], str]] = [
     (_marker, AFTER_VECTORIZE, "experts markers must be lowered"),
     (_open_slice, AFTER_NORMALIZE, "a slice must start at a number"),

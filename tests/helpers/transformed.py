@@ -55,7 +55,7 @@ def toy_pair(policy: MoECa | None = SOME) -> tuple[Toy, TransformedModel]:
 def as_new(fast: TransformedModel) -> TransformedModel:
     """Drop trajectories, statistics and given warnings; compiled programs stay."""
     fast._moeca.trajectories.clear()
-    fast._moeca._warned.clear()
+    fast._moeca.advice.given.clear()
     fast.reset_stats()
     return fast
 

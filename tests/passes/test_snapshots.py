@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from moeca_fx import MoECa, inspect
+from moeca_fx.kernels.cpu import ops as kernels
 from moeca_fx.passes import PIPELINE
 from tests.helpers.passes import Stage, staged
 from tests.helpers.toys import toy, toy_inputs
@@ -28,6 +29,7 @@ STAGES = [
     "insert_cache.cached",
     "lower_inplace.cached",
 ]
+FUSED = ("lower_kernels.full", "lower_kernels.cached")
 
 
 def _stable(text: str) -> str:
@@ -44,8 +46,17 @@ def default_library() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def graphs(default_library: None) -> dict[str, str]:
+def fused(default_library: None) -> dict[str, str]:
+    if not kernels.available():
+        pytest.skip("there is no C++ compiler to build the CPU kernels")
     return inspect(toy(), toy_inputs(), policy=MoECa()).graphs
+
+
+@pytest.fixture(scope="module")
+def graphs(default_library: None) -> dict[str, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "available", lambda: False)  # a machine without a compiler keeps the references
+        return inspect(toy(), toy_inputs(), policy=MoECa()).graphs
 
 
 def _compare(name: str, found: str) -> None:
@@ -62,9 +73,14 @@ def test_graph_text(graphs: dict[str, str], stage: str) -> None:
     _compare(stage, _stable(graphs[stage]))
 
 
+@pytest.mark.parametrize("stage", FUSED)
+def test_graph_text_with_kernels(fused: dict[str, str], stage: str) -> None:
+    _compare(stage, _stable(fused[stage]))
+
+
 def test_every_stage_of_the_pipeline_has_a_snapshot() -> None:
-    shown = list(dict.fromkeys(stage.partition(".")[0] for stage in STAGES))
-    assert shown == [name for name, _ in PIPELINE if name != "lower_linear"]  # machine-dependent
+    shown = {stage.partition(".")[0] for stage in (*STAGES, *FUSED)}
+    assert shown == {name for name, _ in PIPELINE if name != "lower_linear"}  # machine-dependent
 
 
 def test_sites_text() -> None:
@@ -76,8 +92,8 @@ def test_sites_text() -> None:
     _compare("sites", "".join(lines))
 
 
-def test_texts_are_the_same_in_every_run(graphs: dict[str, str]) -> None:
+def test_texts_are_the_same_in_every_run(fused: dict[str, str]) -> None:
     again = inspect(toy(seed=3), toy_inputs(4, seed=5), policy=MoECa()).graphs
     assert {name: _stable(text) for name, text in again.items()} == {
-        name: _stable(text) for name, text in graphs.items()
+        name: _stable(text) for name, text in fused.items()
     }

@@ -35,7 +35,8 @@ class BlocksLevel(Level):
         value = example_value(nodes_by_name(module)[self.end])
         self.name = f"{SITE}.{'residual' if rule.residual else 'stream'}"
         shape = tuple(int(size) for size in value.shape[1:])
-        self.states = with_older(StateSpec(SITE, self.name.rpartition(".")[2], shape, value.dtype), self.terms)
+        kind = self.name.rpartition(".")[2]
+        self.states = with_older(StateSpec(SITE, kind, shape, value.dtype, vector=True), self.terms)
 
     def store(self, step: StepBuilder) -> None:
         """What the stretch added, or the stream after it."""

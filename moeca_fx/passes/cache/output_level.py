@@ -90,7 +90,7 @@ def _outputs(module: fx.GraphModule) -> list[fx.Node]:
 
 def _state(node: fx.Node, kind: str) -> StateSpec:
     value = example_value(node)
-    return StateSpec(SITE, kind, tuple(int(size) for size in value.shape[1:]), value.dtype)
+    return StateSpec(SITE, kind, tuple(int(size) for size in value.shape[1:]), value.dtype, vector=True)
 
 
 def _matching_input(module: fx.GraphModule, output: fx.Node) -> fx.Node:

@@ -96,12 +96,13 @@ def _attention_states(
     if action == "full":
         return
     output = example_value(nodes[site.output])
-    yield from with_older(StateSpec(site.path, "attn", _sample_shape(output), output.dtype), rule.predictor.terms)
+    attn = StateSpec(site.path, "attn", _sample_shape(output), output.dtype, vector=True)
+    yield from with_older(attn, rule.predictor.terms)
     if action != "reuse":
         for kind, name in (("key", site.key), ("value", site.value)):
             value = example_value(nodes[name])  # [B, h, T, d]
             heads, tokens, width = _sample_shape(value)
-            yield StateSpec(site.path, kind, (tokens, heads, width), value.dtype)
+            yield StateSpec(site.path, kind, (tokens, heads, width), value.dtype, vector=True)
 
 
 def _moe_states(site: MoESite, rule: BranchRule, nodes: dict[str, fx.Node]) -> Iterator[StateSpec]:
@@ -115,7 +116,7 @@ def _moe_states(site: MoESite, rule: BranchRule, nodes: dict[str, fx.Node]) -> I
     yield StateSpec(site.path, "weight", slots, score_dtype)
     if "score" in selector.signals:
         yield StateSpec(site.path, "norm", slots, torch.promote_types(feature_dtype, torch.float32))
-    feature = StateSpec(site.path, "feature", (*slots, x.shape[-1]), feature_dtype)
+    feature = StateSpec(site.path, "feature", (*slots, x.shape[-1]), feature_dtype, vector=True)
     yield from with_older(feature, terms, all_carried=ranks_errors)
     if ranks_errors:
         yield StateSpec(site.path, "error", slots, torch.float32)
@@ -123,7 +124,8 @@ def _moe_states(site: MoESite, rule: BranchRule, nodes: dict[str, fx.Node]) -> I
         yield StateSpec(site.path, "activation", (site.num_experts, site.tokens), torch.float32, carried=True)
     if site.shared and rule.shared_expert != "full":
         shared = example_value(nodes[site.shared])
-        yield from with_older(StateSpec(site.path, "shared", (site.tokens, shared.shape[-1]), shared.dtype), terms)
+        kept = StateSpec(site.path, "shared", (site.tokens, shared.shape[-1]), shared.dtype, vector=True)
+        yield from with_older(kept, terms)
 
 
 def needs_error(rule: BranchRule) -> bool:
@@ -134,7 +136,8 @@ def needs_error(rule: BranchRule) -> bool:
 def _ffn_states(site: DenseFFNSite, action: Action, rule: BranchRule, nodes: dict[str, fx.Node]) -> Iterator[StateSpec]:
     if action != "full":
         output = example_value(nodes[site.output])
-        yield from with_older(StateSpec(site.path, "ffn", _sample_shape(output), output.dtype), rule.predictor.terms)
+        ffn = StateSpec(site.path, "ffn", _sample_shape(output), output.dtype, vector=True)
+        yield from with_older(ffn, rule.predictor.terms)
 
 
 def _sample_shape(value: torch.Tensor) -> tuple[int, ...]:

@@ -81,7 +81,7 @@ class SublayerLevel(Level):
         shape = tuple(int(size) for size in value.shape[1:])
         selector = self._selector(sublayer)
         ranks = selector is not None and "error" in selector.signals
-        held = StateSpec(site.path, sublayer.state.rpartition(".")[2], shape, value.dtype)
+        held = StateSpec(site.path, sublayer.state.rpartition(".")[2], shape, value.dtype, vector=True)
         states = list(with_older(held, self.terms, all_carried=ranks))
         if selector is not None:
             selector.arguments(sublayer.place)  # refuses a model that lacks what it needs
