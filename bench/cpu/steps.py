@@ -88,13 +88,14 @@ def _cached_runs(
     program = next(iter(fast._moeca.programs.values()))
     graphs = program.graphs
     assert graphs is not None
-    held = [state.clone() for state in fast._moeca.trajectories["default"].states]
+    states = fast._moeca.trajectories["default"].states
     rule = graphs.rules[0]
     tally = fast._moeca.accounting.tally(program, list(inputs), batch)
     flops = tally.step_flops()
     runs: dict[str, Callable[[], Any]] = {}
     share: dict[str, float] = {}
     for fraction in FRACTIONS:
+        held = [state.clone() for state in states]  # of its own: a step leaves features in the slots it chose
         taken = {i: _without(held[i], fraction) for i, state in enumerate(graphs.states) if state.kind == "expert"}
         name = f"cached {fraction:.0%}"
         runs[name] = _cached_run(program, rule.name, batch, inputs, held, taken)

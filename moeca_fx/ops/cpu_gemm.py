@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moeca_fx.kernels.cpu import ops as kernels
+
 log = logging.getLogger(__name__)
 _WIDTH = 256
 _ROW_COUNTS = (32, 128, 512)
@@ -49,6 +51,23 @@ def onednn_from_rows() -> int | None:
                 break
             best = count
     return best
+
+
+@functools.cache
+def widening_is_faster() -> bool:
+    """Whether a bf16 linear is faster through fp32 products of widened panels than as torch has it.
+
+    Processors without bf16 instructions multiply bf16 several times slower than fp32. Takes some ten milliseconds.
+    """
+    if not kernels.available():
+        return False
+    with torch.inference_mode():
+        rows = _ROW_COUNTS[-1]
+        x, weight = torch.randn(rows, _WIDTH).bfloat16(), torch.randn(_WIDTH, _WIDTH).bfloat16()
+        default = _median_seconds(lambda: functional.linear(x, weight))
+        widened = _median_seconds(lambda: torch.ops.moeca_cpu.linear(x, weight, None))
+    log.debug("bf16 linear, %d rows: default %.1f us, widened %.1f us", rows, default * 1e6, widened * 1e6)
+    return widened < _MARGIN * default
 
 
 def _median_seconds(run: Callable[[], Tensor]) -> float:

@@ -165,6 +165,17 @@ def test_norms(dtype: torch.dtype, width: int) -> None:
     torch.testing.assert_close(alone.double(), normed(x.double()), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 50, 24), (1, 700), (0, 8)])
+def test_linear_in_bf16(shape: tuple[int, ...], bias: bool) -> None:
+    x, weight = torch.randn(shape).bfloat16(), torch.randn(130, shape[-1]).bfloat16()
+    added = torch.randn(130).bfloat16() if bias else None
+    expected = functional.linear(x.double(), weight.double(), added.double() if added is not None else None)
+    for operand in (weight, weight.t().contiguous().t()):
+        found = ops.linear(x, operand, added)
+        torch.testing.assert_close(found, expected.bfloat16(), rtol=8e-3, atol=1e-3)  # one rounding
+
+
 def test_operators_follow_torchs_rules() -> None:
     now, then = _routing(2, 9, 3, 6), _routing(2, 9, 3, 6)
     weight, threshold, activation = torch.rand(2, 9, 3), torch.rand(2, 6), torch.rand(2, 6, 9)
@@ -173,6 +184,7 @@ def test_operators_follow_torchs_rules() -> None:
         (ops.decide.default, (now, weight, then, weight, weight, threshold, None, 0.7, 0.4, True, None)),
         (ops.threshold.default, (activation, now, 0.65, 0.8, 0.6, False, 1e-5)),
         (ops.update_activation.default, (activation, now, 0.65)),
+        (ops.linear.default, (x.bfloat16(), torch.randn(5, 16).bfloat16(), None)),
         (ops.top_k.default, (torch.randn(9, 6), 3)),
         (ops.modulated_norm.default, (x, part, part, 1e-6)),
         (ops.gated_norm.default, (x, part, x, part, part, 1e-6)),

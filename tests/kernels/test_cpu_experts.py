@@ -149,7 +149,8 @@ def test_recompute_writes_the_picked_branches_only(share: float, dtype: torch.dt
     assert kernels.recompute_branches(feature, norm, x, *shaped, None, *weights)[0] is feature
     fresh = ops.branches(x, expert, *weights)[0].view_as(before)
     picked = (code > 0).view(norm.shape)
-    assert torch.equal(feature, torch.where(picked.unsqueeze(-1), fresh, before))
+    assert torch.equal(feature[~picked], before[~picked])
+    torch.testing.assert_close(feature, torch.where(picked.unsqueeze(-1), fresh, before))  # fewer rows, other sums
     assert torch.equal(norm > 0, picked)
     if share:
         torch.testing.assert_close(norm[picked], fresh[picked].float().norm(dim=-1), rtol=4e-3, atol=1e-3)

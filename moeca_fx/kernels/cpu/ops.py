@@ -101,6 +101,10 @@ def _register_shapes() -> None:
         shape = (*values.shape[:-1], k)
         return values.new_empty(shape), values.new_empty(shape, dtype=torch.int64)
 
+    @_fake("moeca_cpu::linear")
+    def _(x: Tensor, weight: Tensor, bias: Any) -> Any:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+
     @_fake("moeca_cpu::modulated_norm")
     def _(x: Tensor, *_: Any) -> Any:
         return x.new_empty(x.shape)
@@ -134,6 +138,10 @@ def _register_flops() -> None:
     def _(feature: Any, norm: Any, x: Any, code: Tensor, *rest: Any, **_: Any) -> int:
         # Only where it really runs: how many branches depends on the data (`runtime/flops.py` counts the others).
         return int((code > 0).sum()) * branch_flops((x, code, *rest))
+
+    @register_flop_formula(ops.linear)
+    def _(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return 2 * int(math.prod(x)) * int(weight[0])
 
     @register_flop_formula(ops.attention_rows)
     def _(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:

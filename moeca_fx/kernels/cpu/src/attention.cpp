@@ -3,7 +3,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "vec.h"
@@ -27,13 +26,20 @@ float dot(const float* a, const float* b, int64_t n) {
 }
 
 void softmax(float* row, int64_t n, float scale) {
-  float high = -std::numeric_limits<float>::infinity();
-  for (int64_t i = 0; i < n; ++i) high = std::max(high, row[i]);
+  float high = row[0];
+  int64_t start = 0;
+  if (n >= Vector::size()) {
+    Vector highest = Vector::loadu(row);
+    for (start = Vector::size(); start + Vector::size() <= n; start += Vector::size())
+      highest = at::vec::maximum(highest, Vector::loadu(row + start));
+    high = at::vec::vec_reduce_all<float>([](Vector& a, Vector& b) { return at::vec::maximum(a, b); }, highest);
+  }
+  for (; start < n; ++start) high = std::max(high, row[start]);
   const Vector factor(scale), shift(high * scale);
   Vector lanes(0.0f);
   int64_t i = 0;
   for (; i + Vector::size() <= n; i += Vector::size()) {
-    const Vector value = (Vector::loadu(row + i) * factor - shift).exp();
+    const Vector value = at::vec::fmsub(Vector::loadu(row + i), factor, shift).exp_u20();
     value.store(row + i);
     lanes = lanes + value;
   }
@@ -133,7 +139,7 @@ void attention_rows(const AttentionRows& a, int threads) {
       starts.push_back(r);
   const int64_t blocks = static_cast<int64_t>(starts.size()), tasks = blocks * a.heads;
   starts.push_back(a.rows);
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (tasks > 4)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (tasks > 4)
   for (int64_t t = 0; t < tasks; ++t)
     attend(a, starts[t / a.heads], starts[t / a.heads + 1], t % a.heads, scratch_of_thread());
 }

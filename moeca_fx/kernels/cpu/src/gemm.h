@@ -34,6 +34,9 @@ class Scratch {
 void linear(const float* x, int64_t x_stride, int64_t rows, const Weight& weight, const void* bias, float* y,
             int64_t y_stride, Scratch& scratch);
 
+// y[rows, outputs] = x[rows, inputs] @ weight.T + bias, all bf16 in memory and fp32 in between; on several threads.
+void linear_bf16(const uint16_t* x, int64_t rows, const Weight& weight, const uint16_t* bias, uint16_t* y, int threads);
+
 // c[m, n] = a[m, k] @ b[n, k].T, or @ b[k, n]; all fp32 with unit inner strides.
 void multiply_transposed(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t m,
                          int64_t n, int64_t k);

@@ -236,6 +236,23 @@ Tensor run_norm(const Tensor& x, const optional<Tensor>& y, MaybeTensor gate, co
   return out;
 }
 
+Tensor linear(const Tensor& x_, const Tensor& weight, MaybeTensor bias_) {
+  const Tensor x = x_.contiguous();
+  const auto bias = contiguous(bias_);
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16,
+              "moeca_cpu: expected bfloat16, found ", x.scalar_type(), " and ", weight.scalar_type());
+  TORCH_CHECK(weight.stride(0) == 1 || weight.stride(1) == 1, "moeca_cpu: expected a weight with one unit stride");
+  auto shape = x.sizes().vec();
+  shape.back() = weight.size(0);
+  Tensor out = at::empty(shape, x.options());
+  if (out.numel() == 0) return out;
+  const moeca::Weight w{weight.data_ptr(), weight.size(0), weight.size(1), weight.stride(0), weight.stride(1), true};
+  const auto* b = bias.has_value() ? static_cast<const uint16_t*>(bias->data_ptr()) : nullptr;
+  moeca::linear_bf16(static_cast<const uint16_t*>(x.data_ptr()), x.numel() / x.size(-1), w, b,
+                     static_cast<uint16_t*>(out.data_ptr()), threads());
+  return out;
+}
+
 Tensor modulated_norm(const Tensor& x, const Tensor& factor, const Tensor& shift, double eps) {
   return run_norm(x.contiguous(), std::nullopt, std::nullopt, factor, shift, eps, nullptr);
 }
@@ -265,6 +282,7 @@ TORCH_LIBRARY(moeca_cpu, m) {
         "-> Tensor");
   m.def("update_activation(Tensor(a!) activation, Tensor expert, float beta) -> ()");
   m.def("top_k(Tensor values, int k) -> (Tensor, Tensor)");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("modulated_norm(Tensor x, Tensor factor, Tensor shift, float eps) -> Tensor");
   m.def("gated_norm(Tensor x, Tensor gate, Tensor y, Tensor factor, Tensor shift, float eps) -> (Tensor, Tensor)");
   m.def("attention_rows(Tensor query, Tensor key, Tensor value, Tensor row, float? scale) -> Tensor");
@@ -279,6 +297,7 @@ TORCH_LIBRARY_IMPL(moeca_cpu, CPU, m) {
   m.impl("threshold", threshold);
   m.impl("update_activation", update_activation);
   m.impl("top_k", top_k);
+  m.impl("linear", linear);
   m.impl("modulated_norm", modulated_norm);
   m.impl("gated_norm", gated_norm);
   m.impl("attention_rows", attention_rows);
