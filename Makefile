@@ -12,11 +12,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_INSTALL_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: demo results test slow lint format clean help
+.PHONY: demo results bench test slow lint format clean help
 
 help:
 	@echo "make demo    set up, then sample digits with the original, vectorised and cached model"
 	@echo "make results the demo, then the README's table and picture from it; on a quiet machine"
+	@echo "make bench   speed on this CPU: steps, layers, trajectories; below 15 minutes on a quiet machine"
 	@echo "make test    set up, then run the fast test suite"
 	@echo "make slow    the slow tests"
 	@echo "make lint    ruff (lint, format) and mypy"
@@ -28,6 +29,9 @@ demo: $(VENV)/.installed-demo
 
 results: demo
 	$(BIN)/python docs/update_results.py out/demo
+
+bench: $(VENV)/.installed-demo
+	$(BIN)/python -m bench.cpu
 
 # Two workers, a file each: transformed models are made once a file.
 test: $(VENV)/.installed-dev

@@ -27,6 +27,7 @@ def sizes_of(name: str) -> tuple[int, int, int, int, int]:
 
 def bench_layer(name: str, batch: int, rounds: int) -> Any:
     """Fused experts of one layer with random weights: fractions of the branches, and numbers of tokens."""
+    require_kernels()
     width, inner, experts, top_k, tokens = sizes_of(name)
     weights = _weights(experts, width, inner)
     rows = batch * tokens
@@ -57,6 +58,7 @@ def bench_layer(name: str, batch: int, rounds: int) -> Any:
 
 def bench_linearity(name: str, rounds: int) -> Any:
     """Time of all experts for growing numbers of tokens, as a multiple of what the smallest number's would give."""
+    require_kernels()
     width, inner, experts, top_k, _ = sizes_of(name)
     weights = _weights(experts, width, inner)
     runs: dict[str, Callable[[], Any]] = {}
@@ -71,6 +73,12 @@ def bench_linearity(name: str, rounds: int) -> Any:
         "ms": {key: milliseconds(value) for key, value in seconds.items()},
         "of_linear": {key: ratio(value, first) * TOKENS[0] / int(key) for key, value in seconds.items()},
     }
+
+
+def require_kernels() -> None:
+    """Build and load the kernels that are timed."""
+    if not kernels.available():
+        raise SystemExit("the layers section times the CPU kernels, which need a C++ compiler (g++ or clang++)")
 
 
 def _weights(experts: int, width: int, inner: int) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import moeca_fx
 from bench.cpu.timing import interleave, milliseconds, ratio
@@ -130,8 +130,3 @@ def _without(expert: Tensor, fraction: float) -> Tensor:
     for place in range(each):
         left[rows, place] = NO_EXPERT
     return left.view_as(expert)
-
-
-def parameters_of(model: nn.Module) -> int:
-    """Bytes of weights."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
