@@ -23,11 +23,12 @@ def results_section(record: dict[str, Any]) -> str:
     torch_version = versions["torch"].partition("+")[0]
     parameters = record["model"]["parameters"] / 1e6
     variants = [VariantResult.from_dict(variant) for variant in record["variants"]]
+    compiled = record["environment"]["torch_compile"]
     lines = [
         f"`make demo`: the shipped digits model ({parameters:.1f} M parameters, 16 experts, top-4),",
         f"{settings['batch']} images, {settings['steps']} Euler steps, the same noise for all, on",
-        f"a CPU (threads: {settings['threads']}) in float32 with torch {torch_version}, without",
-        f"`torch.compile`; medians of {settings['repeats']} interleaved trajectories.",
+        f"a CPU (threads: {settings['threads']}) in float32 with torch {torch_version}; the original eager, ours",
+        f"{'compiled' if compiled else 'eager too'}; medians of {settings['repeats']} interleaved trajectories.",
         "",
         "| " + " | ".join(HEADINGS) + " |",
         "|---" + "|---:" * (len(HEADINGS) - 1) + "|",

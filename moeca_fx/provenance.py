@@ -10,8 +10,12 @@ from torch import Tensor
 import moeca_fx
 
 
-def provenance() -> dict[str, Any]:
-    """Versions and environment of this process, JSON-able; measurements run eagerly on a CPU in float32."""
+def provenance(*, compiled: bool = False) -> dict[str, Any]:
+    """Versions and environment of this process, JSON-able; measurements run on a CPU in float32.
+
+    Args:
+        compiled: whether transformed models ran through torch.compile.
+    """
     return {
         "versions": {
             "moeca_fx": moeca_fx.__version__,
@@ -22,7 +26,7 @@ def provenance() -> dict[str, Any]:
             "device": "cpu",
             "dtype": "float32",
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "torch_compile": False,
+            "torch_compile": compiled,
         },
     }
 

@@ -60,6 +60,10 @@ def bench_steps(name: str, batch: int, dtype: torch.dtype, rounds: int, *, origi
         "batch": batch,
         "dtype": str(dtype).removeprefix("torch."),
         "compile_s": ready,
+        "flops": _flops(vectorised, inputs, batch),
+        "weight_bytes": sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
+        "cache_bytes": fast.memory().total,
+        "estimated_cache_bytes": moeca_fx.estimate_memory(model, inputs, policy=KEEP_MATCHED, batch=batch).total,
         "ms": {key: milliseconds(value) for key, value in seconds.items()},
         "over_original": {key: ratio(seconds["original"], value) for key, value in seconds.items()},
         "of_vectorised": {key: ratio(value, seconds["vectorised"]) for key, value in seconds.items()},
@@ -69,6 +73,12 @@ def bench_steps(name: str, batch: int, dtype: torch.dtype, rounds: int, *, origi
         else {},
         "flops_of_full_step": share,
     }
+
+
+def _flops(vectorised: TransformedModel, inputs: tuple[Tensor, ...], batch: int) -> int:
+    """FLOPs of one uncached call."""
+    program = next(iter(vectorised._moeca.programs.values()))
+    return vectorised._moeca.accounting.tally(program, list(inputs), batch).step_flops().uncached
 
 
 def _inputs(name: str, batch: int) -> tuple[Tensor, ...]:

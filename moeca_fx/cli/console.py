@@ -1,5 +1,6 @@
 """Where the command writes: results to stdout, everything else (progress, warnings, errors) to stderr."""
 
+import logging
 import os
 import sys
 import warnings
@@ -56,6 +57,32 @@ def plain_warnings() -> Iterator[None]:
             warnings.simplefilter("ignore", category)
         warnings.showwarning = _show_warning
         yield
+
+
+class _Lines(logging.Handler):
+    """Log records as dim lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        style = "bold yellow" if record.levelno >= logging.WARNING else "dim"
+        stderr().print(Text(record.getMessage(), style), soft_wrap=True)
+
+
+@contextmanager
+def compiler_lines() -> Iterator[None]:
+    """Inside the block what the compiler and the kernels' build tell appears on stderr: both take their time."""
+    loggers = [logging.getLogger(name) for name in ("moeca_fx.compile", "moeca_fx.kernels")]
+    handler = _Lines(logging.INFO)
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
 
 def step_progress() -> Progress:

@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 import moeca_fx
 from moeca_fx.cli import USAGE_ERROR
 from moeca_fx.cli.bench_command import bench
-from moeca_fx.cli.console import plain_warnings, show_error
+from moeca_fx.cli.console import compiler_lines, plain_warnings, show_error
 from moeca_fx.cli.demo_command import demo
 from moeca_fx.cli.inspect_command import inspect
 from moeca_fx.cli.sample_command import sample
@@ -21,7 +21,7 @@ class ReportingGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
-        with plain_warnings():
+        with plain_warnings(), compiler_lines():
             try:
                 return super().invoke(ctx)
             except MoecaError as error:

@@ -55,6 +55,7 @@ def sample(
         str | None, typer.Option(help="Largest cache, e.g. 500MB; samples beyond it are computed in full.")
     ] = None,
     chunk: Annotated[int | None, typer.Option(help="Most samples that are computed at once.")] = None,
+    compile: Annotated[bool, typer.Option(help="Compile the model first, a minute; worth it for many images.")] = False,
     out: Annotated[Path, typer.Option(help="The picture, a PNG file.")] = Path("out/samples.png"),
 ) -> None:
     """Draw one sample per class and write them as one picture; latents are drawn as they are, not decoded."""
@@ -79,7 +80,8 @@ def sample(
     velocity = _velocity(flow, guidance, target)
     labels = torch.tensor(parse_classes(classes, flow.num_classes))
     noise = torch.randn(len(labels), *loaded.inputs[0].shape[1:], generator=torch.Generator().manual_seed(seed))
-    model = _transformed(loaded, policy, method, (noise, torch.zeros(len(labels)), labels), memory)
+    inputs = (noise, torch.zeros(len(labels)), labels)
+    model = _transformed(loaded, policy, method, inputs, {**memory, "compile": compile})
 
     start = time.perf_counter()
     with step_progress() as progress:
@@ -142,8 +144,8 @@ def _transformed(
     policy: str,
     method: Method | Policy | None,
     inputs: tuple[torch.Tensor, ...],
-    memory: dict[str, Any],
+    options: dict[str, Any],
 ) -> nn.Module:
     if policy == ORIGINAL:
         return loaded.model
-    return moeca_fx.transform(loaded.model, example_inputs=inputs, policy=method, **memory)
+    return moeca_fx.transform(loaded.model, example_inputs=inputs, policy=method, **options)

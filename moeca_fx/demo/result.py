@@ -5,8 +5,11 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from moeca_fx.demo.settings import DemoSettings
 from moeca_fx.provenance import provenance
+from moeca_fx.runtime.compiler import why_not_compiled
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class DemoResult:
         return {
             "settings": asdict(self.settings),
             "model": {"name": "digits", "parameters": self.parameters},
-            **provenance(),
+            **provenance(compiled=self.settings.compile and why_not_compiled(torch.device("cpu")) is None),
             "variants": [variant.as_dict() for variant in self.variants],
         }
 

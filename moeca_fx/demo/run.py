@@ -56,12 +56,12 @@ def _measure(settings: DemoSettings, watch: Observer, model: nn.Module, noise: T
     models: dict[str, nn.Module] = {ORIGINAL: model}
     inputs = moeca_fx.zoo.example_inputs(model, batch=settings.batch)
     watch.stage("tracing and vectorising")
-    models[VECTORISED] = moeca_fx.transform(model, example_inputs=inputs, policy=None)
+    models[VECTORISED] = moeca_fx.transform(model, example_inputs=inputs, policy=None, compile=settings.compile)
     watch.stage("tracing and inserting caches")
     policy = moeca_fx.MoECa(interval=settings.interval)
-    models[CACHED] = moeca_fx.transform(model, example_inputs=inputs, policy=policy)
+    models[CACHED] = moeca_fx.transform(model, example_inputs=inputs, policy=policy, compile=settings.compile)
 
-    watch.stage("warming up")
+    watch.stage("compiling and warming up" if settings.compile else "warming up")
     for each in models.values():
         sampling.sample(each, noise, labels, steps=settings.interval + 1)
         if isinstance(each, TransformedModel):  # what is reported is what was timed

@@ -17,6 +17,7 @@ class DemoSettings:
         interval: MoECa's cycle length; every `interval`-th step is full.
         threads: CPU threads torch uses; None takes what is fastest for the original, up to
             `moeca_fx.timing.most_threads`.
+        compile: run the vectorised and the cached model through torch.compile.
 
     Raises:
         ConfigError: a field is out of range.
@@ -28,6 +29,7 @@ class DemoSettings:
     seed: int = 71_421
     interval: int = 4
     threads: int | None = None
+    compile: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "repeats", "interval", "threads"):

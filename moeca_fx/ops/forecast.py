@@ -3,6 +3,8 @@
 The weights are the first entries of the step's *clock*, a small fp32 tensor that the host fills in.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -80,6 +82,13 @@ def restart_rows_(cache: Tensor, row: Tensor, change: Tensor, values: Tensor, re
 def combine_history(clock: Tensor, weight: Tensor, *features: Tensor) -> Tensor:
     """``y = sum_q w_q sum_i clock[i] h_i,q``: weight [B, T, k], kept features each [B, T, k, H] -> [B, T, H]."""
     wide = torch.promote_types(features[0].dtype, torch.float32)
+    if torch.compiler.is_compiling():  # terms that fuse with what follows: every kept feature is read once
+        terms = [
+            (weight[..., slot, None].to(wide) * clock[index].to(wide)) * feature[..., slot, :].to(wide)
+            for index, feature in enumerate(features)
+            for slot in range(weight.shape[-1])
+        ]
+        return functools.reduce(torch.add, terms).to(features[0].dtype)
     rows = weight.flatten(0, 1).unsqueeze(1).to(wide)  # [B*T, 1, k]
     total = torch.bmm(rows * clock[0].to(wide), features[0].flatten(0, 1).to(wide))
     for index, feature in enumerate(features[1:], start=1):

@@ -28,8 +28,8 @@ _FAILURES = (TorchDynamoException, InductorError)
 
 @functools.cache
 def say_once(message: str) -> None:
-    """Log a warning, each message once a process."""
-    log.warning("%s", message)
+    """Log a message, each once a process; a warning, unless compilation was switched off."""
+    log.log(logging.INFO if os.environ.get(OFF) == "0" else logging.WARNING, "%s", message)
 
 
 def why_not_compiled(device: torch.device) -> str | None:

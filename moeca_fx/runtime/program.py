@@ -123,7 +123,7 @@ def _compiled_steps(work: Compilation) -> dict[str, CompiledStep]:
     device = next((tensor.device for module in modules.values() for tensor in module.parameters()), torch.device("cpu"))
     reason = why_not_compiled(device)
     if reason is not None:
-        say_once(f"graphs are not compiled and run eagerly, more slowly: {reason}")
+        say_once(f"graphs run eagerly, more slowly: {reason}")
         return {}
     return {name: CompiledStep(module, f"{name} step" if name else "model") for name, module in modules.items()}
 

@@ -1,0 +1,152 @@
+"""Render docs/performance.md's tables from the CPU benchmark's JSON.
+
+    python docs/update_performance.py out/bench-cpu.json
+
+The numbers are copied to docs/bench-cpu.json; the text around the markers stays.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE, NUMBERS = HERE / "performance.md", HERE / "bench-cpu.json"
+
+
+def table(heading: str, rows: list[list[str]]) -> str:
+    """A Markdown table whose first column is text."""
+    columns = heading.split("|")
+    lines = [f"| {' | '.join(part.strip() for part in columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def machine(found: dict[str, Any]) -> str:
+    """One sentence about where the numbers come from."""
+    m = found["machine"]
+    return (
+        f"{found['date']}, {m['processor']} ({m['capability']}), {m['threads']} threads, "
+        f"torch {m['torch'].partition('+')[0]}: {m['fp32_gflops']:.0f} GFLOP/s in fp32 and {m['bf16_gflops']:.0f} in "
+        f"bf16 for a product of 2048 x 1024 x 1024, {m['copy_gbytes']:.0f} GB/s for a copy (bytes read and written)."
+    )
+
+
+def uncached(found: dict[str, Any]) -> str:
+    """Original and vectorised model, fp32 and bf16, against the floor of its FLOPs."""
+    rows = []
+    for part in ("fp32", "bf16"):
+        numbers = found["steps"][part]
+        floor = numbers["flops"] / found["machine"]["fp32_gflops"] / 1e6
+        for name in ("original", "original compiled", "vectorised eager", "vectorised"):
+            if name in numbers["ms"]:
+                ms = numbers["ms"][name]
+                rows.append(
+                    [f"{part}: {name}", f"{ms:.0f}", f"{numbers['over_original'][name]:.2f}x", f"{floor / ms:.2f}"]
+                )
+    return table("model | ms | faster than eager original | floor over time", rows)
+
+
+def cached(found: dict[str, Any]) -> str:
+    """Steps of the cached model against their share of a full step's FLOPs."""
+    numbers = found["steps"]["fp32"]
+    rows = [
+        ["full step", f"{numbers['ms']['full step']:.0f}", "1", "1", "", f"{numbers['of_vectorised']['full step']:.3f}"]
+    ]
+    for name, share in numbers["flops_of_full_step"].items():
+        time = numbers["of_full_step"][name]
+        cells = [f"{numbers['ms'][name]:.0f}", f"{share:.3f}", f"{time:.3f}", f"{time - share:+.3f}"]
+        rows.append([name, *cells, f"{numbers['of_vectorised'][name]:.3f}"])
+    return table(
+        "step | ms | f: FLOPs of a full step's | time of a full step's | over f | time of the vectorised", rows
+    )
+
+
+def trajectories(found: dict[str, Any]) -> str:
+    """Efficiency of every policy."""
+    parts = []
+    for name, numbers in found["trajectories"].items():
+        rows = [
+            [
+                f"`{policy}`",
+                f"{row['over_original']:.2f}x",
+                f"{row['speedup']:.2f}x",
+                f"{row['flops_speedup']:.2f}x",
+                f"{row['efficiency']:.2f}",
+            ]
+            for policy, row in numbers["policies"].items()
+        ]
+        heading = f"{name}, batch {numbers['batch']} | over eager original | over vectorised | FLOPs | efficiency"
+        parts.append(table(heading, rows))
+    return "\n\n".join(parts)
+
+
+def layers(found: dict[str, Any]) -> str:
+    """Experts of one layer: time of a fraction over the larger of its two floors."""
+    m = found["machine"]
+    rows = []
+    for name, numbers in found["layers"].items():
+        if name == "linearity":
+            continue
+        read = m["copy_gbytes"] / 2 * 1e6  # bytes a millisecond
+        cells = []
+        for key, ms in numbers["ms"].items():
+            fraction = int(key.rstrip("%")) / 100
+            floor = max(
+                numbers["flops"] * fraction / m["fp32_gflops"] / 1e6, numbers["weight_bytes"] / read * (fraction > 0)
+            )
+            cells.append(f"{ms:.2f} ({floor / ms:.2f})" if fraction else f"{ms:.2f}")
+        rows.append([name, *cells])
+    keys = " | ".join(next(iter(found["layers"].values()))["ms"])
+    return table(f"layer | {keys}", rows)
+
+
+def linearity(found: dict[str, Any]) -> str:
+    """Time against the number of tokens."""
+    numbers = found["layers"]["linearity"]
+    rows = [[f"{key}", f"{ms:.1f}", f"{numbers['of_linear'][key]:.2f}"] for key, ms in numbers["ms"].items()]
+    return table("tokens | ms | of what the smallest number's time gives", rows)
+
+
+def transforming(found: dict[str, Any]) -> str:
+    """`transform` of a large model."""
+    (numbers,) = found["transform"].values()
+    weights, before, peak = (numbers[f"{key}_mib"] for key in ("weights", "before", "peak"))
+    return (
+        f"`transform` of {numbers['model']} ({weights:.0f} MiB of weights): {numbers['seconds']:.0f} s, not compiling; "
+        f"the process holds {before:.0f} MiB before and {peak:.0f} MiB at its peak, {peak / before:.2f} times as much."
+    )
+
+
+def memory(found: dict[str, Any]) -> str:
+    """Measured and estimated bytes of cache."""
+    numbers = found["steps"]["fp32"]
+    measured, estimated = numbers["cache_bytes"], numbers["estimated_cache_bytes"]
+    held = f"{measured / 2**20:.1f} MiB held, {estimated / 2**20:.1f} MiB estimated"
+    return f"Cache of {numbers['model']}, batch {numbers['batch']}: {held}."
+
+
+PARTS = (machine, uncached, cached, trajectories, layers, linearity, transforming, memory)
+
+
+def render(page: str, found: dict[str, Any]) -> str:
+    """The page with every marked part renewed."""
+    for part in PARTS:
+        begin, end = f"<!-- {part.__name__}:begin -->\n", f"<!-- {part.__name__}:end -->"
+        before, _, rest = page.partition(begin)
+        _, _, after = rest.partition(end)
+        page = before + begin + part(found) + "\n" + end + after
+    return page
+
+
+def main() -> None:
+    """Copy the numbers and renew the page."""
+    source = Path(sys.argv[1]) if len(sys.argv) > 1 else NUMBERS
+    found = json.loads(source.read_text())
+    if source != NUMBERS:
+        shutil.copyfile(source, NUMBERS)
+    PAGE.write_text(render(PAGE.read_text(), found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""lower_kernels: fused CPU kernels in the place of reference functions; the same results, and why what stays stays."""
+
+from collections.abc import Callable
+from importlib import import_module
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import moeca_fx
+from moeca_fx import MoECa, policies
+from moeca_fx.graph.gated_form import ACTIVATIONS, GatedForm, gated_form
+from moeca_fx.kernels.cpu import ops as kernels
+from moeca_fx.ops import dispatch
+from moeca_fx.passes.lower_kernels import lower_kernels
+from moeca_fx.runtime.module import TransformedModel
+from tests.helpers import zoo_models
+from tests.helpers.compiled import vectorized
+from tests.helpers.graphs import Compute, exported, stream
+from tests.helpers.passes import check_pass
+from tests.helpers.toys import WIDTH, Blend, Quarry, Toy, Wedge, toy, toy_inputs
+
+LOWER_KERNELS = import_module("moeca_fx.passes.lower_kernels")  # the package has a function of that name
+pytestmark = pytest.mark.skipif(not kernels.available(), reason="there is no C++ compiler to build the CPU kernels")
+ops = torch.ops.moeca_cpu
+aten = torch.ops.aten
+SOME = MoECa(tau0=0.6)
+
+
+def test_a_vectorised_model() -> None:
+    made = vectorized(toy(), toy_inputs())
+    counts = {
+        dispatch.ungroup_branches: (1, 0),
+        dispatch.combine_branches: (1, 0),
+        ops.mixture.default: (0, 1),
+        aten.topk.default: (1, 0),
+        ops.top_k.default: (0, 1),
+    }
+    with torch.no_grad():
+        check_pass(made.module, lower_kernels, [toy_inputs(seed=1), toy_inputs(5, seed=2)], counts, tolerance=1e-5)
+
+
+def _steps(fast: TransformedModel) -> list[Tensor]:
+    with torch.no_grad():
+        return [fast(*inputs)[0].clone() for inputs in zoo_models.trajectory(3, steps=6)]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        SOME,
+        MoECa(tau0=0.6, attention="reuse", entropy_norm="minmax", score_weight="raw"),
+        policies.build("branch_forecast", order=1, select="score"),
+        policies.build("branch_forecast", margin=0.05, attention="full"),
+        policies.build("toca", steps=6),
+    ],
+    ids=lambda method: method.method,
+)
+@pytest.mark.parametrize("family", ["dsmoe", "ditmoe"])
+def test_trajectories_with_and_without(
+    method: policies.Method, family: zoo_models.Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo_models.tiny(family)
+    fused = moeca_fx.transform(model, zoo_models.inputs(), policy=method)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "available", lambda: False)
+        plain = moeca_fx.transform(model, zoo_models.inputs(), policy=method)
+    for found, expected in zip(_steps(fused), _steps(plain), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    one, other = fused.stats(), plain.stats()
+    assert one.recomputed_branches == other.recomputed_branches
+    assert one.flops_executed <= other.flops_executed  # the kernel for attention pads nothing
+
+
+def test_a_cached_step_uses_them() -> None:
+    fast = moeca_fx.transform(zoo_models.tiny("dsmoe"), zoo_models.inputs(), policy=SOME)
+    graphs = fast._moeca.prepare(fast, zoo_models.inputs(), {}).graphs
+    assert graphs is not None
+    targets = {node.target for node in graphs.cached.graph.nodes}
+    wanted = {kernels.recompute_branches, kernels.update_activation_, ops.decide.default, ops.threshold.default}
+    assert wanted | {ops.attention_rows.default} <= targets
+    assert dispatch.plan_recomputed not in targets
+
+
+# -- what stays, and why ------------------------------------------------------------------------------------------
+
+
+def test_without_kernels_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = vectorized(toy(), toy_inputs())
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    result = lower_kernels(made.module)
+    assert (result.count, list(result.left)) == ({}, ["the CPU kernels are not built"])
+
+
+def test_other_dtypes_keep_the_references() -> None:
+    made = vectorized(toy().double(), tuple(part.double() for part in toy_inputs()))
+    result = lower_kernels(made.module)
+    assert (result.count, list(result.left)) == ({}, ["there is no CPU kernel for torch.float64"])
+
+
+class _Plain(nn.Module):
+    """One linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, z: Tensor) -> Tensor:
+        out: Tensor = self.a(z)
+        return out
+
+
+class _Averaged(Wedge):
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z) * 0.5
+
+
+class _Tanh(Wedge):
+    def forward(self, z: Tensor) -> Tensor:
+        out: Tensor = self.c(functional.silu(self.a(z)) * self.b(z).tanh())
+        return out
+
+
+def _with(wedge: Callable[[], nn.Module]) -> Toy:
+    return toy(layer=lambda: Blend(quarry=lambda: Quarry(wedge)))
+
+
+@pytest.mark.parametrize(
+    ("wedge", "reason"),
+    [
+        (_Plain, "its hidden value"),
+        (_Averaged, "it does not end in a linear layer"),
+        (_Tanh, "its product is not of an activated and a plain linear layer"),
+    ],
+)
+def test_an_expert_of_another_form_keeps_its_program(wedge: Callable[[], nn.Module], reason: str) -> None:
+    made = vectorized(_with(wedge), toy_inputs())
+    expected = made.module(*toy_inputs(seed=1))
+    result = lower_kernels(made.module)
+    assert any(reason in left for left in result.left), result.left
+    assert "branches" not in result.count and "grouped" not in result.count
+    torch.testing.assert_close(made.module(*toy_inputs(seed=1)), expected)
+
+
+class _Two(nn.Module):
+    """No gate, with biases."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.act = nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH), act
+
+    def forward(self, z: Tensor) -> Tensor:
+        out: Tensor = self.b(self.act(self.a(z)))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("act", "name"),
+    [
+        (functional.silu, "silu"),
+        (functional.gelu, "gelu"),
+        (lambda z: functional.gelu(z, approximate="tanh"), "gelu_tanh"),
+        (functional.relu, "relu"),
+    ],
+)
+def test_the_form_of_an_expert_without_a_gate(act: Callable[[Tensor], Tensor], name: str) -> None:
+    made = vectorized(_with(lambda: _Two(act)), toy_inputs())
+    program = next(child for path, child in made.module.named_children() if path.endswith("_experts"))
+    form = gated_form(program)  # type: ignore[arg-type]  # expert programs are graph modules
+    assert isinstance(form, GatedForm)
+    assert form.gate is None and form.up_bias is not None and ACTIVATIONS[form.activation] == name
+    with torch.no_grad():
+        check_pass(made.module, lower_kernels, [toy_inputs(seed=3)], {ops.mixture.default: (0, 1)}, tolerance=1e-5)
+
+
+def test_a_top_k_of_other_values_stays() -> None:
+    graph = exported(Compute(lambda x: x.double().topk(2)[0].float()), stream())
+    assert any("top_k: the values are not fp32" in left for left in lower_kernels(graph).left)
+    graph = exported(Compute(lambda x: x.topk(2, dim=1)[0]), stream())
+    assert any("the largest k along the last axis" in left for left in lower_kernels(graph).left)
+
+
+def test_a_norm_with_weights_of_its_own_stays() -> None:
+    graph = exported(Compute(lambda x: functional.layer_norm(x, x.shape[-1:], torch.ones(x.shape[-1]))), stream())
+    assert any("the norm has weights of its own" in left for left in lower_kernels(graph).left)
