@@ -132,11 +132,10 @@ def _share(flops: StepFlops, counts: dict[Any, int]) -> float:
 def _without(expert: Tensor, fraction: float) -> Tensor:
     """Cached experts [B, T, k] of which `fraction` are gone, from as many tokens as possible."""
     top_k, tokens = expert.shape[-1], expert.shape[0] * expert.shape[1]
-    chosen = round(min(1.0, fraction * top_k) * tokens)
-    each = round(fraction * tokens * top_k / max(chosen, 1))
-    generator = torch.Generator().manual_seed(chosen)
-    rows = torch.randperm(tokens, generator=generator)[:chosen]
+    each, more = divmod(round(fraction * tokens * top_k), tokens)  # of every token, and one more of some
+    rows = torch.randperm(tokens, generator=torch.Generator().manual_seed(more))
     left = expert.clone().view(tokens, top_k)
-    for place in range(each):
-        left[rows, place] = NO_EXPERT
+    left[:, :each] = NO_EXPERT
+    if more:
+        left[rows[:more], each] = NO_EXPERT
     return left.view_as(expert)

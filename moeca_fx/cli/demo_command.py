@@ -85,9 +85,9 @@ def print_result(console: Console, result: DemoResult) -> None:
     console.print(table)
     console.print(
         f"Seconds: median over interleaved rounds ({settings.repeats}); CPU threads: {settings.threads}; float32; the "
-        f"original eager, ours {'through' if settings.compile else 'without'} torch.compile. Speed-up: median of the "
-        "ratios within a round. PSNR and SSIM: against the original's images from the same noise. Reuse: share of routed "
-        "branches of cached steps.",
+        f"original eager, ours {'through' if result.compiled else 'without'} torch.compile. Speed-up: median of the "
+        "ratios within a round. PSNR and SSIM: against the original's images from the same noise. Reuse: share of "
+        "routed branches of cached steps.",
         highlight=False,
         style="dim",
     )

@@ -67,6 +67,11 @@ class DemoResult:
     parameters: int
     variants: tuple[VariantResult, ...]
 
+    @property
+    def compiled(self) -> bool:
+        """Whether our models ran through torch.compile."""
+        return self.settings.compile and why_not_compiled(torch.device("cpu")) is None
+
     def __getitem__(self, name: str) -> VariantResult:
         return {variant.name: variant for variant in self.variants}[name]
 
@@ -75,7 +80,7 @@ class DemoResult:
         return {
             "settings": asdict(self.settings),
             "model": {"name": "digits", "parameters": self.parameters},
-            **provenance(compiled=self.settings.compile and why_not_compiled(torch.device("cpu")) is None),
+            **provenance(compiled=self.compiled),
             "variants": [variant.as_dict() for variant in self.variants],
         }
 

@@ -12,6 +12,8 @@ STAGES = (
     "pack_stream",
     "insert_cache.full",
     "insert_cache.cached",
+    "lower_kernels.full",
+    "lower_kernels.cached",
     "lower_inplace.cached",
 )
 

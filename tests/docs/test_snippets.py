@@ -59,7 +59,7 @@ def test_the_diagram_shows_the_pipeline():
     diagram = README.read_text().partition("## How it works")[2].partition("1. **discover**")[0]
     passes = ["discover", *(name for name, _ in PIPELINE)]
     assert re.findall(r"─▶ (\w+)(?= ─)", diagram) == passes
-    listed = re.findall(r"^\d\. \*\*(\w+)\*\*", README.read_text(), flags=re.MULTILINE)
+    listed = re.findall(r"^\d+\. \*\*(\w+)\*\*", README.read_text(), flags=re.MULTILINE)
     assert listed == passes
 
 

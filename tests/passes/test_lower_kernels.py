@@ -99,18 +99,6 @@ def test_other_dtypes_keep_the_references() -> None:
     assert (result.count, list(result.left)) == ({}, ["there is no CPU kernel for torch.float64"])
 
 
-class _Plain(nn.Module):
-    """One linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, z: Tensor) -> Tensor:
-        out: Tensor = self.a(z)
-        return out
-
-
 class _Averaged(Wedge):
     def forward(self, z: Tensor) -> Tensor:
         return super().forward(z) * 0.5
@@ -129,7 +117,6 @@ def _with(wedge: Callable[[], nn.Module]) -> Toy:
 @pytest.mark.parametrize(
     ("wedge", "reason"),
     [
-        (_Plain, "its hidden value"),
         (_Averaged, "it does not end in a linear layer"),
         (_Tanh, "its product is not of an activated and a plain linear layer"),
     ],
