@@ -54,7 +54,7 @@ def bench_steps(name: str, batch: int, dtype: torch.dtype, rounds: int, *, origi
         for run in runs.values():
             run()
         ready = time.perf_counter() - start
-        seconds = interleave(runs, rounds)
+        seconds = interleave(runs, rounds, twice=True)
     return {
         "model": name,
         "batch": batch,

@@ -8,13 +8,20 @@ from typing import Any
 Run = Callable[[], Any]
 
 
-def interleave(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every run, one value a round; the order rotates, and one round before is not counted."""
+def interleave(runs: Mapping[str, Run], rounds: int, *, twice: bool = False) -> dict[str, list[float]]:
+    """Seconds of every run, one value a round; the order rotates, and one round before is not counted.
+
+    Args:
+        twice: run each twice in its turn and time the second. Steps of a trajectory follow steps that touched the same
+            memory; after a turn of the others, caches of the processor would hold theirs.
+    """
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):
         cut = turn % len(names)
         for name in names[cut:] + names[:cut]:
+            if twice:
+                runs[name]()
             start = time.perf_counter()
             runs[name]()
             if turn:

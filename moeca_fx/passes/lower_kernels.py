@@ -16,6 +16,8 @@ Decisions, thresholds, the router's top-k, adaLN and row attention likewise, one
 bf16, and experts of the form in `graph/gated_form.py`; what it does not take stays, and the result says why.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +41,10 @@ from moeca_fx.passes.kernels.experts import is_experts, lower_branches, lower_gr
 from moeca_fx.passes.kernels.norms import lower_norm
 from moeca_fx.policies import branch
 
+log = logging.getLogger("moeca_fx.kernels")
 aten = torch.ops.aten
+
+NOT_BUILT = "the CPU kernels are not built"
 
 
 @dataclass
@@ -61,6 +66,8 @@ def lower_kernels(module: fx.GraphModule) -> Lowered:
     problem = _why_not(module)
     if problem is not None:
         result.left[problem] = None
+        if problem != NOT_BUILT:  # the build said why
+            _say_once(problem)
         return result
     rules: tuple[tuple[str, Any, Callable[[fx.GraphModule, fx.Node], str | None]], ...] = (
         ("branches", dispatch.ungroup_branches, lower_branches),
@@ -86,6 +93,12 @@ def lower_kernels(module: fx.GraphModule) -> Lowered:
     return result
 
 
+@functools.cache
+def _say_once(problem: str) -> None:
+    """Tell, once a process, why the reference operations run."""
+    log.warning("%s; slower reference operations run instead", problem)
+
+
 def _note(result: Lowered, name: str, reason: str | None) -> None:
     if reason is None:
         result.count[name] = result.count.get(name, 0) + 1
@@ -102,7 +115,7 @@ def _why_not(module: fx.GraphModule) -> str | None:
     odd = {tensor.dtype for tensor in tensors if tensor.is_floating_point()} - set(kernels.DTYPES)
     if odd:
         return f"there is no CPU kernel for {', '.join(sorted(map(str, odd)))}"
-    return None if kernels.available() else "the CPU kernels are not built"
+    return None if kernels.available() else NOT_BUILT
 
 
 def _drop_dead(module: fx.GraphModule) -> None:

@@ -20,6 +20,9 @@ def test_interleaving_rotates_and_drops_the_first_round() -> None:
     seconds = interleave({name: lambda name=name: order.append(name) for name in "abc"}, 2)  # type: ignore[misc]
     assert "".join(order) == "abcbcacab"
     assert all(len(values) == 2 for values in seconds.values())
+    order.clear()
+    interleave({name: lambda name=name: order.append(name) for name in "ab"}, 1, twice=True)  # type: ignore[misc]
+    assert "".join(order) == "aabbbbaa"
     assert ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
 
 

@@ -1,5 +1,6 @@
 """lower_kernels: fused CPU kernels in the place of reference functions; the same results, and why what stays stays."""
 
+import logging
 from collections.abc import Callable
 from importlib import import_module
 
@@ -93,10 +94,15 @@ def test_without_kernels_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (result.count, list(result.left)) == ({}, ["the CPU kernels are not built"])
 
 
-def test_other_dtypes_keep_the_references() -> None:
+def test_other_dtypes_keep_the_references_and_say_so_once(caplog: pytest.LogCaptureFixture) -> None:
     made = vectorized(toy().double(), tuple(part.double() for part in toy_inputs()))
-    result = lower_kernels(made.module)
-    assert (result.count, list(result.left)) == ({}, ["there is no CPU kernel for torch.float64"])
+    LOWER_KERNELS._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "moeca_fx.kernels"):
+        results = [lower_kernels(made.module) for _ in range(2)]
+    for result in results:
+        assert (result.count, list(result.left)) == ({}, ["there is no CPU kernel for torch.float64"])
+    (record,) = caplog.records
+    assert "there is no CPU kernel for torch.float64; slower reference operations run instead" in record.message
 
 
 class _Averaged(Wedge):
