@@ -63,7 +63,7 @@ def capture(
     args, kwargs = at_least_two(args, kwargs)
     keyed = {f"{region.path}.{region.method}#{next(_unique)}": region for region in regions}
     with torch.no_grad():
-        run_once(model, args, kwargs)  # what the model itself cannot run is no fault of the trace
+        expected = run_once(model, args, kwargs)  # what the model itself cannot run is no fault of the trace
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_regions_as_markers(model, keyed))
@@ -86,8 +86,10 @@ def capture(
     _check_batch_open(model, module, args, kwargs)
     captured = Captured(module, in_spec, out_spec, keyed)
     with live_regions({key: _region_call(model, region) for key, region in keyed.items()}):
-        for example in ((args, kwargs), _second_input(args, kwargs)):
-            _check_bit_equal(model, captured, *example)
+        _check_bit_equal(model, captured, args, kwargs, expected)
+        other = _second_input(args, kwargs)
+        with torch.no_grad():
+            _check_bit_equal(model, captured, *other, model(*other[0], **other[1]))
     return captured
 
 
@@ -193,11 +195,12 @@ def _second_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tup
     return pytree.tree_map(change, args), pytree.tree_map(change, dict(kwargs))
 
 
-def _check_bit_equal(model: nn.Module, captured: Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _check_bit_equal(
+    model: nn.Module, captured: Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any], expected: Any
+) -> None:
     with torch.no_grad():
-        expected = pytree.tree_leaves(model(*args, **kwargs))
         found = captured.module(*pytree.tree_leaves((args, dict(kwargs))))
-    for index, (want, have) in enumerate(zip(expected, found, strict=True)):
+    for index, (want, have) in enumerate(zip(pytree.tree_leaves(expected), found, strict=True)):
         if isinstance(want, Tensor) and not torch.equal(want, have):
             error = float((want - have).abs().max())
             raise CaptureError(
