@@ -28,7 +28,8 @@ def machine(found: dict[str, Any]) -> str:
     return (
         f"{found['date']}, {m['processor']} ({m['capability']}), {m['threads']} threads, "
         f"torch {m['torch'].partition('+')[0]}: {m['fp32_gflops']:.0f} GFLOP/s in fp32 and {m['bf16_gflops']:.0f} in "
-        f"bf16 for a product of 2048 x 1024 x 1024, {m['copy_gbytes']:.0f} GB/s for a copy (bytes read and written)."
+        f"bf16 for a product of 2048 x 1024 x 1024, {m['read_gbytes']:.0f} GB/s for a sum, "
+        f"{m['copy_gbytes']:.0f} GB/s for a copy (bytes read and written)."
     )
 
 
@@ -88,13 +89,11 @@ def layers(found: dict[str, Any]) -> str:
     for name, numbers in found["layers"].items():
         if name == "linearity":
             continue
-        read = m["copy_gbytes"] / 2 * 1e6  # bytes a millisecond
         cells = []
         for key, ms in numbers["ms"].items():
             fraction = int(key.rstrip("%")) / 100
-            floor = max(
-                numbers["flops"] * fraction / m["fp32_gflops"] / 1e6, numbers["weight_bytes"] / read * (fraction > 0)
-            )
+            read = numbers["weight_bytes"] * numbers["experts_hit"][key] / numbers["experts"] / m["read_gbytes"] / 1e6
+            floor = max(numbers["flops"] * fraction / m["fp32_gflops"] / 1e6, read)
             cells.append(f"{ms:.2f} ({floor / ms:.2f})" if fraction else f"{ms:.2f}")
         rows.append([name, *cells])
     keys = " | ".join(next(iter(found["layers"].values()))["ms"])

@@ -34,10 +34,12 @@ def bench_layer(name: str, batch: int, rounds: int) -> Any:
     x, expert = _routing(rows, width, experts, top_k)
     feature, norm = torch.zeros(batch, tokens, top_k, width), torch.zeros(batch, tokens, top_k)
     runs: dict[str, Callable[[], Any]] = {}
+    hit: dict[str, int] = {}
     for fraction in FRACTIONS:
         generator = torch.Generator().manual_seed(1)
         code = (torch.rand(batch, tokens, top_k, generator=generator) < fraction).to(torch.int8)
         shaped = expert.view(code.shape)
+        hit[f"{fraction:.0%}"] = len(shaped[code > 0].unique())
         runs[f"{fraction:.0%}"] = lambda code=code, shaped=shaped: kernels.recompute_branches(  # type: ignore[misc]
             feature, norm, x, code, shaped, None, *weights
         )
@@ -50,6 +52,8 @@ def bench_layer(name: str, batch: int, rounds: int) -> Any:
         "ms": {key: milliseconds(value) for key, value in seconds.items()},
         "of_all": {key: ratio(value, seconds["100%"]) for key, value in seconds.items()},
         "gflops": flops / milliseconds(seconds["100%"]) / 1e6,
+        "experts_hit": hit,
+        "experts": experts,
         "weight_bytes": sum(w.numel() * w.element_size() for w in weights if isinstance(w, Tensor)),
         "feature_bytes": feature.numel() * feature.element_size(),
         "flops": flops,

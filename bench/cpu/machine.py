@@ -14,7 +14,7 @@ COPIED = 1 << 26  # floats: 256 MiB, more than any cache holds
 
 
 def describe() -> dict[str, Any]:
-    """Processor, versions and rates: GFLOP/s of an fp32 and a bf16 product, GB/s of a copy (bytes read and written)."""
+    """Processor, versions and rates: GFLOP/s of an fp32 and a bf16 product, GB/s of a sum and of a copy (both ways)."""
     rows, inner, outputs = GEMM
     x, weight = torch.randn(rows, inner), torch.randn(outputs, inner)
     narrow_x, narrow_weight = x[:256].bfloat16(), weight.bfloat16()
@@ -24,6 +24,7 @@ def describe() -> dict[str, Any]:
             "fp32": lambda: functional.linear(x, weight),
             "bf16": lambda: functional.linear(narrow_x, narrow_weight),
             "copy": lambda: target.copy_(source),
+            "read": lambda: source.sum(),
         },
         5,
     )
@@ -36,6 +37,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "fp32_gflops": flops / milliseconds(seconds["fp32"]) / 1e6,
         "bf16_gflops": flops * 256 / rows / milliseconds(seconds["bf16"]) / 1e6,
+        "read_gbytes": 4 * COPIED / milliseconds(seconds["read"]) / 1e6,
         "copy_gbytes": 8 * COPIED / milliseconds(seconds["copy"]) / 1e6,
     }
 
