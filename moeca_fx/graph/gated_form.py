@@ -109,5 +109,5 @@ def _evaluate(program: fx.GraphModule, node: fx.Node) -> Any:
     """The view that a chain of operations on a stacked weight gives."""
     if node.op == "get_attr":
         return attribute(program, str(node.target))
-    arguments = fx.map_arg(node.args, lambda source: _evaluate(program, source))
-    return node.target(*arguments)  # type: ignore[operator]  # a view operation
+    arguments = fx.map_arg((node.args, node.kwargs), lambda source: _evaluate(program, source))
+    return node.target(*arguments[0], **arguments[1])  # type: ignore[operator]  # a view operation

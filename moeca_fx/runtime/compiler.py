@@ -1,7 +1,8 @@
 """torch.compile for the graphs of a program: when, how, and what is said about it.
 
 Dynamo's guards would check some hundred parameters at every call. The runtime knows better: a program serves one kind
-of call and is dropped when weights move, so a compiled step is chosen by batch size and threads alone.
+of call and is dropped when weights move, so code for the first batch size is chosen by batch size and threads alone.
+Code for any batch size keeps its guards.
 """
 
 import functools
@@ -14,9 +15,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
+
+from moeca_fx.passes.insert_cache import share_copy
 
 log = logging.getLogger("moeca_fx.compile")
 OFF = "MOECA_FX_COMPILE"
@@ -64,44 +67,53 @@ class CompiledStep:
 
     def __call__(self, batch: int, *inputs: Any) -> Any:
         """Run one step of `batch` samples."""
+        # Code is made for strides too, and only batch size and threads choose it.
+        packed = tuple(leaf.contiguous() if isinstance(leaf, Tensor) else leaf for leaf in inputs)
         step = self._ready.get((batch, torch.get_num_threads()))
-        return step(*inputs) if step is not None else self._first(batch, inputs)
+        return step(*packed) if step is not None else self._first(batch, packed)
 
     def _first(self, batch: int, inputs: tuple[Any, ...]) -> Any:
-        """The first call of a batch size, with the settings that tracing needs."""
+        """The first call of a batch size."""
         threads = torch.get_num_threads()
         fixed = all(threads != other for _, other in self._ready)
         if not fixed and threads in self._open:
-            step = self._open[threads]
-            with _tracing():
-                result = step(*inputs)
-        else:
-            step = _compiled(self.module, open_batch=not fixed, device=_device_of(inputs))
-            try:
-                with _announced(self.name, batch if fixed else None), _tracing():
-                    result = step(*inputs)
-            except _FAILURES as error:
-                first = str(error).strip().splitlines()[0]
-                say_once(f"the {self.name} could not be compiled and runs eagerly, more slowly: {first}")
-                step = self.module.forward
-                result = step(*inputs)
-            if not fixed:
-                self._open[threads] = step
+            self._ready[batch, threads] = self._open[threads]
+            return self._open[threads](*inputs)
+        step = self._compiled(open_batch=not fixed)
+        with _announced(self.name, batch if fixed else None):
+            result = step(*inputs)
+        if not fixed:
+            self._open[threads] = step
         self._ready[batch, threads] = step
         return result
 
+    def _compiled(self, *, open_batch: bool) -> Step:
+        """Code of its own; what cannot be compiled runs eagerly from then on."""
+        # Dynamo keeps code by code object, and code without guards would serve every later call: each has its own.
+        module = share_copy(self.module)
+        options: dict[str, Any] = {} if open_batch else {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        compiled: Step = torch.compile(module.forward, fullgraph=True, dynamic=open_batch, options=options)
+        made = False
+        failed = False
 
-def _compiled(module: fx.GraphModule, *, open_batch: bool, device: torch.device) -> Step:
-    options: dict[str, Any] = {}
-    if not open_batch:  # guards would only tell batch sizes apart
-        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-    if device.type == "cuda":
-        options["triton.cudagraphs"] = not open_batch
-    return torch.compile(module.forward, fullgraph=True, dynamic=open_batch, options=options)
+        def run(*inputs: Any) -> Any:
+            nonlocal made, failed
+            if failed:
+                return module.forward(*inputs)
+            if made and not open_batch:  # without guards nothing is compiled again
+                return compiled(*inputs)
+            try:
+                with _tracing():
+                    result = compiled(*inputs)
+            except _FAILURES as error:
+                first = str(error).strip().splitlines()[0]
+                say_once(f"the {self.name} could not be compiled and runs eagerly, more slowly: {first}")
+                failed = True
+                return module.forward(*inputs)
+            made = True
+            return result
 
-
-def _device_of(inputs: tuple[Any, ...]) -> torch.device:
-    return next((leaf.device for leaf in inputs if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
+        return run
 
 
 @contextmanager

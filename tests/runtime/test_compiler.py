@@ -120,10 +120,12 @@ def test_compiled_trajectories_are_the_eager_ones(monkeypatch: pytest.MonkeyPatc
     model = zoo_models.tiny("dsmoe")
     fast = moeca_fx.transform(model, zoo_models.inputs(), policy=MoECa(tau0=0.6))
     eager = fast.with_policy(MoECa(tau0=0.6), compile=False)
-    for batch in (2, 3):  # fixed, then open
-        for inputs in zoo_models.trajectory(batch, steps=6):
+    for batch, threads in ((2, 1), (3, 1), (3, 2)):  # fixed, then open, then fixed for other threads
+        torch.set_num_threads(threads)
+        for x, t, y in zoo_models.trajectory(batch, steps=6):
+            odd = x.transpose(2, 3).contiguous().transpose(2, 3)  # other strides, same values
             with torch.no_grad():
-                found, expected = fast(*inputs)[0], eager(*inputs)[0]
+                found, expected = fast(odd, t[:1].expand(batch), y)[0], eager(x, t, y)[0]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert fast.stats().recomputed_branches == eager.stats().recomputed_branches
     assert 0 < fast.stats().recomputed_branches < fast.stats().branches

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from moeca_fx.kernels.cpu.build import load
 
 DTYPES = (torch.float32, torch.bfloat16)
-MOST_SLOTS = 32
+MOST_SLOTS = 128
 
 
 @functools.cache

@@ -92,7 +92,7 @@ def lower_recompute(module: fx.GraphModule, plan: fx.Node) -> str | None:
     weights = _weights(module, hidden)
     if isinstance(weights, str):
         return weights
-    (write,), x = writes, taken[0].args[0]
+    (write,), x = writes, hidden.args[0].args[0]  # type: ignore[union-attr]  # the experts read rows that were taken
     caches = (write.args[0], norm_writes[0].args[0] if norm_writes else None)
     last = max(targets, key=list(module.graph.nodes).index)
     with module.graph.inserting_before(last):

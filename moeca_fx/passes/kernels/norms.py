@@ -7,13 +7,14 @@ Without the residual it is ``moeca_cpu.modulated_norm``. Generated code takes fo
 """
 
 import operator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
 
 from moeca_fx.graph.rewrite import call, example_value
 from moeca_fx.graph.slicing import addends, ancestors
+from moeca_fx.kernels.cpu import ops as kernels
 from moeca_fx.passes.kernels.edits import replace_call
 
 aten = torch.ops.aten
@@ -27,6 +28,8 @@ def lower_norm(module: fx.GraphModule, norm: fx.Node) -> str | None:
         return "the norm has weights of its own"
     if not isinstance(stream, fx.Node) or len(_shape(stream)) != 3 or len(shape) != 1:  # type: ignore[arg-type]
         return "it is not a norm of tokens [B, T, H]"
+    if example_value(stream).dtype not in kernels.DTYPES:
+        return "the tokens are not fp32 or bf16"
     scaled = _only_user(norm, aten.mul.Tensor)
     shifted = _only_user(scaled, aten.add.Tensor)
     if scaled is None or shifted is None or shifted.kwargs:
@@ -58,9 +61,16 @@ def _gated_residual(stream: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
         if product.target is aten.mul.Tensor and len(product.users) == 1 and _shape(x) == _shape(stream):
             left, right = product.args
             for gate, y in ((left, right), (right, left)):
-                if isinstance(gate, fx.Node) and isinstance(y, fx.Node) and _per_sample(gate, stream):
+                if isinstance(gate, fx.Node) and _per_sample(gate, stream) and _alike(y, stream) and _alike(x, stream):
                     return x, gate, y
     return None
+
+
+def _alike(node: Any, stream: fx.Node) -> TypeGuard[fx.Node]:
+    """Whether a node has the shape and dtype of the tokens."""
+    if not isinstance(node, fx.Node) or _shape(node) != _shape(stream):
+        return False
+    return bool(example_value(node).dtype == example_value(stream).dtype)
 
 
 def _only_user(node: fx.Node | None, target: Any) -> fx.Node | None:

@@ -20,7 +20,7 @@ struct Decision {
   int8_t* code;
 };
 
-constexpr int64_t kMostSlots = 32;
+constexpr int64_t kMostSlots = 128;
 
 void decide(const Decision& d, int threads);
 

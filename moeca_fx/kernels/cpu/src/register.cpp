@@ -5,6 +5,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 
@@ -59,6 +60,20 @@ moeca::Experts experts_of(MaybeTensor gate, MaybeTensor gate_bias, const Tensor&
 
 moeca::Rows rows_of(const Tensor& t) { return {t.data_ptr(), t.size(-1), is_bfloat16(t)}; }
 
+void check_ids(const Tensor& expert, int64_t experts) {
+  const int64_t* ids = expert.data_ptr<int64_t>();
+  for (int64_t i = 0; i < expert.numel(); ++i)
+    TORCH_CHECK_INDEX(ids[i] >= 0 && ids[i] < experts, "moeca_cpu: expected expert ids from 0 to ", experts - 1,
+                      ", found ", ids[i]);
+}
+
+void check_widths(const Tensor& x, MaybeTensor gate, const Tensor& up, const Tensor& down) {
+  TORCH_CHECK(x.size(-1) == up.size(2) && down.size(2) == up.size(1) && down.size(0) == up.size(0) &&
+                  (!gate.has_value() || gate->sizes() == up.sizes()),
+              "moeca_cpu: expected rows [.., H], gate and up [E, I, H] and down [E, O, I], found ", x.sizes(), ", ",
+              up.sizes(), " and ", down.sizes());
+}
+
 int threads() { return at::get_num_threads(); }
 
 std::tuple<Tensor, Tensor> branches(const Tensor& x_, const Tensor& expert_, MaybeTensor gate, MaybeTensor gate_bias,
@@ -66,6 +81,7 @@ std::tuple<Tensor, Tensor> branches(const Tensor& x_, const Tensor& expert_, May
                                     int64_t activation) {
   const Tensor x = x_.contiguous(), expert = expert_.contiguous();
   const int64_t tokens = x.numel() / x.size(-1), count = expert.numel();
+  check_widths(x, gate, up, down);
   Tensor out = at::empty({count, down.size(1)}, x.options());
   Tensor norm = at::empty({count}, x.options().dtype(at::kFloat));
   if (count == 0) return {out, norm};
@@ -80,6 +96,9 @@ Tensor mixture(const Tensor& x_, const Tensor& expert_, const Tensor& weight_, M
                MaybeTensor down_bias, int64_t activation) {
   const Tensor x = x_.contiguous(), expert = expert_.contiguous(), weight = weight_.to(at::kFloat).contiguous();
   const int64_t tokens = x.numel() / x.size(-1);
+  check_widths(x, gate, up, down);
+  TORCH_CHECK(down.size(1) == x.size(-1) && weight.numel() == expert.numel(),
+              "moeca_cpu: expected experts that keep the width, and a weight for every branch");
   Tensor out = at::empty(x.sizes(), x.options());
   if (tokens == 0) return out;
   const auto all = experts_of(gate, gate_bias, up, up_bias, down, down_bias, activation);
@@ -91,8 +110,11 @@ Tensor mixture(const Tensor& x_, const Tensor& expert_, const Tensor& weight_, M
 Tensor grouped(const Tensor& x_, const Tensor& ends_, MaybeTensor gate, MaybeTensor gate_bias, const Tensor& up,
                MaybeTensor up_bias, const Tensor& down, MaybeTensor down_bias, int64_t activation) {
   const Tensor x = x_.contiguous(), ends = ends_.contiguous();
+  check_widths(x, gate, up, down);
   Tensor out = at::empty({x.size(0), down.size(1)}, x.options());
   if (x.size(0) == 0) return out;
+  TORCH_CHECK(ends.numel() == up.size(0) && ends.data_ptr<int64_t>()[ends.numel() - 1] == x.size(0),
+              "moeca_cpu: expected an end row for every expert, the last one ", x.size(0));
   const auto all = experts_of(gate, gate_bias, up, up_bias, down, down_bias, activation);
   moeca::run_grouped(all, ends.data_ptr<int64_t>(), rows_of(x), rows_of(out), threads());
   return out;
@@ -105,6 +127,19 @@ void recompute(Tensor feature, const optional<Tensor>& norm, const Tensor& x_, c
   const auto row = contiguous(row_);
   TORCH_CHECK(feature.is_contiguous(), "moeca_cpu: expected a contiguous feature cache [.., k, H]");
   if (code.numel() == 0) return;
+  check_widths(x, gate, up, down);
+  const int64_t k = code.size(-1), slots = feature.numel() / std::max<int64_t>(down.size(1), 1);
+  TORCH_CHECK(code.numel() == slot_expert.numel() && x.numel() / x.size(-1) == code.numel() / k &&
+                  feature.size(-1) == down.size(1) && (!norm.has_value() || (norm->is_contiguous() && norm->numel() == slots)),
+              "moeca_cpu: code, experts, rows and caches do not fit each other");
+  if (row.has_value()) {
+    const int64_t* tokens = row->data_ptr<int64_t>();
+    for (int64_t i = 0; i < row->numel(); ++i)
+      TORCH_CHECK_INDEX(tokens[i] >= 0 && tokens[i] < slots / k, "moeca_cpu: token row ", tokens[i], " of ", slots / k);
+    TORCH_CHECK(row->numel() == code.numel() / k, "moeca_cpu: expected a token row for every row of the decision");
+  } else {
+    TORCH_CHECK(code.numel() == slots, "moeca_cpu: expected a decision for every slot");
+  }
   const auto all = experts_of(gate, gate_bias, up, up_bias, down, down_bias, activation);
   const auto plan = moeca::group_branches(slot_expert.data_ptr<int64_t>(), code.data_ptr<int8_t>(), 0, code.numel(),
                                           all.count);
@@ -123,6 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decide(const Tensor& expert_, const T
   const auto norm = contiguous(cached_norm_), threshold = contiguous(threshold_), picked = contiguous(picked_);
   const int64_t k = expert.size(-1);
   TORCH_CHECK(k <= moeca::kMostSlots, "moeca_cpu: at most ", moeca::kMostSlots, " branches a token, found ", k);
+  if (threshold.has_value()) check_ids(expert, threshold->size(1));
   Tensor slot = at::empty_like(expert), slot_expert = at::empty_like(expert);
   Tensor slot_weight = at::empty(expert.sizes(), expert.options().dtype(at::kFloat));
   Tensor code = at::empty(expert.sizes(), expert.options().dtype(at::kChar));
@@ -154,6 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decide(const Tensor& expert_, const T
 Tensor threshold(const Tensor& activation_, const Tensor& expert_, double beta, double tau0, double alpha,
                  bool log_norm, double alike) {
   const Tensor activation = activation_.contiguous(), expert = expert_.contiguous();
+  check_ids(expert, activation.size(1));
   Tensor out = at::empty({activation.size(0), activation.size(1)}, activation.options());
   moeca::threshold(activation.data_ptr<float>(), expert.data_ptr<int64_t>(), activation.size(0), activation.size(1),
                    activation.size(2), expert.size(-1), static_cast<float>(beta), static_cast<float>(tau0),
@@ -164,6 +201,7 @@ Tensor threshold(const Tensor& activation_, const Tensor& expert_, double beta, 
 void update_activation(Tensor activation, const Tensor& expert_, double beta) {
   const Tensor expert = expert_.contiguous();
   TORCH_CHECK(activation.is_contiguous(), "moeca_cpu: expected a contiguous activation [B, E, T]");
+  check_ids(expert, activation.size(1));
   moeca::update_activation(activation.data_ptr<float>(), expert.data_ptr<int64_t>(), activation.size(0),
                            activation.size(1), activation.size(2), expert.size(-1), static_cast<float>(beta),
                            threads());
@@ -185,6 +223,13 @@ Tensor attention_rows(const Tensor& query_, const Tensor& key_, const Tensor& va
                       optional<double> scale) {
   const Tensor query = query_.contiguous(), key = key_.contiguous(), value = value_.contiguous();
   const Tensor row = row_.contiguous();
+  TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type() &&
+                  key.size(3) == query.size(2) && query.size(1) % key.size(2) == 0 && value.size(1) == key.size(1) &&
+                  value.size(2) == key.size(2) && value.size(0) == key.size(0) && row.numel() == query.size(0),
+              "moeca_cpu: query, key, value and rows do not fit each other");
+  const int64_t* tokens = row.data_ptr<int64_t>();
+  for (int64_t i = 0; i < row.numel(); ++i)
+    TORCH_CHECK_INDEX(tokens[i] >= 0 && tokens[i] < key.size(0) * key.size(1), "moeca_cpu: no token row ", tokens[i]);
   Tensor out = at::empty({query.size(0), query.size(1), value.size(3)}, query.options());
   moeca::AttentionRows a{};
   a.rows = query.size(0);
@@ -210,6 +255,8 @@ moeca::Modulation modulation_of(MaybeTensor t, const Tensor& x) {
   if (!t.has_value()) return m;
   TORCH_CHECK(t->dim() == 3 && t->stride(2) == 1 && t->scalar_type() == x.scalar_type() && t->size(2) == x.size(2),
               "moeca_cpu: expected a modulation [B, 1, H] in the dtype of the tokens");
+  TORCH_CHECK((t->size(0) == 1 || t->size(0) == x.size(0)) && (t->size(1) == 1 || t->size(1) == x.size(1)),
+              "moeca_cpu: a modulation of ", t->sizes(), " does not fit tokens of ", x.sizes());
   m.data = t->data_ptr();
   m.sample_stride = t->size(0) == 1 ? 0 : t->stride(0);
   m.token_stride = t->size(1) == 1 ? 0 : t->stride(1);
@@ -218,6 +265,8 @@ moeca::Modulation modulation_of(MaybeTensor t, const Tensor& x) {
 
 Tensor run_norm(const Tensor& x, const optional<Tensor>& y, MaybeTensor gate, const Tensor& factor,
                 const Tensor& shift, double eps, void* stream) {
+  TORCH_CHECK(x.dim() == 3 && (!y.has_value() || (y->sizes() == x.sizes() && y->scalar_type() == x.scalar_type())),
+              "moeca_cpu: expected tokens [B, T, H] and what is added to them alike");
   Tensor out = at::empty(x.sizes(), x.options());
   moeca::AdaNorm a{};
   a.samples = x.size(0);
@@ -241,6 +290,9 @@ Tensor linear(const Tensor& x_, const Tensor& weight, MaybeTensor bias_) {
   const auto bias = contiguous(bias_);
   TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16,
               "moeca_cpu: expected bfloat16, found ", x.scalar_type(), " and ", weight.scalar_type());
+  TORCH_CHECK(weight.dim() == 2 && x.size(-1) == weight.size(1) &&
+                  (!bias.has_value() || (bias->numel() == weight.size(0) && bias->scalar_type() == at::kBFloat16)),
+              "moeca_cpu: expected a weight [N, K] and a bias [N] in bfloat16 for rows [.., K]");
   TORCH_CHECK(weight.stride(0) == 1 || weight.stride(1) == 1, "moeca_cpu: expected a weight with one unit stride");
   auto shape = x.sizes().vec();
   shape.back() = weight.size(0);
