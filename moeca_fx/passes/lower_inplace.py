@@ -25,8 +25,7 @@ def lower_inplace(module: fx.GraphModule) -> int:
     """Lower every legal write, in place; returns how many were lowered."""
     lowered = 0
     for write in [node for node in module.graph.nodes if node.target in IN_PLACE]:
-        cache = write.args[0]
-        if isinstance(cache, fx.Node) and cache.op == "placeholder" and _is_last_reader(cache, write):
+        if may_write_in_place(write):
             write.target = IN_PLACE[write.target]
             lowered += 1
     module.graph.lint()
@@ -34,7 +33,11 @@ def lower_inplace(module: fx.GraphModule) -> int:
     return lowered
 
 
-def _is_last_reader(cache: fx.Node, write: fx.Node) -> bool:
+def may_write_in_place(write: fx.Node) -> bool:
+    """Whether a write's first operand is a cache of which all that reads the old value has run before it."""
+    cache = write.args[0]
+    if not isinstance(cache, fx.Node) or cache.op != "placeholder":
+        return False
     before = ancestors([write])
     readers = [user for user in cache.users if user is not write]
     for reader in readers:  # what reads a view of the cache reads the cache

@@ -6,7 +6,8 @@ from torch import fx
 from moeca_fx.graph.rewrite import example_value
 from moeca_fx.graph.state import SCALES_WITH, Counter
 from moeca_fx.kernels.cpu import ops as kernels
-from moeca_fx.passes.kernels.edits import may_write_in_place, replace_call
+from moeca_fx.passes.kernels.edits import replace_call
+from moeca_fx.passes.lower_inplace import may_write_in_place
 from moeca_fx.policies import branch
 
 

@@ -1,11 +1,10 @@
-"""Edits that every rule of `lower_kernels` makes, and what they must not break."""
+"""The edit that every rule of `lower_kernels` makes."""
 
 from typing import Any
 
 from torch import fx
 
 from moeca_fx.graph.rewrite import call
-from moeca_fx.graph.slicing import ancestors
 from moeca_fx.graph.state import SCALES_WITH
 
 
@@ -18,12 +17,3 @@ def replace_call(module: fx.GraphModule, node: fx.Node, target: Any, *args: Any)
     node.replace_all_uses_with(made)
     module.graph.erase_node(node)
     return made
-
-
-def may_write_in_place(write: fx.Node) -> bool:
-    """Whether all that reads the cache's old value runs before the write."""
-    cache = write.args[0]
-    if not isinstance(cache, fx.Node) or cache.op != "placeholder":
-        return False
-    before = ancestors([write])
-    return all(user is write or user in before for user in cache.users)

@@ -11,7 +11,8 @@ from moeca_fx.graph.rewrite import call
 from moeca_fx.graph.state import SCALES_WITH
 from moeca_fx.kernels.cpu import ops as kernels
 from moeca_fx.ops import dispatch, rows, slots
-from moeca_fx.passes.kernels.edits import may_write_in_place, replace_call
+from moeca_fx.passes.kernels.edits import replace_call
+from moeca_fx.passes.lower_inplace import may_write_in_place
 
 
 def is_experts(node: fx.Node) -> bool:

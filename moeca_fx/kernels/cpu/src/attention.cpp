@@ -124,11 +124,6 @@ void attend(const AttentionRows& a, int64_t begin, int64_t end, int64_t head, Sc
   }
 }
 
-Scratch& scratch_of_thread() {
-  static thread_local Scratch scratch;
-  return scratch;
-}
-
 }  // namespace
 
 void attention_rows(const AttentionRows& a, int threads) {

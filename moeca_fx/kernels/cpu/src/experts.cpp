@@ -17,11 +17,6 @@ constexpr int64_t kFewestRows = 16;  // rows an expert should have in each share
 
 enum Slot { kPanel, kInput, kGate, kUp, kOutput, kSum };  // kPanel is gemm's
 
-Scratch& scratch_of_thread() {
-  static thread_local Scratch scratch;
-  return scratch;
-}
-
 Vector activated(Activation kind, const Vector& v) {
   const Vector one(1.0f), half(0.5f);
   switch (kind) {
@@ -89,6 +84,16 @@ struct Task {
   int64_t expert, begin, end;
 };
 
+// One task's rows through its expert: the result of x[source(i)] for i in begin .. end, valid until the next call.
+template <typename Source>
+const float* through_rows(const Experts& experts, const Task& task, const Rows& x, const Source& source) {
+  Scratch& scratch = scratch_of_thread();
+  const int64_t rows = task.end - task.begin;
+  float* input = scratch.take(kInput, rows * x.width);
+  for (int64_t r = 0; r < rows; ++r) x.load(input + r * x.width, source(task.begin + r));
+  return through(experts, task.expert, input, rows, scratch);
+}
+
 std::vector<Task> cut(const int64_t* starts, const int64_t* ends, int64_t experts) {
   std::vector<Task> tasks;
   for (int64_t e = 0; e < experts; ++e)
@@ -150,11 +155,8 @@ void run_branches(const Experts& experts, const Plan& plan, const Rows& x, int64
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (count > 1)
   for (int64_t t = 0; t < count; ++t) {
     const Task task = tasks[t];
-    Scratch& scratch = scratch_of_thread();
     const int64_t rows = task.end - task.begin;
-    float* input = scratch.take(kInput, rows * x.width);
-    for (int64_t r = 0; r < rows; ++r) x.load(input + r * x.width, plan.entry[task.begin + r] / top_k);
-    const float* result = through(experts, task.expert, input, rows, scratch);
+    const float* result = through_rows(experts, task, x, [&](int64_t i) { return plan.entry[i] / top_k; });
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t entry = plan.entry[task.begin + r];
       const int64_t target = token_of == nullptr ? entry : token_of[entry / top_k] * top_k + entry % top_k;
@@ -172,11 +174,8 @@ void run_grouped(const Experts& experts, const int64_t* ends, const Rows& x, con
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (count > 1)
   for (int64_t t = 0; t < count; ++t) {
     const Task task = tasks[t];
-    Scratch& scratch = scratch_of_thread();
     const int64_t rows = task.end - task.begin;
-    float* input = scratch.take(kInput, rows * x.width);
-    for (int64_t r = 0; r < rows; ++r) x.load(input + r * x.width, task.begin + r);
-    const float* result = through(experts, task.expert, input, rows, scratch);
+    const float* result = through_rows(experts, task, x, [](int64_t i) { return i; });
     for (int64_t r = 0; r < rows; ++r) out.store(task.begin + r, result + r * out.width);
   }
 }
@@ -193,15 +192,12 @@ void run_mixture(const Experts& experts, const int64_t* expert, const float* wei
 #pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(shares)) if (shares > 1)
   for (int64_t share = 0; share < shares; ++share) {
     const int64_t first = tokens * share / shares, last = tokens * (share + 1) / shares;
-    Scratch& scratch = scratch_of_thread();
     const Plan& plan = plans[share];
-    float* sum = scratch.take(kSum, (last - first) * y.width);
+    float* sum = scratch_of_thread().take(kSum, (last - first) * y.width);
     std::fill(sum, sum + (last - first) * y.width, 0.0f);
     for (const Task& task : cut(plan.offsets.data(), plan.offsets.data() + 1, experts.count)) {
       const int64_t rows = task.end - task.begin;
-      float* input = scratch.take(kInput, rows * x.width);
-      for (int64_t r = 0; r < rows; ++r) x.load(input + r * x.width, plan.entry[task.begin + r] / top_k);
-      const float* result = through(experts, task.expert, input, rows, scratch);
+      const float* result = through_rows(experts, task, x, [&](int64_t i) { return plan.entry[i] / top_k; });
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t entry = plan.entry[task.begin + r];
         accumulate(sum + (entry / top_k - first) * y.width, result + r * y.width, weight[entry], y.width);

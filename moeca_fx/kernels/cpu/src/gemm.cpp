@@ -129,7 +129,7 @@ void linear_bf16(const uint16_t* x, int64_t rows, const Weight& w, const uint16_
     for (int64_t r = 0; r < rows; ++r) load_row(wide.data() + r * w.inputs, x + r * w.inputs, w.inputs);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t p = 0; p < panels; ++p) {
-      static thread_local Scratch scratch;
+      Scratch& scratch = scratch_of_thread();
       const int64_t first = p * kOutputs, count = std::min(kOutputs, w.outputs - first);
       Weight part = w;
       part.data = static_cast<const uint16_t*>(w.data) + first * w.output_stride;

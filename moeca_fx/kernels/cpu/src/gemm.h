@@ -30,6 +30,12 @@ class Scratch {
   std::vector<std::vector<float>> slots_;
 };
 
+// The calling thread's own; a kernel numbers its slots from 1, slot 0 is for widened panels.
+inline Scratch& scratch_of_thread() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
 // y[rows, outputs] = x[rows, inputs] @ weight.T + bias; bias may be null and is fp32 or bf16 as the weight is.
 void linear(const float* x, int64_t x_stride, int64_t rows, const Weight& weight, const void* bias, float* y,
             int64_t y_stride, Scratch& scratch);

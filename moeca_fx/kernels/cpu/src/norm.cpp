@@ -64,11 +64,6 @@ void one_row(const AdaNorm& a, int64_t sample, int64_t token, Scratch& scratch) 
   if constexpr (sizeof(T) != sizeof(float)) store_row(out, result, width);
 }
 
-Scratch& scratch_of_thread() {
-  static thread_local Scratch scratch;
-  return scratch;
-}
-
 template <typename T>
 void all_rows(const AdaNorm& a, int threads) {
   const int64_t rows = a.samples * a.tokens;
