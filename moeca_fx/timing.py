@@ -8,7 +8,7 @@ The order rotates from round to round, so that no variant always runs first.
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -69,7 +69,7 @@ def time_interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     images: dict[str, Tensor] = {}
     for turn in range(repeats):
-        for name in _rotated(names, turn):
+        for name in rotated(names, turn):
             start = time.perf_counter()
             result = variants[name]()
             seconds[name].append(time.perf_counter() - start)
@@ -81,11 +81,12 @@ def time_interleaved(
     return {name: tuple(values) for name, values in seconds.items()}, images
 
 
-def median_speedup(baseline: tuple[float, ...], seconds: tuple[float, ...]) -> float:
+def median_speedup(baseline: Sequence[float], seconds: Sequence[float]) -> float:
     """Median over the rounds of baseline time over time."""
     return statistics.median(base / own for base, own in zip(baseline, seconds, strict=True))
 
 
-def _rotated(names: list[str], turn: int) -> list[str]:
+def rotated(names: list[str], turn: int) -> list[str]:
+    """The order of a round: another variant begins each."""
     cut = turn % len(names)
     return names[cut:] + names[:cut]

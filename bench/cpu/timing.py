@@ -5,6 +5,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from moeca_fx.timing import median_speedup as ratio
+from moeca_fx.timing import rotated
+
+__all__ = ["interleave", "milliseconds", "ratio"]
+
 Run = Callable[[], Any]
 
 
@@ -18,8 +23,7 @@ def interleave(runs: Mapping[str, Run], rounds: int, *, twice: bool = False) -> 
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):
-        cut = turn % len(names)
-        for name in names[cut:] + names[:cut]:
+        for name in rotated(names, turn):
             if twice:
                 runs[name]()
             start = time.perf_counter()
@@ -27,11 +31,6 @@ def interleave(runs: Mapping[str, Run], rounds: int, *, twice: bool = False) -> 
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def ratio(over: list[float], under: list[float]) -> float:
-    """Median over the rounds of one time over the other's."""
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def milliseconds(seconds: list[float]) -> float:
