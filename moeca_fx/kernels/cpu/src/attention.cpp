@@ -5,123 +5,71 @@
 #include <algorithm>
 #include <vector>
 
+#include "scalar.h"
 #include "vec.h"
 
 namespace moeca {
 namespace {
 
 constexpr int64_t kBlock = 64;  // queries at a time: their scores stay in cache
-constexpr int64_t kFew = 4;     // up to this many queries, plain dot products beat a call of the BLAS
 
-enum Slot { kPanel, kQuery, kKey, kValue, kScores, kResult };
+enum Slot { kWidened, kRows, kQuery, kScores, kResult };
 
-float dot(const float* a, const float* b, int64_t n) {
-  Vector sum(0.0f);
-  int64_t i = 0;
-  for (; i + Vector::size() <= n; i += Vector::size())
-    sum = at::vec::fmadd(Vector::loadu(a + i), Vector::loadu(b + i), sum);
-  float result = total(sum);
-  for (; i < n; ++i) result += a[i] * b[i];
-  return result;
-}
-
-void softmax(float* row, int64_t n, float scale) {
-  float high = row[0];
-  int64_t start = 0;
-  if (n >= Vector::size()) {
-    Vector highest = Vector::loadu(row);
-    for (start = Vector::size(); start + Vector::size() <= n; start += Vector::size())
-      highest = at::vec::maximum(highest, Vector::loadu(row + start));
-    high = at::vec::vec_reduce_all<float>([](Vector& a, Vector& b) { return at::vec::maximum(a, b); }, highest);
-  }
-  for (; start < n; ++start) high = std::max(high, row[start]);
-  const Vector factor(scale), shift(high * scale);
-  Vector lanes(0.0f);
-  int64_t i = 0;
-  for (; i + Vector::size() <= n; i += Vector::size()) {
-    const Vector value = at::vec::fmsub(Vector::loadu(row + i), factor, shift).exp_u20();
-    value.store(row + i);
-    lanes = lanes + value;
-  }
-  float sum = total(lanes);
-  for (; i < n; ++i) sum += row[i] = std::exp(row[i] * scale - high * scale);
-  const Vector share(1.0f / sum);
-  for (i = 0; i < n; i += Vector::size()) {
-    const int64_t count = std::min<int64_t>(Vector::size(), n - i);
-    (Vector::loadu(row + i, count) * share).store(row + i, static_cast<int>(count));
-  }
-}
-
-// out = sum of weight[t] * value row t: columns in registers, so that the sum is written once.
-void mix(const float* weight, const float* value, int64_t stride, int64_t tokens, int64_t width, float* out) {
-  int64_t i = 0;
-  for (; i + 4 * Vector::size() <= width; i += 4 * Vector::size()) {
-    Vector sums[4] = {Vector(0.0f), Vector(0.0f), Vector(0.0f), Vector(0.0f)};
-    for (int64_t t = 0; t < tokens; ++t) {
-      const Vector factor(weight[t]);
-      for (int64_t j = 0; j < 4; ++j)
-        sums[j] = at::vec::fmadd(factor, Vector::loadu(value + t * stride + i + j * Vector::size()), sums[j]);
-    }
-    for (int64_t j = 0; j < 4; ++j) sums[j].store(out + i + j * Vector::size());
-  }
-  for (; i < width; i += Vector::size()) {
-    const int64_t n = std::min<int64_t>(Vector::size(), width - i);
+// Every lane's column of scores[tokens, lanes] becomes exp(scale * (score - highest)); `share` takes 1 / their sums.
+void softmax(float* scores, int64_t tokens, int64_t lanes, float scale, float* share) {
+  const Vector factor(scale);
+  for (int64_t lane = 0; lane < lanes; lane += Vector::size()) {
+    float* column = scores + lane;
+    Vector highest = Vector::loadu(column);
+    for (int64_t t = 1; t < tokens; ++t) highest = at::vec::maximum(highest, Vector::loadu(column + t * lanes));
+    const Vector shift = highest * factor;
     Vector sum(0.0f);
-    for (int64_t t = 0; t < tokens; ++t)
-      sum = at::vec::fmadd(Vector(weight[t]), Vector::loadu(value + t * stride + i, n), sum);
-    sum.store(out + i, static_cast<int>(n));
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Vector value = at::vec::fmsub(Vector::loadu(column + t * lanes), factor, shift).exp_u20();
+      value.store(column + t * lanes);
+      sum = sum + value;
+    }
+    (Vector(1.0f) / sum).store(share + lane);
   }
 }
 
-// The rows of one head as an fp32 panel: in place where they are fp32 already.
-const float* panel(const void* data, int64_t first, int64_t stride, int64_t rows, int64_t width, bool bfloat16,
-                   float* room, int64_t* out_stride) {
-  if (!bfloat16) {
-    *out_stride = stride;
-    return static_cast<const float*>(data) + first;
-  }
-  const auto* source = static_cast<const uint16_t*>(data) + first;
-  for (int64_t r = 0; r < rows; ++r) load_row(room + r * width, source + r * stride, width);
-  *out_stride = width;
-  return room;
+void scale_lanes(float* panel, int64_t width, int64_t lanes, const float* share) {
+  for (int64_t i = 0; i < width; ++i)
+    for (int64_t lane = 0; lane < lanes; lane += Vector::size())
+      (Vector::loadu(panel + i * lanes + lane) * Vector::loadu(share + lane)).store(panel + i * lanes + lane);
+}
+
+const void* at_element(const void* data, int64_t index, bool bfloat16) {
+  return static_cast<const char*>(data) + index * (bfloat16 ? 2 : 4);
 }
 
 // Queries begin .. end, all of one sample, one head.
-void attend(const AttentionRows& a, int64_t begin, int64_t end, int64_t head, Scratch& scratch) {
-  const int64_t sample = a.row[begin] / a.tokens, kv_head = head / (a.heads / a.kv_heads), rows = end - begin;
-  const int64_t q_row = a.heads * a.width, k_row = a.kv_heads * a.width, v_row = a.kv_heads * a.value_width;
-  const bool wide = a.bfloat16;
-  int64_t q_stride, k_stride, v_stride;
-  const float* query = panel(a.query, begin * q_row + head * a.width, q_row, rows, a.width, wide,
-                             wide ? scratch.take(kQuery, rows * a.width) : nullptr, &q_stride);
-  const float* key = panel(a.key, sample * a.tokens * k_row + kv_head * a.width, k_row, a.tokens, a.width, wide,
-                           wide ? scratch.take(kKey, a.tokens * a.width) : nullptr, &k_stride);
-  const float* value = panel(a.value, sample * a.tokens * v_row + kv_head * a.value_width, v_row, a.tokens,
-                             a.value_width, wide, wide ? scratch.take(kValue, a.tokens * a.value_width) : nullptr,
-                             &v_stride);
-  float* scores = scratch.take(kScores, rows * a.tokens);
-  float* result = scratch.take(kResult, rows * a.value_width);
-  if (rows <= kFew) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t t = 0; t < a.tokens; ++t)
-        scores[r * a.tokens + t] = dot(query + r * q_stride, key + t * k_stride, a.width);
-  } else {
-    multiply_transposed(query, q_stride, key, k_stride, scores, a.tokens, rows, a.tokens, a.width);
-  }
-  for (int64_t r = 0; r < rows; ++r) softmax(scores + r * a.tokens, a.tokens, a.scale);
-  if (rows <= kFew) {
-    for (int64_t r = 0; r < rows; ++r)
-      mix(scores + r * a.tokens, value, v_stride, a.tokens, a.value_width, result + r * a.value_width);
-  } else {
-    multiply(scores, a.tokens, value, v_stride, result, a.value_width, rows, a.value_width, a.tokens);
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t place = ((begin + r) * a.heads + head) * a.value_width;
-    if (wide)
-      store_row(static_cast<uint16_t*>(a.out) + place, result + r * a.value_width, a.value_width);
-    else
-      store_row(static_cast<float*>(a.out) + place, result + r * a.value_width, a.value_width);
-  }
+template <typename T>
+void attend(const AttentionRows& a, int64_t begin, int64_t end, int64_t head) {
+  Scratch& scratch = scratch_of_thread();
+  const int64_t sample = a.row[begin] / a.tokens, kv_head = head / (a.heads / a.kv_heads);
+  const int64_t rows = end - begin, lanes = lanes_of(rows);
+  const int64_t k_row = a.kv_heads * a.width, v_row = a.kv_heads * a.value_width;
+  float* own = scratch.take(kRows, lanes * std::max(a.width, a.value_width));
+  for (int64_t r = 0; r < rows; ++r)
+    load_row(own + r * a.width, static_cast<const T*>(a.query) + ((begin + r) * a.heads + head) * a.width, a.width);
+  float* query = scratch.take(kQuery, lanes * (a.width + 1));
+  float* share = query + lanes * a.width;
+  to_panel(own, rows, lanes, a.width, query);
+  const Weight key{at_element(a.key, sample * a.tokens * k_row + kv_head * a.width, a.bfloat16), a.tokens, a.width,
+                   k_row, 1, a.bfloat16};
+  float* scores = scratch.take(kScores, lanes * a.tokens);
+  multiply_panel(key, nullptr, query, lanes, scores, scratch);
+  softmax(scores, a.tokens, lanes, a.scale, share);
+  const Weight value{at_element(a.value, sample * a.tokens * v_row + kv_head * a.value_width, a.bfloat16),
+                     a.value_width, a.tokens, 1, v_row, a.bfloat16};
+  float* result = scratch.take(kResult, lanes * a.value_width);
+  multiply_panel(value, nullptr, scores, lanes, result, scratch);
+  scale_lanes(result, a.value_width, lanes, share);
+  from_panel(result, lanes, rows, a.value_width, own);
+  for (int64_t r = 0; r < rows; ++r)
+    store_row(static_cast<T*>(a.out) + ((begin + r) * a.heads + head) * a.value_width, own + r * a.value_width,
+              a.value_width);
 }
 
 }  // namespace
@@ -135,8 +83,13 @@ void attention_rows(const AttentionRows& a, int threads) {
   const int64_t blocks = static_cast<int64_t>(starts.size()), tasks = blocks * a.heads;
   starts.push_back(a.rows);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (tasks > 4)
-  for (int64_t t = 0; t < tasks; ++t)
-    attend(a, starts[t / a.heads], starts[t / a.heads + 1], t % a.heads, scratch_of_thread());
+  for (int64_t t = 0; t < tasks; ++t) {
+    const int64_t begin = starts[t / a.heads], end = starts[t / a.heads + 1];
+    if (a.bfloat16)
+      attend<uint16_t>(a, begin, end, t % a.heads);
+    else
+      attend<float>(a, begin, end, t % a.heads);
+  }
 }
 
 }  // namespace moeca

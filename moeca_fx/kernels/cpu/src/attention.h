@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "gemm.h"
+#include "panel.h"
 
 namespace moeca {
 

@@ -7,15 +7,17 @@
 #include <stdexcept>
 #include <string>
 
+#include "dots.h"
+#include "scalar.h"
 #include "vec.h"
 
 namespace moeca {
 namespace {
 
-constexpr int64_t kChunk = 64;       // rows of one product: the inputs and both hidden panels stay in cache
+constexpr int64_t kChunk = 128;      // rows of one product at most: the inputs and both hidden panels stay in cache
 constexpr int64_t kFewestRows = 16;  // rows an expert should have in each share of the tokens
 
-enum Slot { kPanel, kInput, kGate, kUp, kOutput, kSum };  // kPanel is gemm's
+enum Slot { kWidened, kRows, kInput, kGate, kUp, kOutput, kSum };  // kWidened is the panels' own
 
 Vector activated(Activation kind, const Vector& v) {
   const Vector one(1.0f), half(0.5f);
@@ -43,22 +45,42 @@ void activate(Activation kind, float* gated, const float* up, int64_t count) {
   }
 }
 
-// Rows [rows, width] through one expert; the result lies in scratch and is valid until the next call.
-const float* through(const Experts& experts, int64_t expert, const float* x, int64_t rows, Scratch& scratch) {
-  const Weight up = experts.up.of(expert), down = experts.down.of(expert);
-  const bool gated = experts.gate.weight.data != nullptr;
-  float* hidden = scratch.take(kUp, rows * up.outputs);
-  linear(x, up.inputs, rows, up, experts.up.bias_of(expert), hidden, up.outputs, scratch);
-  if (gated) {
-    float* gate = scratch.take(kGate, rows * up.outputs);
-    linear(x, up.inputs, rows, experts.gate.of(expert), experts.gate.bias_of(expert), gate, up.outputs, scratch);
-    activate(experts.activation, gate, hidden, rows * up.outputs);
-    hidden = gate;
-  } else {
-    activate(experts.activation, hidden, nullptr, rows * up.outputs);
+// One expert's hidden values from a product of its weights with its input, activated.
+template <typename Product>
+float* hidden_of(const Experts& experts, int64_t values, Scratch& scratch, const Product& product) {
+  float* hidden = scratch.take(kUp, values);
+  product(experts.up, hidden);
+  if (experts.gate.weight.data == nullptr) {
+    activate(experts.activation, hidden, nullptr, values);
+    return hidden;
   }
-  float* out = scratch.take(kOutput, rows * down.outputs);
-  linear(hidden, up.outputs, rows, down, experts.down.bias_of(expert), out, down.outputs, scratch);
+  float* gate = scratch.take(kGate, values);
+  product(experts.gate, gate);
+  activate(experts.activation, gate, hidden, values);
+  return gate;
+}
+
+// Rows [rows, width] through one expert; the result lies in scratch and is valid until the next call.
+const float* through(const Experts& experts, int64_t expert, float* x, int64_t rows, Scratch& scratch) {
+  const Weight up = experts.up.of(expert), down = experts.down.of(expert);
+  if (few_rows(rows, up) && few_rows(rows, down)) {
+    const float* hidden = hidden_of(experts, rows * up.outputs, scratch, [&](const Stack& stack, float* y) {
+      multiply_dots(stack.of(expert), stack.bias_of(expert), x, rows, y, scratch);
+    });
+    float* out = scratch.take(kOutput, rows * down.outputs);
+    multiply_dots(down, experts.down.bias_of(expert), hidden, rows, out, scratch);
+    return out;
+  }
+  const int64_t lanes = lanes_of(rows);
+  float* input = scratch.take(kInput, lanes * up.inputs);
+  to_panel(x, rows, lanes, up.inputs, input);
+  const float* hidden = hidden_of(experts, lanes * up.outputs, scratch, [&](const Stack& stack, float* y) {
+    multiply_panel(stack.of(expert), stack.bias_of(expert), input, lanes, y, scratch);
+  });
+  float* product = scratch.take(kOutput, lanes * down.outputs);
+  multiply_panel(down, experts.down.bias_of(expert), hidden, lanes, product, scratch);
+  float* out = scratch.take(kRows, lanes * down.outputs);  // x has been read
+  from_panel(product, lanes, rows, down.outputs, out);
   return out;
 }
 
@@ -89,16 +111,19 @@ template <typename Source>
 const float* through_rows(const Experts& experts, const Task& task, const Rows& x, const Source& source) {
   Scratch& scratch = scratch_of_thread();
   const int64_t rows = task.end - task.begin;
-  float* input = scratch.take(kInput, rows * x.width);
-  for (int64_t r = 0; r < rows; ++r) x.load(input + r * x.width, source(task.begin + r));
-  return through(experts, task.expert, input, rows, scratch);
+  float* own = scratch.take(kRows, lanes_of(rows) * x.width);
+  for (int64_t r = 0; r < rows; ++r) x.load(own + r * x.width, source(task.begin + r));
+  return through(experts, task.expert, own, rows, scratch);
 }
 
 std::vector<Task> cut(const int64_t* starts, const int64_t* ends, int64_t experts) {
   std::vector<Task> tasks;
-  for (int64_t e = 0; e < experts; ++e)
-    for (int64_t begin = starts[e]; begin < ends[e]; begin += kChunk)
-      tasks.push_back({e, begin, std::min(begin + kChunk, ends[e])});
+  for (int64_t e = 0; e < experts; ++e) {
+    const int64_t rows = ends[e] - starts[e], pieces = std::max<int64_t>((rows + kChunk - 1) / kChunk, 1);
+    const int64_t each = lanes_of((rows + pieces - 1) / pieces);  // even pieces of whole vectors
+    for (int64_t begin = starts[e]; begin < ends[e]; begin += each)
+      tasks.push_back({e, begin, std::min(begin + each, ends[e])});
+  }
   return tasks;
 }
 

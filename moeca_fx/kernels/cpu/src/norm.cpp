@@ -5,8 +5,8 @@
 #include <cmath>
 #include <vector>
 
-#include "gemm.h"
 #include "scalar.h"
+#include "scratch.h"
 #include "vec.h"
 
 namespace moeca {

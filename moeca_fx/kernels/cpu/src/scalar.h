@@ -30,8 +30,4 @@ inline void store_row(uint16_t* out, const float* in, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = narrow(in[i]);
 }
 
-inline float load_one(const void* data, int64_t index, bool bfloat16) {
-  return bfloat16 ? widen(static_cast<const uint16_t*>(data)[index]) : static_cast<const float*>(data)[index];
-}
-
 }  // namespace moeca

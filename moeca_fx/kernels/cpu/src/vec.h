@@ -2,16 +2,47 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+
+// Sums in an array stay in registers only where every loop over them is unrolled.
+#define UNROLLED _Pragma("GCC unroll 16")
 
 namespace moeca {
 
 using Vector = at::vec::Vectorized<float>;
 
+// As wide, for sums in registers: a compiler does not keep arrays of torch's class there.
+typedef float Lanes __attribute__((vector_size(Vector::size() * sizeof(float))));
+
+inline Lanes load(const float* from) {
+  Lanes lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+inline void store(const Lanes& lanes, float* to) { std::memcpy(to, &lanes, sizeof lanes); }
+
 inline float total(const Vector& lanes) {
   return at::vec::vec_reduce_all<float>([](Vector& a, Vector& b) { return a + b; }, lanes);
+}
+
+// out[i] = the sum of lanes of sums[i], all together: lanes are added after a transposition.
+template <int N>
+inline void add_lanes(const Lanes* sums, float* out) {
+  constexpr int64_t kLanes = Vector::size();
+  float rows[kLanes * kLanes], columns[kLanes * kLanes];
+  for (int first = 0; first < N; first += kLanes) {
+    const int count = N - first < kLanes ? N - first : kLanes;
+    for (int i = 0; i < count; ++i) store(sums[first + i], rows + i * kLanes);
+    for (int i = count; i < kLanes; ++i) store(Lanes{}, rows + i * kLanes);
+    at::vec::transpose_mxn<float, kLanes, kLanes>(rows, kLanes, columns, kLanes);
+    Vector result = Vector::loadu(columns);
+    for (int lane = 1; lane < kLanes; ++lane) result = result + Vector::loadu(columns + lane * kLanes);
+    result.store(out + first, count);
+  }
 }
 
 }  // namespace moeca

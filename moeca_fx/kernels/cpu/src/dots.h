@@ -1,0 +1,18 @@
+// Products of a handful of rows: dot products along the inputs, so that a vector holds many weights and not many rows.
+#pragma once
+
+#include <cstdint>
+
+#include "panel.h"
+
+namespace moeca {
+
+constexpr int64_t kFewRows = 4;  // up to here the processor waits for weights, and dots read them fastest
+
+// Whether dots are the faster product for so many rows of a weight.
+inline bool few_rows(int64_t rows, const Weight& weight) { return rows <= kFewRows && weight.input_stride == 1; }
+
+// y[rows, outputs] = x[rows, inputs] @ weight.T + bias; for up to kFewRows rows.
+void multiply_dots(const Weight& weight, const void* bias, const float* x, int64_t rows, float* y, Scratch& scratch);
+
+}  // namespace moeca

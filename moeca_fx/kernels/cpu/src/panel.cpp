@@ -1,0 +1,120 @@
+#include "panel.h"
+
+#include <algorithm>
+
+#include "scalar.h"
+#include "vec.h"
+
+namespace moeca {
+namespace {
+
+constexpr int64_t kLanes = Vector::size();
+constexpr bool kManyRegisters = kLanes == 16;  // 32 vector registers with AVX-512, 16 without
+constexpr int kMostVectors = kManyRegisters ? 4 : 2;
+constexpr int64_t kInputs = 512;  // at a time: a few vectors of rows of so many stay in the first cache
+constexpr int64_t kAhead = 8;  // inputs, where outputs are neighbours in memory
+
+// Outputs held in registers beside V vectors of rows: as many sums as there are registers left.
+constexpr int outputs_beside(int vectors) {
+  if (kManyRegisters) return vectors == 1 ? 16 : vectors == 2 ? 12 : vectors == 3 ? 8 : 6;
+  return vectors == 1 ? 12 : 6;
+}
+
+// y[N, V vectors] += w[N, inputs] @ x[inputs, V vectors]
+template <int V, int N>
+void block(const Strided& w, int64_t inputs, const float* x, int64_t lanes, float* y) {
+  Lanes sums[N][V];
+  UNROLLED for (int n = 0; n < N; ++n)
+    UNROLLED for (int v = 0; v < V; ++v) sums[n][v] = load(y + n * lanes + v * kLanes);
+  // Weights of N rows at once are too many streams for the processor to foresee: fetch the next block's in time.
+  const bool by_output = w.input_stride == 1;
+  const float* weight = w.data;
+  const float* ahead = weight + (by_output ? N * w.output_stride : kAhead * w.input_stride);
+  const int64_t step = by_output ? N : w.input_stride;
+  for (int64_t i = 0; i < inputs; ++i, weight += w.input_stride, ahead += step, x += lanes) {
+    __builtin_prefetch(ahead, 0, 1);
+    Lanes row[V];
+    UNROLLED for (int v = 0; v < V; ++v) row[v] = load(x + v * kLanes);
+    UNROLLED for (int n = 0; n < N; ++n)
+      UNROLLED for (int v = 0; v < V; ++v) sums[n][v] += weight[n * w.output_stride] * row[v];
+  }
+  UNROLLED for (int n = 0; n < N; ++n)
+    UNROLLED for (int v = 0; v < V; ++v) store(sums[n][v], y + n * lanes + v * kLanes);
+}
+
+// All outputs, V vectors of rows: blocks of N, then halves of a block for what is left over, down to single outputs.
+template <int V, int N>
+void blocks(const Strided& w, int64_t outputs, int64_t inputs, const float* x, int64_t lanes, float* y) {
+  int64_t n = 0;
+  for (; n + N <= outputs; n += N) block<V, N>(w.from(n), inputs, x, lanes, y + n * lanes);
+  if constexpr (N > 1)
+    if (n < outputs) blocks<V, N / 2>(w.from(n), outputs - n, inputs, x, lanes, y + n * lanes);
+}
+
+// All outputs, all rows: as many vectors at a time as fit beside the sums.
+template <int V = kMostVectors>
+void strip(const Strided& w, int64_t outputs, int64_t inputs, const float* x, int64_t lanes, int64_t left, float* y) {
+  for (; left >= V * kLanes; left -= V * kLanes, x += V * kLanes, y += V * kLanes)
+    blocks<V, outputs_beside(V)>(w, outputs, inputs, x, lanes, y);
+  if constexpr (V > 1)
+    if (left > 0) strip<V - 1>(w, outputs, inputs, x, lanes, left, y);
+}
+
+void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  for (int64_t r = 0; r < rows; r += kLanes)
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      const float* source = from + r * from_stride + c;
+      float* target = to + c * to_stride + r;
+      const int64_t m = std::min(kLanes, rows - r), n = std::min(kLanes, columns - c);
+      if (m == kLanes && n == kLanes)
+        at::vec::transpose_mxn<float, kLanes, kLanes>(source, from_stride, target, to_stride);
+      else
+        at::vec::transpose_mxn<float>(source, from_stride, target, to_stride, static_cast<int>(m), static_cast<int>(n));
+    }
+}
+
+}  // namespace
+
+Strided widened(const Weight& w, const void* bias, int64_t first, int64_t count, Scratch& scratch) {
+  const int64_t place = first * w.output_stride;
+  if (!w.bfloat16) {
+    const auto* shift = static_cast<const float*>(bias);
+    return Strided{static_cast<const float*>(w.data), w.output_stride, w.input_stride, shift}.from(first);
+  }
+  const auto* narrow = static_cast<const uint16_t*>(w.data) + place;
+  float* wide = scratch.take(0, count * (w.inputs + 1));
+  float* shift = bias == nullptr ? nullptr : wide + count * w.inputs;
+  if (shift != nullptr) load_row(shift, static_cast<const uint16_t*>(bias) + first, count);
+  if (w.input_stride == 1) {
+    for (int64_t n = 0; n < count; ++n) load_row(wide + n * w.inputs, narrow + n * w.output_stride, w.inputs);
+    return {wide, w.inputs, 1, shift};
+  }
+  for (int64_t i = 0; i < w.inputs; ++i)
+    for (int64_t n = 0; n < count; ++n) wide[i * count + n] = widen(narrow[i * w.input_stride + n * w.output_stride]);
+  return {wide, 1, count, shift};
+}
+
+int64_t lanes_of(int64_t rows) { return (rows + kLanes - 1) / kLanes * kLanes; }
+
+void to_panel(float* rows, int64_t count, int64_t lanes, int64_t width, float* panel) {
+  std::fill(rows + count * width, rows + lanes * width, 0.0f);
+  transpose(rows, width, lanes, width, panel, lanes);
+}
+
+void from_panel(const float* panel, int64_t lanes, int64_t count, int64_t width, float* rows) {
+  for (int64_t r = 0; r < count; r += kLanes)
+    transpose(panel + r, lanes, width, std::min(kLanes, count - r), rows + r * width, width);
+}
+
+void multiply_panel(const Weight& w, const void* bias, const float* x, int64_t lanes, float* y, Scratch& scratch) {
+  for (int64_t first = 0; first < w.outputs; first += kStrip) {
+    const int64_t count = std::min(kStrip, w.outputs - first);
+    Strided part = widened(w, bias, first, count, scratch);
+    for (int64_t n = 0; n < count; ++n)
+      std::fill_n(y + (first + n) * lanes, lanes, part.bias == nullptr ? 0.0f : part.bias[n]);
+    for (int64_t i = 0; i < w.inputs; i += kInputs, part.data += kInputs * part.input_stride)
+      strip(part, count, std::min(kInputs, w.inputs - i), x + i * lanes, lanes, lanes, y + first * lanes);
+  }
+}
+
+}  // namespace moeca
