@@ -159,7 +159,7 @@ def inspect(
 
 def _texts(stage: str, work: Compilation) -> dict[str, str]:
     if stage == "lower_linear":
-        return {}  # another library for the same operation; seen in the last stage
+        return {}  # other calls for the same products; seen in the last stage
     if stage == "lower_inplace":  # touches the rules' steps alone
         rules = work.graphs.rules if work.graphs is not None else ()
         return {f"lower_inplace.{rule.name}": graph_text(rule.module) for rule in rules}

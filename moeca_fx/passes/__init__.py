@@ -23,6 +23,7 @@ from moeca_fx.passes.lower_kernels import lower_kernels
 from moeca_fx.passes.lower_linear import lower_linear
 from moeca_fx.passes.normalize import normalize
 from moeca_fx.passes.pack_stream import pack_stream
+from moeca_fx.passes.patch_linear import patch_linear
 from moeca_fx.passes.store_caches import store_caches
 from moeca_fx.passes.vectorize_experts import vectorize_experts
 from moeca_fx.policies.policy import Policy
@@ -98,6 +99,7 @@ def _insert_cache(work: Compilation) -> Compilation:
 
 def _lower_linear(work: Compilation) -> Compilation:
     for module in work.graph_modules().values():
+        patch_linear(module)
         lower_linear(module)
     return work
 

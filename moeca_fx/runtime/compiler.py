@@ -26,6 +26,8 @@ OFF = "MOECA_FX_COMPILE"
 """Environment variable: 0 runs all graphs eagerly, whatever `transform` was told."""
 
 Step = Callable[..., Any]
+_CALLS_OPERATORS_FROM_CPP = torch.__version__ >= "2.13"
+"""Whether Inductor's C++ wrapper reaches operators of other libraries without going through Python."""
 _FAILURES = (TorchDynamoException, InductorError)
 
 
@@ -57,11 +59,13 @@ class CompiledStep:
     Args:
         module: the graph.
         name: for the progress line, e.g. ``full step``.
+        device: of the weights.
     """
 
-    def __init__(self, module: fx.GraphModule, name: str) -> None:
+    def __init__(self, module: fx.GraphModule, name: str, device: torch.device) -> None:
         self.module = module
         self.name = name
+        self.device = device
         self._ready: dict[tuple[int, int], Step] = {}  # by batch size and threads
         self._open: dict[int, Step] = {}  # for any batch size, by threads
 
@@ -92,6 +96,8 @@ class CompiledStep:
         # Dynamo keeps code by code object, and code without guards would serve every later call: each has its own.
         module = share_copy(self.module)
         options: dict[str, Any] = {} if open_batch else {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        if self.device.type == "cpu" and _CALLS_OPERATORS_FROM_CPP:
+            options["cpp_wrapper"] = True  # some three hundred calls a step cost less from C++ than from Python
         compiled: Step = torch.compile(module.forward, fullgraph=True, dynamic=open_batch, options=options)
         made = False
         failed = False

@@ -125,7 +125,7 @@ def _compiled_steps(work: Compilation) -> dict[str, CompiledStep]:
     if reason is not None:
         say_once(f"graphs run eagerly, more slowly: {reason}")
         return {}
-    return {name: CompiledStep(module, f"{name} step" if name else "model") for name, module in modules.items()}
+    return {name: CompiledStep(module, f"{name} step" if name else "model", device) for name, module in modules.items()}
 
 
 def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Signature, list[Any], int]:

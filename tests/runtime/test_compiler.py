@@ -42,7 +42,7 @@ def _double() -> fx.GraphModule:
 
 
 def test_the_first_batch_size_is_fixed_and_the_second_opens_it(compiled: list[dict[str, Any]]) -> None:
-    step = CompiledStep(_double(), "double step")
+    step = CompiledStep(_double(), "double step", torch.device("cpu"))
     for batch in (2, 2, 3, 5, 2):
         assert torch.equal(step(batch, torch.ones(batch)), torch.full((batch,), 2.0))
     assert [call["dynamic"] for call in compiled] == [False, True]
@@ -51,7 +51,7 @@ def test_the_first_batch_size_is_fixed_and_the_second_opens_it(compiled: list[di
 
 
 def test_another_number_of_threads_gets_code_of_its_own(compiled: list[dict[str, Any]]) -> None:
-    step = CompiledStep(_double(), "double step")
+    step = CompiledStep(_double(), "double step", torch.device("cpu"))
     step(2, torch.ones(2))
     torch.set_num_threads(2)
     step(2, torch.ones(2))
@@ -72,14 +72,16 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_so_once(
     compiler.say_once.cache_clear()
     with caplog.at_level(logging.WARNING, "moeca_fx.compile"):
         for _ in range(2):
-            assert torch.equal(CompiledStep(_double(), "odd step")(2, torch.ones(2)), torch.full((2,), 2.0))
+            assert torch.equal(
+                CompiledStep(_double(), "odd step", torch.device("cpu"))(2, torch.ones(2)), torch.full((2,), 2.0)
+            )
     (record,) = caplog.records
     assert "the odd step could not be compiled and runs eagerly" in record.message and "no such instr" in record.message
 
 
 def test_an_error_of_the_model_is_no_error_of_the_compiler(compiled: list[dict[str, Any]]) -> None:
     with pytest.raises(TypeError):
-        CompiledStep(_double(), "double step")(2, torch.ones(2), torch.ones(2))
+        CompiledStep(_double(), "double step", torch.device("cpu"))(2, torch.ones(2), torch.ones(2))
 
 
 def test_where_nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
+#include "panel.h"
 #include "vec.h"
 
 namespace moeca {
@@ -131,6 +131,10 @@ void threshold(const float* activation, const int64_t* expert, int64_t samples, 
 
 namespace {
 
+constexpr int64_t kLanes = Vector::size();
+
+enum Slot { kWidened, kRows, kPanel };
+
 // Insertion, one value at a time: right for every value, NaN and infinities too.
 void top_k_any(const float* row, int64_t columns, int64_t k, float* top, int64_t* where) {
   int64_t held = 0;
@@ -149,39 +153,55 @@ void top_k_any(const float* row, int64_t columns, int64_t k, float* top, int64_t
   }
 }
 
-// A finite value and its column as one integer that orders like (value, earlier column first).
-int64_t key_of(float value, int64_t column) {
-  int32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  bits ^= (bits >> 31) & 0x7fffffff;
-  return static_cast<int64_t>(bits) * 4294967296 + (4294967295 - column);
+using Whole = int32_t __attribute__((vector_size(sizeof(Lanes))));  // one a lane, as wide as `Lanes`
+
+// Whether every value of a panel is finite: a sum of magnitudes is then finite too, or merely too large.
+bool all_finite(const float* panel, int64_t columns) {
+  Lanes sum{};
+  for (int64_t c = 0; c < columns; ++c) {
+    const Lanes value = load(panel + c * kLanes);
+    sum += value < 0.0f ? -value : value;
+  }
+  for (int64_t lane = 0; lane < kLanes; ++lane)
+    if (!std::isfinite(sum[lane])) return false;
+  return true;
+}
+
+// The k largest of every lane's column, one after the other; the winner leaves the panel. Ties go to the first.
+void top_k_panel(float* panel, int64_t columns, int64_t k, int64_t rows, float* top, int64_t* where) {
+  for (int64_t p = 0; p < k; ++p) {
+    Lanes high = load(panel);
+    Whole winner{};
+    for (int64_t c = 1; c < columns; ++c) {
+      const Lanes value = load(panel + c * kLanes);
+      const Whole above = value > high;
+      high = above ? value : high;
+      winner = above ? Whole{} + static_cast<int32_t>(c) : winner;
+    }
+    for (int64_t lane = 0; lane < rows; ++lane) {
+      top[lane * k + p] = high[lane];
+      where[lane * k + p] = winner[lane];
+      panel[winner[lane] * kLanes + lane] = -std::numeric_limits<float>::infinity();
+    }
+  }
 }
 
 }  // namespace
 
 void top_k(const float* values, int64_t rows, int64_t columns, int64_t k, float* best, int64_t* index, int threads) {
-  constexpr int64_t kMostKeys = 512;
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns > 4096)
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* row = values + r * columns;
-    float* top = best + r * k;
-    int64_t* where = index + r * k;
-    float sum = 0.0f;
-    for (int64_t c = 0; c < columns; ++c) sum += std::fabs(row[c]);
-    if (columns > kMostKeys || !std::isfinite(sum)) {
-      top_k_any(row, columns, k, top, where);
-      continue;
-    }
-    int64_t keys[kMostKeys];
-    for (int64_t c = 0; c < columns; ++c) keys[c] = key_of(row[c], c);
-    for (int64_t p = 0; p < k; ++p) {
-      // Without branches: which value wins cannot be predicted.
-      int64_t high = keys[0];
-      for (int64_t c = 1; c < columns; ++c) high = keys[c] > high ? keys[c] : high;
-      const int64_t column = 4294967295 - (high & 4294967295);
-      top[p] = row[column];
-      where[p] = column;
-      keys[column] = std::numeric_limits<int64_t>::min();
+  for (int64_t first = 0; first < rows; first += kLanes) {
+    const int64_t some = std::min(kLanes, rows - first);
+    const float* block = values + first * columns;
+    float* own = scratch_of_thread().take(kRows, kLanes * columns);
+    float* panel = scratch_of_thread().take(kPanel, kLanes * columns);
+    std::copy(block, block + some * columns, own);
+    to_panel(own, some, kLanes, columns, panel);
+    if (all_finite(panel, columns)) {
+      top_k_panel(panel, columns, k, some, best + first * k, index + first * k);
+    } else {
+      for (int64_t r = 0; r < some; ++r)
+        top_k_any(block + r * columns, columns, k, best + (first + r) * k, index + (first + r) * k);
     }
   }
 }

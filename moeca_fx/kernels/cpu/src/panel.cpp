@@ -12,6 +12,7 @@ constexpr int64_t kLanes = Vector::size();
 constexpr bool kManyRegisters = kLanes == 16;  // 32 vector registers with AVX-512, 16 without
 constexpr int kMostVectors = kManyRegisters ? 4 : 2;
 constexpr int64_t kInputs = 512;  // at a time: a few vectors of rows of so many stay in the first cache
+constexpr int64_t kLine = 16;   // floats that are fetched from memory at once
 constexpr int64_t kAhead = 8;  // inputs, where outputs are neighbours in memory
 
 // Outputs held in registers beside V vectors of rows: as many sums as there are registers left.
@@ -20,19 +21,41 @@ constexpr int outputs_beside(int vectors) {
   return vectors == 1 ? 12 : 6;
 }
 
-// y[N, V vectors] += w[N, inputs] @ x[inputs, V vectors]
-template <int V, int N>
+// Fetches the weights of the next N outputs line by line, or those some inputs ahead where outputs are neighbours.
+template <int N>
+class Ahead {
+ public:
+  Ahead(const Strided& w, int64_t inputs)
+      : line_(w.data + (w.input_stride == 1 ? N * w.output_stride : kAhead * w.input_stride)),
+        step_(w.input_stride == 1 ? w.output_stride : w.input_stride),
+        rows_(w.input_stride == 1 ? N : inputs) {}
+
+  void fetch() {
+    __builtin_prefetch(line_ + at_, 0, 1);
+    at_ += step_;
+    if (++row_ == rows_) {
+      row_ = at_ = 0;
+      line_ += kLine;
+    }
+  }
+
+ private:
+  const float* line_;
+  int64_t step_, rows_, row_ = 0, at_ = 0;
+};
+
+// y[N, V vectors] = w[N, inputs] @ x[inputs, V vectors] + the bias for the first inputs, what `y` holds for later ones
+template <bool First, int V, int N>
 void block(const Strided& w, int64_t inputs, const float* x, int64_t lanes, float* y) {
   Lanes sums[N][V];
   UNROLLED for (int n = 0; n < N; ++n)
-    UNROLLED for (int v = 0; v < V; ++v) sums[n][v] = load(y + n * lanes + v * kLanes);
+    UNROLLED for (int v = 0; v < V; ++v)
+      sums[n][v] = First ? Lanes{} + (w.bias == nullptr ? 0.0f : w.bias[n]) : load(y + n * lanes + v * kLanes);
   // Weights of N rows at once are too many streams for the processor to foresee: fetch the next block's in time.
-  const bool by_output = w.input_stride == 1;
+  Ahead<N> ahead(w, inputs);
   const float* weight = w.data;
-  const float* ahead = weight + (by_output ? N * w.output_stride : kAhead * w.input_stride);
-  const int64_t step = by_output ? N : w.input_stride;
-  for (int64_t i = 0; i < inputs; ++i, weight += w.input_stride, ahead += step, x += lanes) {
-    __builtin_prefetch(ahead, 0, 1);
+  for (int64_t i = 0; i < inputs; ++i, weight += w.input_stride, x += lanes) {
+    ahead.fetch();
     Lanes row[V];
     UNROLLED for (int v = 0; v < V; ++v) row[v] = load(x + v * kLanes);
     UNROLLED for (int n = 0; n < N; ++n)
@@ -43,21 +66,21 @@ void block(const Strided& w, int64_t inputs, const float* x, int64_t lanes, floa
 }
 
 // All outputs, V vectors of rows: blocks of N, then halves of a block for what is left over, down to single outputs.
-template <int V, int N>
+template <bool First, int V, int N>
 void blocks(const Strided& w, int64_t outputs, int64_t inputs, const float* x, int64_t lanes, float* y) {
   int64_t n = 0;
-  for (; n + N <= outputs; n += N) block<V, N>(w.from(n), inputs, x, lanes, y + n * lanes);
+  for (; n + N <= outputs; n += N) block<First, V, N>(w.from(n), inputs, x, lanes, y + n * lanes);
   if constexpr (N > 1)
-    if (n < outputs) blocks<V, N / 2>(w.from(n), outputs - n, inputs, x, lanes, y + n * lanes);
+    if (n < outputs) blocks<First, V, N / 2>(w.from(n), outputs - n, inputs, x, lanes, y + n * lanes);
 }
 
 // All outputs, all rows: as many vectors at a time as fit beside the sums.
-template <int V = kMostVectors>
+template <bool First, int V = kMostVectors>
 void strip(const Strided& w, int64_t outputs, int64_t inputs, const float* x, int64_t lanes, int64_t left, float* y) {
   for (; left >= V * kLanes; left -= V * kLanes, x += V * kLanes, y += V * kLanes)
-    blocks<V, outputs_beside(V)>(w, outputs, inputs, x, lanes, y);
+    blocks<First, V, outputs_beside(V)>(w, outputs, inputs, x, lanes, y);
   if constexpr (V > 1)
-    if (left > 0) strip<V - 1>(w, outputs, inputs, x, lanes, left, y);
+    if (left > 0) strip<First, V - 1>(w, outputs, inputs, x, lanes, left, y);
 }
 
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
@@ -110,10 +133,12 @@ void multiply_panel(const Weight& w, const void* bias, const float* x, int64_t l
   for (int64_t first = 0; first < w.outputs; first += kStrip) {
     const int64_t count = std::min(kStrip, w.outputs - first);
     Strided part = widened(w, bias, first, count, scratch);
-    for (int64_t n = 0; n < count; ++n)
-      std::fill_n(y + (first + n) * lanes, lanes, part.bias == nullptr ? 0.0f : part.bias[n]);
-    for (int64_t i = 0; i < w.inputs; i += kInputs, part.data += kInputs * part.input_stride)
-      strip(part, count, std::min(kInputs, w.inputs - i), x + i * lanes, lanes, lanes, y + first * lanes);
+    float* to = y + first * lanes;
+    strip<true>(part, count, std::min(kInputs, w.inputs), x, lanes, lanes, to);
+    for (int64_t i = kInputs; i < w.inputs; i += kInputs) {
+      part.data += kInputs * part.input_stride;
+      strip<false>(part, count, std::min(kInputs, w.inputs - i), x + i * lanes, lanes, lanes, to);
+    }
   }
 }
 
