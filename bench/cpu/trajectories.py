@@ -60,6 +60,8 @@ def bench_trajectories(name: str, batch: int, rounds: int, only: tuple[str, ...]
                 "speedup": speedup,
                 "flops_speedup": statistics.flops_speedup,
                 "efficiency": speedup / statistics.flops_speedup,
+                "cached_share": statistics.cached_steps / (statistics.cached_steps + statistics.full_steps),
+                "cache_bytes": own.memory().total,  # type: ignore[operator]
             }
     return {
         "model": name,

@@ -4,6 +4,8 @@ The stack [E, ...] owns the memory; every expert's own parameter is re-pointed a
 modules, their `state_dict` and the vectorised graph read the same bytes.
 """
 
+import ctypes
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -16,6 +18,7 @@ def stack_experts(model: nn.Module, regions: Sequence[MoERegion]) -> None:
     """Stack the experts of every region of `model`, in place; what is stacked already stays."""
     for region in regions:
         stack_in_place([model.get_submodule(path) for path in region.experts])
+        _return_freed_memory()
 
 
 def stack_in_place(modules: Sequence[nn.Module]) -> None:
@@ -26,6 +29,13 @@ def stack_in_place(modules: Sequence[nn.Module]) -> None:
             stack = torch.stack([parameter.detach() for parameter in parameters])
             for parameter, row in zip(parameters, stack, strict=True):
                 parameter.data = row
+
+
+def _return_freed_memory() -> None:
+    """Give the experts' former memory back to the system: glibc keeps freed blocks of their size for blocks alike."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def stacked_view(tensors: Iterable[Tensor]) -> Tensor | None:
