@@ -1,10 +1,12 @@
 """lower_linear: send the dense linears of a CPU graph to what is fastest there, found by measuring (`ops.cpu_gemm`).
 
     y = aten.linear(x, W, b)   -->   y = moeca.linear(x, W, b, 32)         fp32: from 32 rows on, oneDNN
+                               -->   y = aten.linear(x, W) + b             fp32 tokens [B, T, K], where that is not faster
                                -->   y = moeca_cpu.linear(x, W, b)         bf16: fp32 products of widened panels
 
-Nothing is changed where the default library is as fast, on other devices or in other dtypes. In fp32, row programs keep
-the default: their row count differs at every call, and oneDNN compiles a kernel for every new shape.
+The default library would write the bias to every row before it multiplies; as a sum of its own it fuses with what
+follows. Nothing is changed on other devices and in other dtypes, nor in bf16 where the default is as fast. In fp32, row
+programs keep the default: their row count differs at every call, and oneDNN compiles a kernel for every new shape.
 """
 
 from typing import Any
@@ -12,10 +14,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeca_fx.graph.rewrite import example_value
+from moeca_fx.graph.rewrite import call, example_value
 from moeca_fx.graph.slicing import LINEAR
 from moeca_fx.ops.cpu_gemm import onednn_from_rows, widening_is_faster
 from moeca_fx.ops.linear import linear
+
+aten = torch.ops.aten
 
 
 def lower_linear(module: fx.GraphModule) -> int:
@@ -35,7 +39,7 @@ def _lower(module: fx.GraphModule, dtype: torch.dtype) -> int:
     if dtype == torch.float32:
         rows = onednn_from_rows()
         if rows is None:
-            return 0
+            return _split_biases(module, found)
         target, extra = linear._opoverload, (rows,)
     else:
         if not widening_is_faster():
@@ -45,6 +49,21 @@ def _lower(module: fx.GraphModule, dtype: torch.dtype) -> int:
         x, weight, *rest = node.args
         node.target = target
         node.args = (x, weight, rest[0] if rest else None, *extra)
+    module.graph.lint()
+    module.recompile()
+    return len(found)
+
+
+def _split_biases(module: fx.GraphModule, linears: list[fx.Node]) -> int:
+    """Add the bias of every linear of tokens in a call of its own."""
+    biased = [node for node in linears if len(node.args) == 3 and node.args[2] is not None]
+    found = [node for node in biased if example_value(node).dim() == 3]
+    for node in found:
+        bias = node.args[2]
+        with module.graph.inserting_after(node):
+            total = call(module.graph, aten.add.Tensor, node, bias, name=f"{node.name}_biased", like=node)
+        node.replace_all_uses_with(total, delete_user_cb=lambda user, own=total: user is not own)
+        node.args = node.args[:2]
     module.graph.lint()
     module.recompile()
     return len(found)

@@ -52,3 +52,18 @@ def test_other_dtypes_are_left_and_not_measured(monkeypatch: pytest.MonkeyPatch)
     weight = torch.randn(4, 8, dtype=torch.float64)
     graph = exported(Compute(lambda x: torch.nn.functional.linear(x, weight)), stream().double())
     check_pass(graph, lower_linear, [(stream(seed=1).double(),)], {dense: (1, 1), lowered: (0, 0)})
+
+
+def test_biases_of_tokens_are_added_apart(measured: Callable[[int | None], None]) -> None:
+    measured(None)
+    weight, bias = torch.randn(4, 8), torch.randn(4)
+    add = torch.ops.aten.add.Tensor
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        linear = torch.nn.functional.linear
+        return linear(x, weight, bias).sum(1) + linear(x[:, 0], weight, bias)  # tokens [B, T, K], and [B, K]
+
+    after = check_pass(
+        exported(Compute(compute), stream()), lower_linear, [(stream(seed=1),)], {add: (1, 2)}, tolerance=1e-5
+    )
+    assert [len(node.args) for node in after.graph.find_nodes(op="call_function", target=dense)] == [2, 3]
