@@ -60,7 +60,7 @@ def recompute_branches_gpu(feature: Tensor, norm: Tensor | None, *operands: Any)
 
 
 @functools.cache
-def _triton_is_there() -> bool:
+def triton_is_there() -> bool:
     """Whether Triton is installed, for a GPU that it compiles for or in its interpreter; registers `moeca_gpu`."""
     if os.environ.get(GPU_OFF) == "0":
         log.info("GPU kernels are switched off by %s=0; reference operations run instead", GPU_OFF)
@@ -105,6 +105,6 @@ GPU = Family(
         "top_k": "the library's top-k stays",
         "norm": _FUSED,
     },
-    available=lambda: _triton_is_there(),
+    available=lambda: triton_is_there(),
 )
 FAMILIES = (CPU, GPU)
