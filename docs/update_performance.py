@@ -85,7 +85,9 @@ def trajectories(found: dict[str, Any]) -> str:
             ]
             for policy, row in numbers["policies"].items()
         ]
-        heading = f"{name}, batch {numbers['batch']} | over eager original | over vectorised | FLOPs | efficiency | at most"
+        heading = (
+            f"{name}, batch {numbers['batch']} | over eager original | over vectorised | FLOPs | efficiency | at most"
+        )
         parts.append(table(heading, rows))
     return "\n\n".join(parts)
 

@@ -8,7 +8,7 @@ Fused kernels take this form; every other expert keeps its own program.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -18,7 +18,7 @@ from moeca_fx.ops.grouped_linear import grouped_linear
 
 aten = torch.ops.aten
 _GROUPED = grouped_linear._opoverload
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+ACTIVATIONS: tuple[Literal["silu", "gelu", "gelu_tanh", "relu"], ...] = ("silu", "gelu", "gelu_tanh", "relu")
 """In the order of the kernels' numbering."""
 
 

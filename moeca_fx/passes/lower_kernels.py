@@ -1,4 +1,4 @@
-"""lower_kernels: replace reference functions by the CPU's fused kernels (`kernels/cpu`), where they apply.
+"""lower_kernels: replace reference functions by the fused kernels of the device that holds the weights.
 
     branch, .., offsets = plan_branches(expert)
     hidden   = experts(gather_branches(x, branch), ..)  -->  feature = moeca_cpu.branches(x, expert, W..)
@@ -12,8 +12,14 @@
     norm     = write_rows(cache_norm, picked, |hidden|)                          cache_norm, x, code, expert, row, W..)
     feature  = write_rows(cache_feature, picked, hidden)
 
-Decisions, thresholds, the router's top-k, adaLN and row attention likewise, one call each. A kernel takes fp32 and
-bf16, and experts of the form in `graph/gated_form.py`; what it does not take stays, and the result says why.
+On a CPU (`kernels/cpu`, fp32 and bf16) decisions, thresholds, the router's top-k, adaLN and row attention likewise, one
+call each. Kernels take experts of the form in `graph/gated_form.py`; what they do not take stays, and the result says
+why.
+
+On a GPU (`kernels/triton_gpu`, also fp16) there are `branches`, `recompute`, `grouped`, `decide` by score and
+`attention_rows`; Inductor does the rest. The weighted sum then follows `moeca_gpu.branches` as it is, for Inductor
+fuses it with the residual: eight launches for any number of experts and no wait, where the reference waits for the
+group sizes and launches three products an expert.
 """
 
 import functools
@@ -26,7 +32,7 @@ import torch
 from torch import fx
 
 from moeca_fx.graph.rewrite import sort_stably
-from moeca_fx.kernels.cpu import ops as kernels
+from moeca_fx.kernels.families import CPU, FAMILIES, Family
 from moeca_fx.ops import dispatch
 from moeca_fx.ops.attention_rows import attention_rows
 from moeca_fx.passes.kernels.decisions import (
@@ -44,7 +50,8 @@ from moeca_fx.policies import branch
 log = logging.getLogger("moeca_fx.kernels")
 aten = torch.ops.aten
 
-NOT_BUILT = "the CPU kernels are not built"
+Rule = Callable[[fx.GraphModule, fx.Node, Family], str | None]
+"""Lowers one call, or says why it stays."""
 
 
 @dataclass
@@ -60,16 +67,24 @@ class Lowered:
     left: dict[str, None] = field(default_factory=dict)
 
 
-def lower_kernels(module: fx.GraphModule) -> Lowered:
-    """Lower every call that a kernel takes, in place."""
+def lower_kernels(module: fx.GraphModule, family: Family | None = None) -> Lowered:
+    """Lower every call that a kernel takes, in place.
+
+    Args:
+        family: the kernels to use; by the device of the weights when None.
+    """
     result = Lowered()
-    problem = _why_not(module)
+    found = family or _family(module)
+    problem = found if isinstance(found, str) else _wrong_dtype(module, found)
     if problem is not None:
         result.left[problem] = None
-        if problem != NOT_BUILT:  # the build said why
-            _say_once(problem)
+        _say_once(problem)
         return result
-    rules: tuple[tuple[str, Any, Callable[[fx.GraphModule, fx.Node], str | None]], ...] = (
+    assert isinstance(found, Family)
+    if not found.available():  # which said why
+        result.left[found.unavailable] = None
+        return result
+    rules: tuple[tuple[str, Any, Rule], ...] = (
         ("branches", dispatch.ungroup_branches, lower_branches),
         ("recompute", dispatch.plan_recomputed, lower_recompute),
         ("threshold", branch.expert_threshold, lower_threshold),
@@ -82,10 +97,10 @@ def lower_kernels(module: fx.GraphModule) -> Lowered:
     )
     for name, target, rule in rules:
         for node in [node for node in module.graph.nodes if node.target is target]:
-            _note(result, name, rule(module, node))
+            _note(result, name, found.missing[name] if name in found.missing else rule(module, node, found))
         _drop_dead(module)  # a lowered call no longer reads what it read
     for node in [node for node in module.graph.nodes if is_experts(node)]:
-        _note(result, "grouped", lower_grouped(module, node))
+        _note(result, "grouped", lower_grouped(module, node, found))
     _drop_dead(module)
     sort_stably(module.graph)
     module.graph.lint()
@@ -106,16 +121,18 @@ def _note(result: Lowered, name: str, reason: str | None) -> None:
         result.left[f"{name}: {reason}"] = None
 
 
-def _why_not(module: fx.GraphModule) -> str | None:
-    """What keeps every kernel from this graph."""
+def _family(module: fx.GraphModule) -> Family | str:
+    """The kernels for the device of a graph's weights, or why there are none."""
+    places = {tensor.device.type for tensor in (*module.parameters(), *module.buffers())} or {CPU.device}
+    found = next((family for family in FAMILIES if places == {family.device}), None)
+    return found or f"the weights are on {', '.join(sorted(places))}; kernels take one of a CPU and a CUDA GPU"
+
+
+def _wrong_dtype(module: fx.GraphModule, family: Family) -> str | None:
+    """What keeps every kernel of a family from this graph."""
     tensors = [*module.parameters(), *module.buffers()]
-    places = {tensor.device.type for tensor in tensors}
-    if places - {"cpu"}:
-        return f"the weights are on {', '.join(sorted(places))}; CPU kernels take the CPU"
-    odd = {tensor.dtype for tensor in tensors if tensor.is_floating_point()} - set(kernels.DTYPES)
-    if odd:
-        return f"there is no CPU kernel for {', '.join(sorted(map(str, odd)))}"
-    return None if kernels.available() else NOT_BUILT
+    odd = {tensor.dtype for tensor in tensors if tensor.is_floating_point()} - set(family.dtypes)
+    return f"there is no {family.name} kernel for {', '.join(sorted(map(str, odd)))}" if odd else None
 
 
 def _drop_dead(module: fx.GraphModule) -> None:

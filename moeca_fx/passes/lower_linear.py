@@ -1,7 +1,7 @@
 """lower_linear: send the dense linears of a CPU graph to what is fastest there, found by measuring (`ops.cpu_gemm`).
 
     y = aten.linear(x, W, b)   -->   y = moeca.linear(x, W, b, 32)         fp32: from 32 rows on, oneDNN
-                               -->   y = aten.linear(x, W) + b             fp32 tokens [B, T, K], where that is not faster
+                               -->   y = aten.linear(x, W) + b             fp32 tokens [B, T, K], else
                                -->   y = moeca_cpu.linear(x, W, b)         bf16: fp32 products of widened panels
 
 The default library would write the bias to every row before it multiplies; as a sum of its own it fuses with what
@@ -62,7 +62,8 @@ def _split_biases(module: fx.GraphModule, linears: list[fx.Node]) -> int:
         bias = node.args[2]
         with module.graph.inserting_after(node):
             total = call(module.graph, aten.add.Tensor, node, bias, name=f"{node.name}_biased", like=node)
-        node.replace_all_uses_with(total, delete_user_cb=lambda user, own=total: user is not own)
+        node.replace_all_uses_with(total)
+        total.args = (node, bias)  # not itself
         node.args = node.args[:2]
     module.graph.lint()
     module.recompile()

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from moeca_fx.graph.state import SCALES_WITH, Counter, StateSpec
-from moeca_fx.kernels.cpu import ops as kernels
+from moeca_fx.kernels.families import FAMILIES
+from moeca_fx.kernels.formulas import branch_flops
 from moeca_fx.ops import dispatch, rows
 from moeca_fx.passes.cache.graphs import CachedGraphs, StepGraph
 
@@ -143,8 +144,8 @@ class _FlopInterpreter(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is rows.select_rows:
             return self._indices(args[0])
-        if target is kernels.recompute_branches:
-            self.extra += self.selected * kernels.branch_flops(args[2:])
+        if any(target is family.recompute for family in FAMILIES):
+            self.extra += self.selected * branch_flops(args[2:])
             return args[0], args[1]
         if target is dispatch.plan_recomputed:
             picked = self._indices(args[0])

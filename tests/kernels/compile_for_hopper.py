@@ -19,7 +19,8 @@ _launch = JITFunction.run
 def _compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
     compiled = _launch(kernel, *args, grid=grid, warmup=True, **options)
     shared, wgmma = compiled.metadata.shared, "wgmma.mma_async" in compiled.asm["ptx"]
-    sys.stdout.write(json.dumps({"kernel": kernel.__name__, "shared": shared, "wgmma": wgmma}) + "\n")
+    found = {"kernel": kernel.__name__, "exact": options.get("IEEE", False), "shared": shared, "wgmma": wgmma}
+    sys.stdout.write(json.dumps(found) + "\n")
     return compiled
 
 
@@ -62,6 +63,29 @@ def _compile_all() -> None:
     for heads, depth in ((6, 64), (16, 72)):
         query = torch.zeros(batch, tokens, heads, depth, dtype=torch.bfloat16)
         kernels.attention_rows_masked(query, query, query, torch.zeros(batch, tokens, dtype=torch.bool))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        _compile_operations(dtype)
+
+
+def _compile_operations(
+    dtype: torch.dtype, tokens: int = 64, width: int = 72, inner: int = 9, experts: int = 4
+) -> None:
+    """What graphs call, with and without biases, gate, token rows and norms; odd widths."""
+    from moeca_fx.kernels.triton_gpu import ops
+
+    experts, share = 4, torch.zeros(1, tokens, 2)
+    x, routing = torch.zeros(tokens, width, dtype=dtype), torch.zeros(tokens, 2, dtype=torch.int64)
+    up, down = torch.zeros(experts, inner, width, dtype=dtype), torch.zeros(experts, width, inner, dtype=dtype)
+    feature, code, row = torch.zeros(1, tokens, 2, width, dtype=dtype), routing.to(torch.int8), torch.arange(tokens)
+    biased = (up, up[..., 0], up, up[..., 0], down, down[..., 0], 2)
+    ops.branches(x, routing, *biased)
+    ops.grouped(x, torch.zeros(experts, dtype=torch.int64), None, None, up, None, down, None, 1)
+    ops.recompute(feature, share, x, code, routing, row, up, None, up, None, down, None, 0)
+    ops.recompute(feature, None, x, code, routing, None, *biased)
+    heads = torch.zeros(1, tokens, 2, 36, dtype=dtype)
+    ops.attention_rows(heads[0], heads, heads, row, None)
+    slots, limit = routing.unsqueeze(0), torch.zeros(1, experts)
+    ops.decide(slots, share.to(dtype), slots, share, share, limit, None, 1.1, 0.6, True, None)
 
 
 if __name__ == "__main__":

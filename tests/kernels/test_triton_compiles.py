@@ -25,4 +25,4 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     assert {each["kernel"] for each in compiled} >= KERNELS
     assert max(each["shared"] for each in compiled) <= SHARED_MEMORY
     assert sum(each["wgmma"] for each in compiled if each["kernel"] in ("_up_kernel", "_down_kernel")) >= 8
-    assert all(each["wgmma"] for each in compiled if each["kernel"] == "_attention_kernel")
+    assert all(each["wgmma"] for each in compiled if each["kernel"] == "_attention_kernel" and not each["exact"])

@@ -5,6 +5,7 @@ graph can capture a step. `decide` picks branches, `plan` groups them by expert,
 in the feature cache, `combine_slots` sums a token's features, `attention_rows_masked` attends for refreshed tokens.
 """
 
+from moeca_fx.kernels.triton_gpu._common import INTERPRETED
 from moeca_fx.kernels.triton_gpu.attention_rows import attention_rows_masked, attention_rows_packed, listed_rows
 from moeca_fx.kernels.triton_gpu.combine import combine_slots
 from moeca_fx.kernels.triton_gpu.decide import decide
@@ -14,6 +15,7 @@ from moeca_fx.kernels.triton_gpu.plan import plan
 from moeca_fx.kernels.triton_gpu.tiles import Tile, Tiles, default_tiles, tuned_tiles
 
 __all__ = [
+    "INTERPRETED",
     "Tile",
     "Tiles",
     "attention_rows_masked",

@@ -43,7 +43,7 @@ def decide(
         and code int8: 0 reused, 1 matched and recomputed, 2 unmatched and recomputed.
     """
     _, tokens, top_k = expert.shape
-    slot, slot_expert = torch.empty_like(expert), torch.empty_like(expert)
+    slot, slot_expert = (torch.empty(expert.shape, dtype=expert.dtype, device=expert.device) for _ in range(2))
     slot_weight = torch.empty(expert.shape, dtype=torch.float32, device=expert.device)
     code = torch.empty(expert.shape, dtype=torch.int8, device=expert.device)
     count = expert.numel() // top_k
@@ -104,7 +104,7 @@ def _decide(
     lane = tl.arange(0, KP)
     real = (lane < K)[None, :] & (token < count)[:, None]  # [BLOCK, KP]
     at = token.to(tl.int64)[:, None] * K + lane[None, :]
-    expert = tl.load(expert_ptr + at, mask=real, other=-1)
+    expert = tl.load(expert_ptr + at, mask=real, other=-3)  # padding equals no id: an empty slot holds -1
     weight = tl.load(weight_ptr + at, mask=real, other=0.0).to(tl.float32)
     cached = tl.load(cached_expert_ptr + at, mask=real, other=-2)
     if SHARE:

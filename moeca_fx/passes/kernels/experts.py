@@ -3,13 +3,12 @@
 import operator
 from typing import Any
 
-import torch
 from torch import fx
 
 from moeca_fx.graph.gated_form import GatedForm, gated_form
 from moeca_fx.graph.rewrite import call
 from moeca_fx.graph.state import SCALES_WITH
-from moeca_fx.kernels.cpu import ops as kernels
+from moeca_fx.kernels.families import Family
 from moeca_fx.ops import dispatch, rows, slots
 from moeca_fx.passes.kernels.edits import replace_call
 from moeca_fx.passes.lower_inplace import may_write_in_place
@@ -20,7 +19,7 @@ def is_experts(node: fx.Node) -> bool:
     return node.op == "call_module" and len(node.args) == 3 and str(node.target).endswith("_experts")
 
 
-def _weights(module: fx.GraphModule, node: fx.Node) -> tuple[Any, ...] | str:
+def _weights(module: fx.GraphModule, node: fx.Node, family: Family) -> tuple[Any, ...] | str:
     """Operands of a kernel that stand for an expert program, inserted before it; or why there are none."""
     path = str(node.target)
     program = module.get_submodule(path)
@@ -29,7 +28,7 @@ def _weights(module: fx.GraphModule, node: fx.Node) -> tuple[Any, ...] | str:
     if not isinstance(form, GatedForm):
         return form
     for name in (form.gate, form.up, form.down):
-        if name is not None and 1 not in getattr(program, name).stride()[1:]:
+        if name is not None and not family.any_strides and 1 not in getattr(program, name).stride()[1:]:
             return f"the weight {name} is strided"
     with module.graph.inserting_before(node):
         operands = tuple(module.graph.get_attr(f"{path}.{name}") if name is not None else None for name in form.names())
@@ -41,8 +40,8 @@ def _experts_before(node: fx.Node) -> fx.Node | None:
     return source if isinstance(source, fx.Node) and is_experts(source) else None
 
 
-def lower_branches(module: fx.GraphModule, feature: fx.Node) -> str | None:
-    """All branches, in branch order; or their weighted sum, where nothing else reads them."""
+def lower_branches(module: fx.GraphModule, feature: fx.Node, family: Family) -> str | None:
+    """All branches, in branch order; or their weighted sum, where nothing else reads them and a kernel has it."""
     hidden = _experts_before(feature)
     gathered = hidden.args[0] if hidden is not None else None
     if hidden is None or not isinstance(gathered, fx.Node) or gathered.target is not dispatch.gather_branches:
@@ -51,19 +50,17 @@ def lower_branches(module: fx.GraphModule, feature: fx.Node) -> str | None:
         return "another node reads the grouped rows"
     plan = gathered.args[1].args[0]  # type: ignore[union-attr]  # gather_branches reads an item of a plan
     assert isinstance(plan, fx.Node) and plan.target is dispatch.plan_branches
-    weights = _weights(module, hidden)
+    weights = _weights(module, hidden, family)
     if isinstance(weights, str):
         return weights
     x, expert = gathered.args[0], plan.args[0]
     readers = list(feature.users)
-    if [reader.target for reader in readers] == [dispatch.combine_branches]:
+    if "mixture" not in family.missing and [reader.target for reader in readers] == [dispatch.combine_branches]:
         combined = readers[0]
-        replace_call(module, combined, torch.ops.moeca_cpu.mixture.default, x, expert, combined.args[1], *weights)
+        replace_call(module, combined, family.op("mixture"), x, expert, combined.args[1], *weights)
         return None
     with module.graph.inserting_before(feature):
-        both = call(
-            module.graph, torch.ops.moeca_cpu.branches.default, x, expert, *weights, name=f"{hidden.name}_fused"
-        )
+        both = call(module.graph, family.op("branches"), x, expert, *weights, name=f"{hidden.name}_fused")
         made, norms = (
             call(module.graph, operator.getitem, both, index, name=f"{feature.name}_{kind}")
             for index, kind in enumerate(("fused", "norms"))
@@ -75,7 +72,7 @@ def lower_branches(module: fx.GraphModule, feature: fx.Node) -> str | None:
     return None
 
 
-def lower_recompute(module: fx.GraphModule, plan: fx.Node) -> str | None:
+def lower_recompute(module: fx.GraphModule, plan: fx.Node, family: Family) -> str | None:
     """The picked branches of a cached step, written where they are kept."""
     code, slot_expert, row, _ = plan.args
     taken = [user for item in plan.users for user in item.users if user.target is dispatch.take_rows]
@@ -90,7 +87,7 @@ def lower_recompute(module: fx.GraphModule, plan: fx.Node) -> str | None:
     targets = [*writes, *norm_writes]
     if len(norm_writes) > 1 or any(not may_write_in_place(write) for write in targets):
         return "a cache is read after it is written"
-    weights = _weights(module, hidden)
+    weights = _weights(module, hidden, family)
     if isinstance(weights, str):
         return weights
     (write,), x = writes, hidden.args[0].args[0]  # type: ignore[union-attr]  # the experts read rows that were taken
@@ -98,7 +95,7 @@ def lower_recompute(module: fx.GraphModule, plan: fx.Node) -> str | None:
     last = max(targets, key=list(module.graph.nodes).index)
     with module.graph.inserting_before(last):
         operands = (*caches, x, code, slot_expert, row, *weights)
-        made = call(module.graph, kernels.recompute_branches, *operands, name=f"{hidden.name}_recompute")
+        made = call(module.graph, family.recompute, *operands, name=f"{hidden.name}_recompute")
         made.meta[SCALES_WITH] = hidden.meta[SCALES_WITH]
         for index, written in enumerate(targets):
             item = call(module.graph, operator.getitem, made, index, name=f"{written.name}_done", like=written)
@@ -106,11 +103,11 @@ def lower_recompute(module: fx.GraphModule, plan: fx.Node) -> str | None:
     return None
 
 
-def lower_grouped(module: fx.GraphModule, hidden: fx.Node) -> str | None:
+def lower_grouped(module: fx.GraphModule, hidden: fx.Node, family: Family) -> str | None:
     """An expert program on rows that something else gathered."""
-    weights = _weights(module, hidden)
+    weights = _weights(module, hidden, family)
     if isinstance(weights, str):
         return weights
     x, _, ends = hidden.args
-    replace_call(module, hidden, torch.ops.moeca_cpu.grouped.default, x, ends, *weights)
+    replace_call(module, hidden, family.op("grouped"), x, ends, *weights)
     return None

@@ -14,13 +14,13 @@ from torch import fx
 
 from moeca_fx.graph.rewrite import call, example_value
 from moeca_fx.graph.slicing import addends, ancestors
-from moeca_fx.kernels.cpu import ops as kernels
+from moeca_fx.kernels.families import Family
 from moeca_fx.passes.kernels.edits import replace_call
 
 aten = torch.ops.aten
 
 
-def lower_norm(module: fx.GraphModule, norm: fx.Node) -> str | None:
+def lower_norm(module: fx.GraphModule, norm: fx.Node, family: Family) -> str | None:
     """Lower one layer norm of [B, T, H] tokens with what modulates it."""
     stream, shape, *rest = norm.args
     weight, bias, eps = (*rest, *(None, None, 1e-5)[len(rest) :])[:3]
@@ -28,7 +28,7 @@ def lower_norm(module: fx.GraphModule, norm: fx.Node) -> str | None:
         return "the norm has weights of its own"
     if not isinstance(stream, fx.Node) or len(_shape(stream)) != 3 or len(shape) != 1:  # type: ignore[arg-type]
         return "it is not a norm of tokens [B, T, H]"
-    if example_value(stream).dtype not in kernels.DTYPES:
+    if example_value(stream).dtype not in family.dtypes:
         return "the tokens are not fp32 or bf16"
     scaled = _only_user(norm, aten.mul.Tensor)
     shifted = _only_user(scaled, aten.add.Tensor)
@@ -39,11 +39,11 @@ def lower_norm(module: fx.GraphModule, norm: fx.Node) -> str | None:
         return "scale and shift are not one a sample"
     residual = _gated_residual(stream)
     if residual is None or stream in ancestors([factor, shift]):
-        replace_call(module, shifted, torch.ops.moeca_cpu.modulated_norm.default, stream, factor, shift, eps)
+        replace_call(module, shifted, family.op("modulated_norm"), stream, factor, shift, eps)
         return None
     x, gate, y = residual
     with module.graph.inserting_before(shifted):
-        target = torch.ops.moeca_cpu.gated_norm.default
+        target = family.op("gated_norm")
         both = call(module.graph, target, x, gate, y, factor, shift, eps, name=f"{shifted.name}_fused")
         new = [
             call(module.graph, operator.getitem, both, i, name=f"{n.name}_fused", like=n)
