@@ -5,7 +5,8 @@
       up   = linear(rows, up_proj.weight)   -->    up   = moeca.grouped_linear(rows, up_proj [E, I, H], None, offsets)
       down = linear(silu(gate) * up, ..)           down = moeca.grouped_linear(silu(gate) * up, .., offsets)
 
-Row-wise operations stay as they are. Views of a parameter (two-slice weights) become views of its stack.
+Row-wise operations stay as they are. Views of a parameter become views of its stack; products that an expert computes
+in slices of its weights become whole (`whole_products`).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from moeca_fx.graph.expert_stack import stacked_view
 from moeca_fx.graph.layout import NotTokenWise, TokenAxes, propagate
 from moeca_fx.graph.rewrite import attribute, example_value
 from moeca_fx.graph.slicing import between
+from moeca_fx.graph.whole_products import whole_products
 from moeca_fx.ops.grouped_linear import grouped_linear
 
 aten = torch.ops.aten
@@ -76,6 +78,7 @@ def build_expert_program(path: str, experts: Sequence[nn.Module], example: torch
     for node in inside:
         builder.add(node, rows)
     program = builder.finish(result)
+    whole_products(program)
     _prove(path, program, experts, example)
     return program
 

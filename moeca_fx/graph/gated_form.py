@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from moeca_fx.graph.rewrite import attribute
+from moeca_fx.graph.rewrite import evaluate
 from moeca_fx.ops.grouped_linear import grouped_linear
 
 aten = torch.ops.aten
@@ -101,13 +101,5 @@ def _tensor(program: fx.GraphModule, linear: Any, index: int) -> str | None:
         return str(node.target)
     name = f"view_{node.name}"
     if not hasattr(program, name):
-        program.register_buffer(name, _evaluate(program, node), persistent=False)
+        program.register_buffer(name, evaluate(program, node), persistent=False)
     return name
-
-
-def _evaluate(program: fx.GraphModule, node: fx.Node) -> Any:
-    """The view that a chain of operations on a stacked weight gives."""
-    if node.op == "get_attr":
-        return attribute(program, str(node.target))
-    arguments = fx.map_arg((node.args, node.kwargs), lambda source: _evaluate(program, source))
-    return node.target(*arguments[0], **arguments[1])  # type: ignore[operator]  # a view operation

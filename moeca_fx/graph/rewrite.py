@@ -101,6 +101,14 @@ def drop_unused_attributes(module: fx.GraphModule) -> None:
             delattr(module.get_submodule(owner_path), leaf)
 
 
+def evaluate(module: fx.GraphModule, node: fx.Node) -> Any:
+    """The view that a chain of operations on an attribute gives."""
+    if node.op == "get_attr":
+        return attribute(module, str(node.target))
+    arguments = fx.map_arg((node.args, node.kwargs), lambda source: evaluate(module, source))
+    return node.target(*arguments[0], **arguments[1])  # type: ignore[operator]  # a view operation
+
+
 def attribute(module: torch.nn.Module, path: str) -> Any:
     """The value of a dotted attribute path, e.g. a ``get_attr`` target."""
     value: Any = module
