@@ -49,6 +49,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_every_kernel_is_right_in_the_interpreter() -> None:
     done = _run("--interpret")
     assert done.returncode == 0, done.stdout + done.stderr

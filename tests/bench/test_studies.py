@@ -25,6 +25,7 @@ def test_the_full_score_is_as_published():
     assert score_fields(TERMS, 0.8) == {"tau0": 0.8, "lambda1": 1.1, "lambda2": 0.6}
 
 
+@pytest.mark.slow
 def test_combinations_are_compared_at_the_same_work_too(subject, settings, tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "COMBINATIONS", (("w",), TERMS))
     monkeypatch.setattr(studies, "BISECTIONS", 10)

@@ -1,5 +1,6 @@
 """TeaCache's fit: the probe sees what the reference sees, and the polynomial follows the output's change."""
 
+import pytest
 import torch
 
 import moeca_fx
@@ -49,6 +50,7 @@ def test_a_fit_of_degree_one_is_the_regression_line():
     assert abs(float(residual.sum())) < 1e-6 and abs(float((residual * x).sum())) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_coefficients_fit_the_policy():
     model = _model()
     recording = _recording(model)

@@ -74,6 +74,7 @@ def test_the_cache_shows_in_statistics_and_picture(run, project):
     assert not torch.equal(_pixels(project / "original.png"), _pixels(project / "cached.png"))
 
 
+@pytest.mark.slow
 def test_guidance_moves_away_from_the_null_class(run, project):
     for scale in ("1", "0", "3"):
         result = run(

@@ -62,7 +62,7 @@ def test_nothing_recomputed(family: Family) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("seed", [4, 5])
+@pytest.mark.parametrize("seed", [4, pytest.param(5, marks=pytest.mark.slow)])
 def test_other_weights_and_inputs(family: Family, seed: int) -> None:
     totals = run_both(family, MoECa(tau0=SOME), batch=3, seed=seed)
     assert 0 < sum(c.recomputed for c in totals) < sum(c.branches for c in totals)

@@ -52,6 +52,7 @@ def recomputed(selector: BranchSelector) -> int:
     return stats.recomputed_branches
 
 
+@pytest.mark.slow
 def test_it_recomputes_more_than_nothing_and_less_than_all() -> None:
     none, some, high = (recomputed(each) for each in (Unmatched(), EvenExperts(), EvenExperts(least=1e9)))
     everything = recomputed(Budget(share=1.0))

@@ -60,7 +60,7 @@ def test_inputs_without_the_batch_are_passed_on() -> None:
     assert torch.equal(found[0], x[1:3]) and found[1] is table and found[2] is scalar and found[3:] == ["text", None]
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3])
+@pytest.mark.parametrize("chunk", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 3))])
 @pytest.mark.parametrize("policy", [SOME, policies.build("taylorseer"), None], ids=["moeca", "taylorseer", "none"])
 def test_results_and_statistics_are_those_of_one_call(chunk: int, policy: Method | None) -> None:
     whole, parts = _fresh(policy), _fresh(policy, chunk=chunk)
@@ -114,7 +114,7 @@ def test_contexts_and_resets_take_all_chunks() -> None:
 # -- a limit ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [None, 1])
+@pytest.mark.parametrize("chunk", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_samples_beyond_the_limit_are_exact_and_the_cache_stays_below(chunk: int | None) -> None:
     limit = int(2.5 * _per_sample())
     options: dict[str, int | str] = {"cache_limit": limit} if chunk is None else {"cache_limit": limit, "chunk": chunk}

@@ -47,6 +47,7 @@ def test_a_speedup_is_reached_and_the_report_is_of_the_held_out_run() -> None:
     assert again.method == found.method
 
 
+@pytest.mark.slow
 def test_it_beats_the_uniform_forecast_on_the_calibration_run() -> None:
     model = _model()
     found = moeca_fx.tune(model, CALIBRATION, "3x", held_out=HELD_OUT, level="output")
@@ -55,6 +56,7 @@ def test_it_beats_the_uniform_forecast_on_the_calibration_run() -> None:
     assert uniform.stats().full_steps == 3 < len(found.method.as_dict()["full"])
 
 
+@pytest.mark.slow
 def test_a_quality_is_reached_with_the_fewest_full_steps() -> None:
     model = _model()
     found = moeca_fx.tune(model, CALIBRATION, "35dB", held_out=HELD_OUT, level="output")
@@ -72,6 +74,7 @@ def test_branches_on_a_calibrated_schedule(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.calibration.cache_bytes > 0
 
 
+@pytest.mark.slow
 def test_methods_are_compared_on_other_latents_than_they_were_fitted_to() -> None:
     model, other = _model(), _sampler(50, 0)
     found = moeca_fx.tune(model, CALIBRATION, "3x", held_out=HELD_OUT, validation=other, level="output")
@@ -79,6 +82,7 @@ def test_methods_are_compared_on_other_latents_than_they_were_fitted_to() -> Non
     assert psnr(other(fast), other(model)) == pytest.approx(found.calibration.psnr, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_model_that_predicts_variances_too() -> None:
     model = zoo_models.tiny_dsmoe()  # twice as many output as input channels
     found = moeca_fx.tune(model, CALIBRATION, "3x", held_out=HELD_OUT, level="output")
@@ -86,6 +90,7 @@ def test_a_model_that_predicts_variances_too() -> None:
     assert found.met and found.held_out.psnr > psnr(HELD_OUT(held), HELD_OUT(model))
 
 
+@pytest.mark.slow
 def test_samplers_that_unpack_a_tuple_and_move_time_in_place() -> None:
     noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -152,6 +157,7 @@ def test_an_interrupted_search_repeats_nothing(tmp_path: Path, monkeypatch: pyte
     assert found.trials >= 3
 
 
+@pytest.mark.slow
 def test_moved_steps_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "made" / "trials.jsonl"
     first = moeca_fx.tune(_model(), CALIBRATION, "3x", level="output", log_file=str(log))

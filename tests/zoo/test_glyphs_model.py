@@ -43,6 +43,7 @@ def test_the_file_is_small_and_the_weights_load_in_full_precision(model):
     assert not model.training
 
 
+@pytest.mark.slow
 def test_every_expert_of_every_layer_is_used(drawn):
     """The trained router spreads its load over 48 experts: none is dead, none takes a tenth of the branches."""
     loads = drawn[2]
@@ -53,6 +54,7 @@ def test_every_expert_of_every_layer_is_used(drawn):
         assert share.max() < 0.1
 
 
+@pytest.mark.slow
 def test_the_judge_of_real_glyphs_recognises_far_more_than_chance(drawn):
     images, labels, _ = drawn
     assert (load_judge("glyphs").predict(images) == labels).float().mean() >= 0.35

@@ -18,7 +18,10 @@ LEAST = {
 }
 
 
-@pytest.mark.parametrize(("model_name", "policy"), LEAST)
+@pytest.mark.parametrize(
+    ("model_name", "policy"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if case[0] == "glyphs" else []) for case in LEAST],
+)
 def test_quality_and_speed(model_name: str, policy: str, trained) -> None:
     trained(model_name)
     task, model = find_task(model_name), moeca_fx.zoo.build(model_name)

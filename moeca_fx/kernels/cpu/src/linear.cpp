@@ -3,7 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <vector>
+#include <memory>
 
 #include "dots.h"
 #include "scalar.h"
@@ -31,16 +31,17 @@ void linear_of(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, i
   const int64_t panels = (rows + kRows - 1) / kRows, lanes = few ? rows : lanes_of(std::min(rows, kRows));
   const int64_t most = std::max(w.outputs * panels / (4 * threads) / kStrip * kStrip, kStrip);
   const int64_t each = std::min(kOutputs, most), strips = (w.outputs + each - 1) / each;
-  std::vector<float> inputs(panels * lanes * w.inputs);  // as panels, or the few rows as they are
+  // As panels, or the few rows as they are; written before it is read.
+  const std::unique_ptr<float[]> inputs(new float[panels * lanes * w.inputs]);
 #pragma omp parallel num_threads(threads) if (rows * w.outputs * w.inputs > 1 << 16)
   {
     Scratch& scratch = scratch_of_thread();
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t count = std::min(kRows, rows - p * kRows);
-      float* wide = few ? inputs.data() : scratch.take(kRowsIn, lanes * w.inputs);
+      float* wide = few ? inputs.get() : scratch.take(kRowsIn, lanes * w.inputs);
       load_row(wide, x + p * kRows * w.inputs, count * w.inputs);
-      if (!few) to_panel(wide, count, lanes, w.inputs, inputs.data() + p * lanes * w.inputs);
+      if (!few) to_panel(wide, count, lanes, w.inputs, inputs.get() + p * lanes * w.inputs);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < panels * strips; ++t) {
@@ -48,7 +49,7 @@ void linear_of(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, i
       const int64_t first = t % strips * each, some = std::min(each, w.outputs - first);
       const Weight part = part_of<T>(w, first, some);
       const T* shift = bias == nullptr ? nullptr : bias + first;
-      const float* input = inputs.data() + p * lanes * w.inputs;
+      const float* input = inputs.get() + p * lanes * w.inputs;
       float* out = scratch.take(kRowsOut, count * some);
       if (few) {
         multiply_dots(part, shift, input, count, out, scratch);
