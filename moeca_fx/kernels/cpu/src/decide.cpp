@@ -75,11 +75,13 @@ void decide_token(const Decision& d, int64_t token) {
 
 // Entropy of one expert's activation over the tokens, in nats.
 float entropy(const float* activation, int64_t tokens) {
-  float mass = 0.0f;
-  for (int64_t t = 0; t < tokens; ++t) mass += activation[t];
+  Vector lanes(0.0f);
+  for (int64_t t = 0; t < tokens; t += Vector::size())
+    lanes = lanes + Vector::loadu(activation + t, std::min<int64_t>(Vector::size(), tokens - t));
+  const float mass = total(lanes);
   if (mass == 0.0f) return 0.0f;
   const Vector scale(mass), zero(0.0f), one(1.0f);
-  Vector lanes(0.0f);
+  lanes = Vector(0.0f);
   for (int64_t t = 0; t < tokens; t += Vector::size()) {
     const Vector share = Vector::loadu(activation + t, std::min<int64_t>(Vector::size(), tokens - t)) / scale;
     const Vector safe = Vector::blendv(share, one, share == zero);

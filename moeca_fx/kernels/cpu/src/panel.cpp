@@ -12,8 +12,8 @@ constexpr int64_t kLanes = Vector::size();
 constexpr bool kManyRegisters = kLanes == 16;  // 32 vector registers with AVX-512, 16 without
 constexpr int kMostVectors = kManyRegisters ? 4 : 2;
 constexpr int64_t kInputs = 512;  // at a time: a few vectors of rows of so many stay in the first cache
-constexpr int64_t kLine = 16;   // floats that are fetched from memory at once
-constexpr int64_t kAhead = 8;  // inputs, where outputs are neighbours in memory
+constexpr int64_t kLine = 16;     // floats that are fetched from memory at once
+constexpr int64_t kAhead = 8;     // inputs, where outputs are neighbours in memory
 
 // Outputs held in registers beside V vectors of rows: as many sums as there are registers left.
 constexpr int outputs_beside(int vectors) {
