@@ -39,10 +39,6 @@ void scale_lanes(float* panel, int64_t width, int64_t lanes, const float* share)
       (Vector::loadu(panel + i * lanes + lane) * Vector::loadu(share + lane)).store(panel + i * lanes + lane);
 }
 
-const void* at_element(const void* data, int64_t index, bool bfloat16) {
-  return static_cast<const char*>(data) + index * (bfloat16 ? 2 : 4);
-}
-
 // Queries begin .. end, all of one sample, one head.
 template <typename T>
 void attend(const AttentionRows& a, int64_t begin, int64_t end, int64_t head) {
@@ -56,13 +52,13 @@ void attend(const AttentionRows& a, int64_t begin, int64_t end, int64_t head) {
   float* query = scratch.take(kQuery, lanes * (a.width + 1));
   float* share = query + lanes * a.width;
   to_panel(own, rows, lanes, a.width, query);
-  const Weight key{at_element(a.key, sample * a.tokens * k_row + kv_head * a.width, a.bfloat16), a.tokens, a.width,
-                   k_row, 1, a.bfloat16};
+  const T* keys = static_cast<const T*>(a.key) + sample * a.tokens * k_row + kv_head * a.width;
+  const Weight key{keys, a.tokens, a.width, k_row, 1, a.bfloat16};
   float* scores = scratch.take(kScores, lanes * a.tokens);
   multiply_panel(key, nullptr, query, lanes, scores, scratch);
   softmax(scores, a.tokens, lanes, a.scale, share);
-  const Weight value{at_element(a.value, sample * a.tokens * v_row + kv_head * a.value_width, a.bfloat16),
-                     a.value_width, a.tokens, 1, v_row, a.bfloat16};
+  const T* values = static_cast<const T*>(a.value) + sample * a.tokens * v_row + kv_head * a.value_width;
+  const Weight value{values, a.value_width, a.tokens, 1, v_row, a.bfloat16};
   float* result = scratch.take(kResult, lanes * a.value_width);
   multiply_panel(value, nullptr, scores, lanes, result, scratch);
   scale_lanes(result, a.value_width, lanes, share);

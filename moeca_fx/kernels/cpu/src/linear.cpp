@@ -16,17 +16,17 @@ constexpr int64_t kOutputs = 192;  // of one task at most; fewer where there are
 
 enum Slot { kWidened, kRowsIn, kProduct, kRowsOut };
 
-// `some` outputs of a weight and its bias, from `first` on.
-template <typename T>
+// `some` outputs of a weight, from `first` on.
 Weight part_of(const Weight& w, int64_t first, int64_t some) {
   Weight part = w;
-  part.data = static_cast<const T*>(w.data) + first * w.output_stride;
+  part.data = static_cast<const uint16_t*>(w.data) + first * w.output_stride;
   part.outputs = some;
   return part;
 }
 
-template <typename T>
-void linear_of(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, int threads) {
+}  // namespace
+
+void linear_bf16(const uint16_t* x, int64_t rows, const Weight& w, const uint16_t* bias, uint16_t* y, int threads) {
   const bool few = few_rows(rows, w);
   const int64_t panels = (rows + kRows - 1) / kRows, lanes = few ? rows : lanes_of(std::min(rows, kRows));
   const int64_t most = std::max(w.outputs * panels / (4 * threads) / kStrip * kStrip, kStrip);
@@ -47,8 +47,8 @@ void linear_of(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, i
     for (int64_t t = 0; t < panels * strips; ++t) {
       const int64_t p = t / strips, count = std::min(kRows, rows - p * kRows);
       const int64_t first = t % strips * each, some = std::min(each, w.outputs - first);
-      const Weight part = part_of<T>(w, first, some);
-      const T* shift = bias == nullptr ? nullptr : bias + first;
+      const Weight part = part_of(w, first, some);
+      const uint16_t* shift = bias == nullptr ? nullptr : bias + first;
       const float* input = inputs.get() + p * lanes * w.inputs;
       float* out = scratch.take(kRowsOut, count * some);
       if (few) {
@@ -61,16 +61,6 @@ void linear_of(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, i
       for (int64_t r = 0; r < count; ++r) store_row(y + (p * kRows + r) * w.outputs + first, out + r * some, some);
     }
   }
-}
-
-}  // namespace
-
-void linear(const void* x, int64_t rows, const Weight& w, const void* bias, void* y, int threads) {
-  if (w.bfloat16)
-    linear_of(static_cast<const uint16_t*>(x), rows, w, static_cast<const uint16_t*>(bias), static_cast<uint16_t*>(y),
-              threads);
-  else
-    linear_of(static_cast<const float*>(x), rows, w, static_cast<const float*>(bias), static_cast<float*>(y), threads);
 }
 
 }  // namespace moeca

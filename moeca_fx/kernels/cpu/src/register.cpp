@@ -289,19 +289,19 @@ Tensor run_norm(const Tensor& x, const optional<Tensor>& y, MaybeTensor gate, co
 Tensor linear(const Tensor& x_, const Tensor& weight, MaybeTensor bias_) {
   const Tensor x = x_.contiguous();
   const auto bias = contiguous(bias_);
-  const auto dtype = weight.scalar_type();
-  TORCH_CHECK(weight.dim() == 2 && x.size(-1) == weight.size(1) && x.scalar_type() == dtype &&
-                  (!bias.has_value() || (bias->numel() == weight.size(0) && bias->scalar_type() == dtype)),
-              "moeca_cpu: expected rows [.., K], a weight [N, K] and a bias [N] of one dtype, found ", x.sizes(), " and ",
-              weight.sizes(), " in ", x.scalar_type(), " and ", dtype);
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16,
+              "moeca_cpu: expected bfloat16, found ", x.scalar_type(), " and ", weight.scalar_type());
+  TORCH_CHECK(weight.dim() == 2 && x.size(-1) == weight.size(1) &&
+                  (!bias.has_value() || (bias->numel() == weight.size(0) && bias->scalar_type() == at::kBFloat16)),
+              "moeca_cpu: expected a weight [N, K] and a bias [N] in bfloat16 for rows [.., K]");
   auto shape = x.sizes().vec();
   shape.back() = weight.size(0);
   Tensor out = at::empty(shape, x.options());
   if (out.numel() == 0) return out;
-  const moeca::Weight w{weight.data_ptr(), weight.size(0), weight.size(1), weight.stride(0), weight.stride(1),
-                        is_bfloat16(weight)};
-  moeca::linear(x.data_ptr(), x.numel() / x.size(-1), w, bias.has_value() ? bias->data_ptr() : nullptr, out.data_ptr(),
-                threads());
+  const moeca::Weight w{weight.data_ptr(), weight.size(0), weight.size(1), weight.stride(0), weight.stride(1), true};
+  const auto* b = bias.has_value() ? static_cast<const uint16_t*>(bias->data_ptr()) : nullptr;
+  moeca::linear_bf16(static_cast<const uint16_t*>(x.data_ptr()), x.numel() / x.size(-1), w, b,
+                     static_cast<uint16_t*>(out.data_ptr()), threads());
   return out;
 }
 
