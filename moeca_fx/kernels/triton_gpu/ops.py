@@ -5,6 +5,9 @@ the device's properties, which a trace does not have. Launches go to the device 
 module registers the operations, their shapes and their FLOPs.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,51 +18,40 @@ from moeca_fx.kernels.triton_gpu.decide import decide as decide_by_score
 from moeca_fx.kernels.triton_gpu.grouped_gemm import gated_experts
 from moeca_fx.kernels.triton_gpu.plan import plan
 
+_EXPERTS = "Tensor? gate, Tensor? gate_bias, Tensor up, Tensor? up_bias, Tensor down, Tensor? down_bias, int activation"
 
-@torch.library.custom_op("moeca_gpu::branches", mutates_args=())
-def branches(
-    x: Tensor,
-    expert: Tensor,
-    gate: Tensor | None,
-    gate_bias: Tensor | None,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    activation: int,
-) -> tuple[Tensor, Tensor]:
+
+@torch.library.custom_op(
+    "moeca_gpu::branches", mutates_args=(), schema=f"(Tensor x, Tensor expert, {_EXPERTS}) -> (Tensor, Tensor)"
+)
+def branches(x: Tensor, expert: Tensor, *experts: Any) -> tuple[Tensor, Tensor]:
     """All branches: token rows x [.., H] (N of them) and expert with N*k ids -> features [N*k, H] and norms [N*k]."""
     tokens, count = x.numel() // x.shape[-1], expert.numel()
-    feature, norm = x.new_empty(count, down.shape[1]), x.new_empty(count, dtype=torch.float32)
+    *weights, activation = experts
+    feature, norm = x.new_empty(count, weights[4].shape[1]), x.new_empty(count, dtype=torch.float32)
     if count:
         expert = expert.reshape(tokens, count // tokens)
         code = torch.ones(expert.shape, dtype=torch.int8, device=expert.device)
-        weights = (gate, gate_bias, up, up_bias, down, down_bias)
         _run_planned(x, code, expert, None, weights, activation, feature, norm)
     return feature, norm
 
 
-@torch.library.custom_op("moeca_gpu::grouped", mutates_args=())
-def grouped(
-    x: Tensor,
-    ends: Tensor,
-    gate: Tensor | None,
-    gate_bias: Tensor | None,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    activation: int,
-) -> Tensor:
+@torch.library.custom_op("moeca_gpu::grouped", mutates_args=(), schema=f"(Tensor x, Tensor ends, {_EXPERTS}) -> Tensor")
+def grouped(x: Tensor, ends: Tensor, *experts: Any) -> Tensor:
     """Rows x [M, H] grouped by expert, each expert's end row [E] -> [M, H]: every row is a token with one branch."""
-    out = x.new_empty(x.shape[0], down.shape[1])
+    *weights, activation = experts
+    out = x.new_empty(x.shape[0], weights[4].shape[1])
     order = torch.arange(x.shape[0], device=x.device)
-    weights = (gate, gate_bias, up, up_bias, down, down_bias)
     _run_experts(x, order, ends.to(torch.int32), 1, None, weights, activation, out, None)
     return out
 
 
-@torch.library.custom_op("moeca_gpu::recompute", mutates_args=("feature", "norm"))
+@torch.library.custom_op(
+    "moeca_gpu::recompute",
+    mutates_args=("feature", "norm"),
+    schema="(Tensor(a!) feature, Tensor(b!)? norm, Tensor x, Tensor code, Tensor slot_expert, Tensor? row, "
+    f"{_EXPERTS}) -> ()",
+)
 def recompute(
     feature: Tensor,
     norm: Tensor | None,
@@ -67,13 +59,7 @@ def recompute(
     code: Tensor,
     slot_expert: Tensor,
     row: Tensor | None,
-    gate: Tensor | None,
-    gate_bias: Tensor | None,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-    activation: int,
+    *experts: Any,
 ) -> None:
     """Branches with a code above zero, into the caches feature [B, T, k, H] and norm [B, T, k].
 
@@ -85,7 +71,7 @@ def recompute(
     shape = (code.numel() // code.shape[-1], code.shape[-1])
     features = feature.view(-1, feature.shape[-1])
     norms = None if norm is None else norm.view(-1)
-    weights = (gate, gate_bias, up, up_bias, down, down_bias)
+    *weights, activation = experts
     _run_planned(x, code.reshape(shape), slot_expert.reshape(shape), row, weights, activation, features, norms)
 
 
@@ -129,7 +115,7 @@ def _run_planned(
     code: Tensor,
     expert: Tensor,
     row: Tensor | None,
-    weights: tuple[Tensor | None, ...],
+    weights: Sequence[Tensor | None],
     activation: int,
     feature: Tensor,
     norm: Tensor | None,
@@ -148,7 +134,7 @@ def _run_experts(
     offsets: Tensor,
     top_k: int,
     row: Tensor | None,
-    weights: tuple[Tensor | None, ...],
+    weights: Sequence[Tensor | None],
     activation: int,
     feature: Tensor,
     norm: Tensor | None,
