@@ -53,7 +53,10 @@ def toy_pair(policy: MoECa | None = SOME) -> tuple[Toy, TransformedModel]:
 
 
 def as_new(fast: TransformedModel) -> TransformedModel:
-    """Drop trajectories, statistics and given warnings; compiled programs stay."""
+    """Drop trajectories, statistics, given warnings and every program but the one that `transform` made."""
+    programs = fast._moeca.programs
+    for signature in list(programs)[1:]:
+        del programs[signature]
     fast._moeca.trajectories.clear()
     fast._moeca.advice.given.clear()
     fast.reset_stats()
