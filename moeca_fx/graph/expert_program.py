@@ -19,6 +19,7 @@ from torch import fx, nn
 from moeca_fx.discover.prove import TOLERANCE
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.expert_stack import stacked_view
+from moeca_fx.graph.functional import functional_module
 from moeca_fx.graph.layout import NotTokenWise, TokenAxes, propagate
 from moeca_fx.graph.rewrite import attribute, example_value
 from moeca_fx.graph.slicing import between
@@ -64,11 +65,11 @@ def build_expert_program(path: str, experts: Sequence[nn.Module], example: torch
     with torch.no_grad():
         exported = torch.export.export(
             experts[0], (example,), dynamic_shapes=({0: torch.export.Dim.AUTO},), strict=False
-        ).run_decompositions({})
-    source = exported.module(check_guards=False)
+        )
+        source = functional_module(exported)
     builder = _Builder(path, experts, source)
     rows = source.graph.find_nodes(op="placeholder")[0]
-    output = source.graph.output_node().args[0]
+    output: Any = source.graph.output_node().args[0]
     result = output[0] if isinstance(output, (tuple, list)) else output
     inside = between([rows], [result])
     try:

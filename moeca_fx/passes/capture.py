@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from moeca_fx.discover import MoERegion
 from moeca_fx.discover.prove import replaced_method
 from moeca_fx.errors import CaptureError, InputError
+from moeca_fx.graph.functional import functional_module
 from moeca_fx.model_checks import run_once
 from moeca_fx.ops.experts import live_regions
 
@@ -71,15 +72,15 @@ def capture(
             program = torch.export.export(
                 model, args, dict(kwargs), dynamic_shapes=_dynamic_batch(model, args, kwargs), strict=False
             )
-            program = program.run_decompositions({})
+            module = functional_module(program)
         except Exception as error:  # torch.export raises many unrelated types; each becomes one clear error
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CaptureError(
                 f"torch.export could not trace {type(model).__name__}: {first_line}; data-dependent Python outside a "
                 "proven mixture-of-experts region is the usual cause"
             ) from error
-    module = program.module(check_guards=False)
     in_spec, out_spec = module._in_spec, module._out_spec
+    assert in_spec is not None and out_spec is not None, "an exported module knows its structure"
     module.graph.set_codegen(fx.graph.CodeGen())
     module._forward_pre_hooks.clear()  # they check the original signature; this graph takes the flat inputs
     _flatten_output(module)
