@@ -66,6 +66,11 @@ def tokens_back(cache: Tensor, batch_axis: int, token_axis: int) -> Tensor:
     return cache.movedim((0, 1), (batch_axis, token_axis))
 
 
+def empty_rows(like: Tensor, values: Tensor) -> Tensor:
+    """Zeros for every token of `like` [B, T, ..] in the shape of `values` [M, rest]: [B, T, rest]."""
+    return values.new_zeros(*like.shape[:2], *values.shape[1:])
+
+
 def write_rows(cache: Tensor, row: Tensor, values: Tensor) -> Tensor:
     """Cache [.., rest] with the given flat rows replaced by `values` [M, rest]."""
     flat = cache.view(-1, *values.shape[1:])

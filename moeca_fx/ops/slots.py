@@ -6,6 +6,7 @@ from torch import Tensor
 from moeca_fx.policies.branch import ScoreWeight, score_weight
 
 REUSED = 0
+RECOMPUTED = 1
 UNMATCHED = 2
 
 
@@ -27,6 +28,16 @@ def stored_weight(weight: Tensor, tokens: int, top_k: int, kind: ScoreWeight) ->
 def token_mask(code: Tensor) -> Tensor:
     """Tokens with at least one recomputed branch: code [.., k] -> bool [..]."""
     return code.amax(-1) > REUSED
+
+
+def forced_code(code: Tensor, force: Tensor) -> Tensor:
+    """A decision where `force` [] bool recomputes every branch: code [.., k] -> [.., k]."""
+    return torch.where(force & (code == REUSED), RECOMPUTED, code).to(code.dtype)
+
+
+def forced_tokens(cache: Tensor, force: Tensor) -> Tensor:
+    """All tokens if `force` [] bool, else none: cache [B, T, ..] -> bool [B, T]."""
+    return force.expand(cache.shape[:2])
 
 
 def refreshed_weight(code: Tensor, now: Tensor, then: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from moeca_fx.policies.rules import BlocksRule, BranchRule, OutputRule, Rule, Su
 
 CLOCK = "moeca_clock"
 PREFIX = "moeca_prefix"
+FORCE = "moeca_force"
 """Names of inputs beside the model's own, whose forward may call a parameter `clock`."""
 
 
@@ -77,6 +78,25 @@ def insert_cache(module: fx.GraphModule, sites: Sites, policy: Policy) -> Cached
     _check_caches_used(rules, states)
     made = build_probe(share_copy(module), sites, probe) if probe is not None else None
     return CachedGraphs(full, rules, states, made)
+
+
+def insert_forced_cache(module: fx.GraphModule, sites: Sites, rule: BranchRule) -> StepGraph:
+    """One step for full and cached alike: its last input, `FORCE` [] bool, recomputes everything.
+
+    Caches that hold no expert yet (`StateSpec.empty`) need no other first step. `module` is left as it is.
+    """
+    level = plan_level(module, sites, rule)
+    step = _open(share_copy(module), level.states, rule.has_clock, None)
+    step.force = _add_input(step.module, FORCE)
+    with step.graph.inserting_before(step.graph.output_node()):
+        step.terms = level.terms
+        level.rewrite(step)
+        results = [step.updated.get(state.name, step.cache[state.name]) for state in level.states]
+        results.append(call(step.graph, stack_counters, [node for _, node in step.counters], name="counters"))
+    _append_outputs(step.module, results)
+    finished = finish(step.module, "insert_cache (forced step)")
+    counters = tuple(counter for counter, _ in step.counters)
+    return StepGraph("forced", finished, level.states, rule.has_clock, False, counters, level.actions)
 
 
 def _full_step(

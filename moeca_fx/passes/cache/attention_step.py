@@ -18,7 +18,7 @@ from moeca_fx.graph.state import SCALES_WITH, Counter
 from moeca_fx.ops import rows, slots
 from moeca_fx.ops.attention_rows import attention_rows
 from moeca_fx.passes.cache.builder import StepBuilder
-from moeca_fx.passes.cache.plan import SitePlan
+from moeca_fx.passes.cache.plan import SitePlan, tokens_to_refresh
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,11 @@ def rewrite_attention(
     if plan.action == "full":
         return
     state = f"{site.path}.attn"
-    if plan.action == "reuse":
+    if programs is None:
         step.keep(state)
         output = step.reused(state)
     else:
-        assert plan.inherits is not None and programs is not None, f"{site.path}: rows without an earlier MoE site"
-        _, _, output = refresh_attention(step, site, step.refreshed[plan.inherits], programs)
+        _, _, output = refresh_attention(step, site, tokens_to_refresh(step, plan, state), programs)
     step.nodes[site.output].replace_all_uses_with(output)
 
 
@@ -69,8 +68,8 @@ def refresh_attention(
     attended = step.emit(
         attention_rows._opoverload,
         query,
-        step.write(f"{site.path}.key", row, key),
-        step.write(f"{site.path}.value", row, value),
+        _with_rows(step, site, "key", row, key),
+        _with_rows(step, site, "value", row, value),
         row,
         _softmax_scale(core),
         name=f"{base}_attended",
@@ -82,6 +81,17 @@ def refresh_attention(
     step.count(site.path, "attention_rows", slots.count_rows, row)
     step.count(site.path, "attention_padded", slots.count_padded, mask)
     return row, output, dense
+
+
+def _with_rows(step: StepBuilder, site: AttentionSite, kind: str, row: fx.Node, fresh: fx.Node) -> fx.Node:
+    """All keys or values [B, T, h, d]; where none are kept, rows are recomputed all together or not at all."""
+    state = f"{site.path}.{kind}"
+    if state in step.cache:
+        return step.write(state, row, fresh)
+    name = state.replace(".", "_")
+    arguments = (step.cache[f"{site.path}.attn"], fresh)
+    nothing = step.emit(rows.empty_rows, *arguments, name=f"no_{name}")
+    return step.emit(rows.write_rows, nothing, row, fresh, name=f"all_{name}")
 
 
 def _softmax_scale(core: fx.Node) -> float | None:

@@ -21,7 +21,7 @@ from moeca_fx.passes.cache.builder import StepBuilder
 from moeca_fx.passes.cache.full_step import store_branch_states
 from moeca_fx.passes.cache.level import Level
 from moeca_fx.passes.cache.moe_step import MoEPrograms, build_moe_programs, rewrite_moe
-from moeca_fx.passes.cache.plan import SitePlan, needs_error, plan_sites
+from moeca_fx.passes.cache.plan import SitePlan, needs_error, plan_sites, tokens_to_refresh
 from moeca_fx.policies.rules import BranchRule
 
 
@@ -79,7 +79,7 @@ class BranchLevel(Level):
             if isinstance(site, MoESite):
                 companion = by_path.get(site.attention or "")
                 built.moe[site.path] = build_moe_programs(module, nodes, site, plan, companion)
-            elif plan.action in ("rows", "synchronized"):
+            elif plan.action in ("rows", "synchronized") or (plan.action == "reuse" and step.force is not None):
                 if isinstance(site, AttentionSite):
                     built.attention[site.path] = build_attention_programs(module, nodes, site)
                 else:
@@ -93,12 +93,11 @@ def _rewrite_dense_ffn(step: StepBuilder, site: DenseFFNSite, plan: SitePlan, pr
     if plan.action == "full":
         return
     state = f"{site.path}.ffn"
-    if plan.action == "reuse":
+    if program is None:
         step.keep(state)
         output = step.reused(state)
     else:
-        assert plan.inherits is not None and program is not None, f"{site.path}: rows without an earlier MoE site"
-        output = refresh_dense_ffn(step, site, state, step.refreshed[plan.inherits], program)
+        output = refresh_dense_ffn(step, site, state, tokens_to_refresh(step, plan, state), program)
     step.nodes[site.output].replace_all_uses_with(output)
 
 

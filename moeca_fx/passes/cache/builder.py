@@ -12,7 +12,7 @@ from moeca_fx.graph.rewrite import call
 from moeca_fx.graph.row_program import RowProgram
 from moeca_fx.graph.state import SCALES_WITH, Counter, older
 from moeca_fx.ops import forecast as forecasts
-from moeca_fx.ops import rows
+from moeca_fx.ops import rows, slots
 
 
 @dataclass
@@ -24,6 +24,7 @@ class StepBuilder:
         cache: graph input of every state that the step reads, by state name.
         nodes: nodes of the vectorised graph, by name.
         clock: graph input of the step's clock, where it has one.
+        force: graph input [] bool, where the step has one: whether to recompute everything, as a full step does.
         terms: how many values of full steps a forecast sums; 1 holds the last one.
         updated: node that holds every state after the step, by state name.
         counters: what is counted, with the node that counts it.
@@ -34,6 +35,7 @@ class StepBuilder:
     cache: dict[str, fx.Node]
     nodes: dict[str, fx.Node]
     clock: fx.Node | None = None
+    force: fx.Node | None = None
     terms: int = 1
     updated: dict[str, fx.Node] = field(default_factory=dict)
     counters: list[tuple[Counter, fx.Node]] = field(default_factory=list)
@@ -96,6 +98,12 @@ class StepBuilder:
         self.updated[state] = value
         for newer, name in pairwise(names):
             self.updated[name] = self.cache[newer]
+
+    def forced(self, code: fx.Node) -> fx.Node:
+        """A decision [.., k] under `force`, if the step has it."""
+        if self.force is None:
+            return code
+        return self.emit(slots.forced_code, code, self.force, name=f"{code.name}_forced")
 
     def write(self, state: str, row: fx.Node, values: fx.Node) -> fx.Node:
         """Write rows into a cache that has no older values; the result is the state after the step."""

@@ -204,7 +204,8 @@ def _decide(
         kept = (held["expert"], held["weight"], criterion.picked)
         arguments = (*kept, score_weight_of(rule), rule.margin)
         decision = step.emit(branch.decide_picked, expert, weight, *arguments, name=f"{name}_decision")
-    return step.unpack(decision, *(f"{name}_{part}" for part in ("slot", "slot_expert", "slot_weight", "code")))
+    *parts, code = step.unpack(decision, *(f"{name}_{part}" for part in ("slot", "slot_expert", "slot_weight", "code")))
+    return (*parts, step.forced(code))
 
 
 def _store_activation(step: StepBuilder, site: MoESite, rule: BranchRule, expert: fx.Node) -> None:

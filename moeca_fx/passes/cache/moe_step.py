@@ -124,11 +124,13 @@ def _run_shared(step: StepBuilder, site: MoESite, rule: BranchRule, decision: De
     if programs.shared is None or programs.shared_axes is None:
         return
     base, state = site.path.replace(".", "_"), f"{site.path}.shared"
-    if rule.shared_expert == "reuse":
+    if rule.shared_expert == "reuse" and step.force is None:
         step.keep(state)
         output = step.reused(state)
     else:
-        mask = step.emit(slots.token_mask, decision.code, name=f"{base}_shared_mask")
+        recomputed = (slots.token_mask, decision.code)
+        chosen_by = (slots.forced_tokens, decision.code, step.force) if rule.shared_expert == "reuse" else recomputed
+        mask = step.emit(*chosen_by, name=f"{base}_shared_mask")
         chosen = step.emit(rows.select_rows, mask, name=f"{base}_shared_local")
         row = chosen
         if decision.row is not None:
