@@ -37,6 +37,10 @@ class OutOfMemoryError(MoecaError, MemoryError, RuntimeError):
     """A step ran out of memory; says what the caches take and which options lower that. The model stays usable."""
 
 
+class ExportError(MoecaError):
+    """A model or policy has no form for export, or an artefact and its manifest do not fit together."""
+
+
 class WeightsError(MoecaError):
     """A weights file or hub entry is missing, corrupt or does not fit the model."""
 

@@ -68,7 +68,7 @@ def count_branches(row: Tensor, top_k: int) -> Tensor:
 
 def count_padded(mask: Tensor) -> Tensor:
     """Query rows that padded row attention executes for a refresh mask [B, T], [] int64."""
-    return mask.sum(1).amax() * mask.shape[0]
+    return mask.sum(1).amax(0) * mask.shape[0]
 
 
 def unmatched_rows(code: Tensor, local: Tensor, picked: Tensor, top_k: int) -> Tensor:

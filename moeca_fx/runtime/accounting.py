@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moeca_fx.graph.sites import MoESite, kind_of
 from moeca_fx.graph.state import Counter
-from moeca_fx.runtime.flops import StepFlops, measure_step_flops
+from moeca_fx.runtime.flops import StepFlops
 from moeca_fx.runtime.program import Program
 from moeca_fx.runtime.statistics import SiteStatistics, Statistics, site_statistics
 
@@ -55,7 +55,7 @@ class Tally:
         """FLOPs of this program's steps at this batch size, measured once."""
         if self.flops is None:
             leaves = [torch.empty_like(s, device=self.device) if isinstance(s, Tensor) else s for s in self.shapes]
-            self.flops = measure_step_flops(self.program.plain, self.program.graphs, leaves, self.batch)
+            self.flops = self.program.step_flops(leaves, self.batch)
         return self.flops
 
     def executed(self) -> int:

@@ -18,6 +18,7 @@ from moeca_fx.passes.cache.graphs import CachedGraphs
 from moeca_fx.passes.capture import batch_size
 from moeca_fx.policies.policy import Policy
 from moeca_fx.runtime.compiler import CompiledStep, say_once, why_not_compiled
+from moeca_fx.runtime.flops import StepFlops, measure_step_flops
 from moeca_fx.runtime.timestep import find_timestep
 
 Signature = tuple[Any, ...]
@@ -71,6 +72,10 @@ class Program:
             return 0
         probe = () if self.graphs.probe is None else (self.graphs.probe.state,)
         return sum(state.bytes(batch) for state in (*self.graphs.states, *probe))
+
+    def step_flops(self, leaves: list[Any], batch: int) -> StepFlops:
+        """FLOPs of the steps for inputs like `leaves`; nothing is executed."""
+        return measure_step_flops(self.plain, self.graphs, leaves, batch)
 
     def split(self, results: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
         """The model's own result and the flat rest; results in a cache's memory are copied: later steps write there."""

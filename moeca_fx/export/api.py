@@ -1,0 +1,105 @@
+"""`to_onnx`: transform a model for export, write the artefact and its manifest, and prove that it computes the same."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moeca_fx.errors import ConfigError, ExportError, MoecaError
+from moeca_fx.export.manifest import Manifest, describe, write_manifest
+from moeca_fx.export.onnx_file import OPSET, make_onnx, save_onnx
+from moeca_fx.export.runner import load
+from moeca_fx.export.step import build_step
+from moeca_fx.export.verify import Verification, verify
+from moeca_fx.files import prepare_folder
+from moeca_fx.policies import Method, MoECa
+from moeca_fx.policies.registry import as_method
+from moeca_fx.transform import transform
+
+ONNX_FILE = "model.onnx"
+_DEFAULT = MoECa()
+
+
+def to_onnx(
+    model: nn.Module,
+    folder: str | PathLike[str],
+    example_inputs: tuple[Any, ...] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    policy: Method | str | PathLike[str] | None = _DEFAULT,
+    *,
+    batch: int | Sequence[int] = (1, 2, 8),
+    timestep: str | int | None = None,
+    opset: int = OPSET,
+    external_data: bool = True,
+    check: bool = True,
+    progress: Callable[[str], object] | None = None,
+) -> Manifest:
+    """Export a model with its caches as named inputs and outputs.
+
+    Args:
+        model: as for `moeca_fx.transform`.
+        folder: gets ``model.onnx``, its weights and ``manifest.json``, all of them or none.
+        example_inputs, example_kwargs: inputs of one forward call.
+        policy: a method of one branch rule that holds its features (MoECa), by name or from a file too; None exports
+            the model without caches.
+        batch: least, best and most samples of a call, or one number for all three.
+        timestep: as for `moeca_fx.transform`.
+        opset: version of ONNX's operators.
+        external_data: weights in a file beside the graph, which those over 2 GB need.
+        check: run the artefact against PyTorch over a few steps before it is done.
+        progress: called with a word or two before each stage.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ExportError: the policy or model has no form for export, or the artefact does not compute the same.
+        ConfigError: `batch` or `policy` is out of range.
+        MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
+        MoecaError: what `transform` raises, or the folder cannot be written.
+    """
+    say = progress or (lambda stage: None)
+    method = None if policy is None else as_method(policy)
+    if method is not None and not isinstance(method, Method):
+        raise ConfigError("export: expected a method, its name or its file, which a manifest can hold, found a Policy")
+    sizes = _batch(batch)
+    target = Path(folder)
+    prepare_folder(target)
+    say("transforming")
+    fast = transform(model, example_inputs, example_kwargs, method, timestep=timestep, compile=False)
+    step = build_step(fast)
+    say("tracing and translating to ONNX")
+    made = make_onnx(step, sizes[2], opset)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as name:
+        temporary = Path(name)
+        say("writing")
+        try:
+            save_onnx(made, temporary / ONNX_FILE, external_data)
+        except OSError as error:
+            raise MoecaError(f"cannot write into {target}: {error.strerror or error}; choose another folder") from error
+        manifest = describe(step, method, "onnx", ONNX_FILE, sizes, opset)
+        write_manifest(manifest, temporary)
+        if check:
+            say("running it against PyTorch")
+            _refuse(verify(load(temporary), fast, step, sizes))
+        for file in sorted(temporary.iterdir(), key=lambda file: file.suffix == ".json"):  # the manifest comes last
+            file.replace(target / file.name)
+    return manifest
+
+
+def _batch(batch: int | Sequence[int]) -> tuple[int, int, int]:
+    given = (batch, batch, batch) if isinstance(batch, int) else tuple(batch)
+    whole = all(isinstance(size, int) and not isinstance(size, bool) for size in given)
+    if len(given) != 3 or not whole or not 1 <= given[0] <= given[1] <= given[2]:
+        raise ConfigError(f"batch: expected one size or least, best and most, ascending from 1, found {batch!r}")
+    return given[0], given[1], given[2]
+
+
+def _refuse(found: Verification) -> None:
+    if not found.passed:
+        raise ExportError(
+            f"export: the artefact differs from PyTorch: {found}; nothing was written; please report this"
+        )

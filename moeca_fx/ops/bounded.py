@@ -1,0 +1,161 @@
+"""Selected rows and padded experts whose lengths depend on data, in forms that ONNX and TensorRT can hold.
+
+No NonZero, no sort, no scatter that adds: a length is ``arange(n)`` with n clamped to [2, all], and a list of selected
+entries is one scatter of a permutation. Where fewer than two entries are selected, unselected ones fill up: they are
+computed and thrown away. So every list comes with `valid`, which of its entries were selected.
+
+    row   = select_rows(mask)             row, valid = select_rows(mask)
+    cache = write_rows(cache, row, v)     cache = write_rows(cache, row, where(valid, v, what is there))
+    grouped_linear(sorted rows, W)        one batched product [E, C, K] @ [E, K, N], C = the largest group
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from moeca_fx.ops.slots import REUSED
+
+_FEWEST = 2  # a length of 0 or 1 would be specialised by compilers, and onnxruntime refuses products of no rows
+
+
+def counted(count: Tensor, most: int) -> Tensor:
+    """``0 .. n - 1`` with n = `count` [] int64 clamped to [2, most], int64."""
+    length = torch.clamp(count, min=_FEWEST, max=most).item()
+    torch._check(length >= _FEWEST)  # type: ignore[no-untyped-call]  # untyped in torch
+    torch._check(length <= most)  # type: ignore[no-untyped-call]  # untyped in torch
+    return torch.arange(length, device=count.device)
+
+
+def _selected_first(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a mask [.., N]: its indices with the set ones first, both in order; where each went; how many are set [..]."""
+    chosen = mask.to(torch.int64)
+    count = chosen.sum(-1)
+    place = torch.where(mask, chosen.cumsum(-1), count.unsqueeze(-1) + (1 - chosen).cumsum(-1)) - 1
+    index = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
+    return torch.zeros_like(place).scatter(-1, place, index), place, count
+
+
+def select_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat indices of the set entries, ascending, of at least two: [B, T] bool -> row [M] int64, valid [M]."""
+    flat = mask.flatten()
+    order, _, count = _selected_first(flat)
+    index = counted(count, flat.shape[0])
+    return order.index_select(0, index), index < count
+
+
+def valid_code(code: Tensor, valid: Tensor) -> Tensor:
+    """A decision of rows, nothing recomputed in those that only fill up: code [M, 1, k], valid [M]."""
+    return torch.where(valid[:, None, None], code, REUSED).to(code.dtype)
+
+
+def write_rows(cache: Tensor, row: Tensor, values: Tensor, valid: Tensor) -> Tensor:
+    """Cache [.., rest] with the given distinct flat rows replaced by `values` [M, rest] where they are valid."""
+    flat = cache.reshape(-1, *values.shape[1:])
+    apply = valid.reshape(-1, *(1,) * (values.dim() - 1))
+    now = torch.where(apply, values.to(cache.dtype), flat.index_select(0, row))
+    return flat.index_put((row,), now).view(cache.shape)
+
+
+def count_valid(valid: Tensor) -> Tensor:
+    """How many rows were selected, [] int64."""
+    return valid.sum()
+
+
+# -- attention ----------------------------------------------------------------------------------------------------
+
+
+def attention_rows(
+    query: Tensor, key: Tensor, value: Tensor, row: Tensor, mask: Tensor, scale: float | None
+) -> Tensor:
+    """Attention of selected tokens, padded to the fullest sample.
+
+    Args:
+        query: [M, h, d] queries of the tokens `row` [M].
+        key, value: [B, T, h_kv, d] all keys and values.
+        mask: [B, T] the tokens that `row` lists.
+        scale: softmax scale; None is ``1 / sqrt(d)``.
+
+    Returns:
+        [M, h, d_v].
+    """
+    tokens, heads = mask.shape[1], query.shape[1]
+    order, place, count = _selected_first(mask)
+    index = counted(count.amax(0), tokens)
+    token = order.index_select(1, index)  # [B, S]
+    _, position, _ = _selected_first(mask.flatten())
+    local = position.view(mask.shape).gather(1, token).clamp(max=row.shape[0] - 1)
+    padded = query.index_select(0, local.flatten()).view(*local.shape, *query.shape[1:])  # [B, S, h, d]
+    key, value = (_for_every_head(part, heads) for part in (key, value))
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = (padded.transpose(1, 2) * factor) @ key.permute(0, 2, 3, 1)  # [B, h, S, T]
+    out = (torch.softmax(scores, -1) @ value.transpose(1, 2)).transpose(1, 2)  # [B, S, h, d_v]
+    sample = row // tokens
+    column = place.flatten().index_select(0, row).clamp(max=token.shape[1] - 1)
+    return out.flatten(0, 1).index_select(0, sample * token.shape[1] + column)
+
+
+def _for_every_head(x: Tensor, heads: int) -> Tensor:
+    """[B, T, h_kv, d] -> [B, T, h, d]: grouped queries share keys and values."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+# -- experts ------------------------------------------------------------------------------------------------------
+
+
+def plan_padded(code: Tensor, slot_expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Recomputed branches as one padded row of a table for every expert.
+
+    Args:
+        code, slot_expert: [.., k] of R branches in all; a code above 0 is recomputed.
+
+    Returns:
+        local [E * C] leading entry of `code` of each table entry, expert [E * C], and place [R]: the table entry of
+        each recomputed branch.
+    """
+    top_k = code.shape[-1]
+    picked, ids = code.flatten() > REUSED, slot_expert.flatten()
+    experts = torch.arange(num_experts, device=code.device)
+    mine = ((ids.unsqueeze(1) == experts) & picked.unsqueeze(1)).to(torch.int64)  # [R, E]
+    before = mine.cumsum(0)
+    position = before.gather(1, ids.unsqueeze(1)).squeeze(1) - 1  # [R], in its expert's row
+    branches = code.numel()
+    column = counted(mine.sum(0).amax(0), branches)
+    width = column.shape[0]
+    place = (ids * width + position).clamp(min=0, max=num_experts * width - 1)
+    # What is not recomputed goes to one entry behind the table.
+    target = torch.where(picked, ids * width + position, num_experts * width)
+    table = torch.zeros(num_experts * width + 1, dtype=torch.int64, device=code.device)
+    table = table.scatter(0, target, torch.arange(branches, device=code.device))[:-1]
+    return table // top_k, experts.unsqueeze(1).expand(-1, width).flatten(), place
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One linear an expert over a padded table: x [E * C, K], weight [E, N, K], bias [E, N] -> [E * C, N]."""
+    grouped = x.view(weight.shape[0], -1, x.shape[-1])
+    out = torch.bmm(grouped, weight.transpose(1, 2))
+    return (out if bias is None else out + bias.unsqueeze(1)).flatten(0, 1)
+
+
+def write_branches(cache: Tensor, values: Tensor, code: Tensor, place: Tensor, row: Tensor | None) -> Tensor:
+    """Cache [B, T, k, rest] with the recomputed branches replaced.
+
+    Args:
+        values: [E * C, rest] results by table entry.
+        code: [.., k]; place: table entry of every branch, both from and for `plan_padded`.
+        row: [M] distinct flat tokens that the leading entries of `code` stand for; None when they are all in order.
+    """
+    top_k, rest = code.shape[-1], values.shape[1:]
+    tokens = cache.reshape(-1, top_k, *rest)
+    held = tokens if row is None else tokens.index_select(0, row)  # [M, k, rest]
+    picked = (code.reshape(-1, top_k) > REUSED).reshape(-1, top_k, *(1,) * len(rest))
+    fresh = values.index_select(0, place).reshape(-1, top_k, *rest).to(cache.dtype)
+    now = torch.where(picked, fresh, held)
+    return (now if row is None else tokens.index_put((row,), now)).view(cache.shape)
+
+
+def update_activation(activation: Tensor, expert: Tensor, beta: float) -> Tensor:
+    """`policies.branch.update_activation` for distinct experts of a token: activation [B, E, T], expert [B, T, k]."""
+    experts = torch.arange(activation.shape[1], device=expert.device)
+    chosen = (expert.unsqueeze(-1) == experts).any(2)  # [B, T, E]
+    return beta * activation + (1.0 - beta) * chosen.transpose(1, 2).to(activation.dtype)

@@ -1,0 +1,219 @@
+"""lower_export: a forced step, or the model without caches, in operations that ONNX can hold (`ops.bounded`).
+
+    row = select_rows(mask)                    row, valid = bounded.select_rows(mask)
+    c   = write_rows(cache, row, v)            c   = bounded.write_rows(cache, row, v, valid)
+    plan, take_rows, experts, write_rows  -->  a padded table of branches, one batched product an expert's linear
+    attention_rows(q, k, v, row)               the same over rows padded to the fullest sample
+    count_rows(row)                            count_valid(valid)
+
+Afterwards nothing has a length of zero, and no operation gives a different result where entries only fill up.
+"""
+
+import copy
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from moeca_fx.errors import ExportError
+from moeca_fx.graph.rewrite import call, finish
+from moeca_fx.ops import bounded, dispatch, rows, slots
+from moeca_fx.ops.attention_rows import attention_rows
+from moeca_fx.ops.grouped_linear import grouped_linear
+from moeca_fx.policies import branch
+
+
+def lower_export(module: fx.GraphModule) -> fx.GraphModule:
+    """Rewrite a forced step (`insert_forced_cache`) or a vectorised graph in place.
+
+    Raises:
+        ExportError: an operation with a length that depends on data has no form for export.
+    """
+    lowering = _Lowering(module)
+    for node in list(module.graph.nodes):
+        lowering.lower(node)
+    finished = finish(module, "lower_export")
+    _check(finished)
+    return finished
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What is known of a node that lists rows: which entries were selected, and from which mask."""
+
+    valid: fx.Node
+    mask: fx.Node
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A padded table of branches: the nodes of `bounded.plan_padded`, the decision and the rows it is over."""
+
+    local: fx.Node
+    expert: fx.Node
+    place: fx.Node
+    code: fx.Node
+    row: fx.Node | None
+
+
+@dataclass
+class _Lowering:
+    module: fx.GraphModule
+    rows: dict[fx.Node, _Rows] = field(default_factory=dict)
+    tables: dict[fx.Node, _Table] = field(default_factory=dict)
+
+    def lower(self, node: fx.Node) -> None:
+        rule = _RULES.get(node.target)
+        if node.op == "call_module":
+            rule = _Lowering._run_experts if self._table_of(node) else None
+        if rule is not None:
+            with self.module.graph.inserting_before(node):
+                rule(self, node)
+
+    def _emit(self, target: Any, *args: Any, name: str) -> fx.Node:
+        return call(self.module.graph, target, *args, name=name)
+
+    def _replace(self, node: fx.Node, target: Any, *args: Any) -> fx.Node:
+        made = self._emit(target, *args, name=node.name)
+        node.replace_all_uses_with(made)
+        self.module.graph.erase_node(node)
+        return made
+
+    def _select(self, node: fx.Node) -> None:
+        mask = node.args[0]
+        assert isinstance(mask, fx.Node)
+        both = self._emit(bounded.select_rows, mask, name=f"{node.name}_and_valid")
+        valid = self._emit(operator.getitem, both, 1, name=f"{node.name}_valid")
+        self.rows[self._replace(node, operator.getitem, both, 0)] = _Rows(valid, mask)
+
+    def _rows_of_rows(self, node: fx.Node) -> None:
+        _, chosen = node.args
+        self.rows[node] = self.rows[chosen]  # type: ignore[index]  # a node
+
+    def _plan(self, node: fx.Node) -> None:
+        code, slot_expert, row, num_experts = node.args
+        assert isinstance(code, fx.Node) and (row is None or isinstance(row, fx.Node))
+        if row is not None:
+            code = self._only_valid(code, self.rows[row].valid)
+        self._pad(node, code, slot_expert, num_experts, row)
+
+    def _plan_all(self, node: fx.Node) -> None:
+        """Without a cache every branch is computed."""
+        expert, num_experts = node.args
+        readers = [user for item in node.users for user in item.users]
+        top_k = next(user.args[2] for user in readers if user.target is dispatch.gather_branches)
+        expert = self._emit(slots.slots, expert, 1, top_k, name=f"{node.name}_expert")
+        code = self._emit(torch.ones_like, expert, name=f"{node.name}_code")
+        self._pad(node, code, expert, num_experts, None)
+
+    def _pad(self, node: fx.Node, code: fx.Node, expert: Any, num_experts: Any, row: fx.Node | None) -> None:
+        plan = self._emit(bounded.plan_padded, code, expert, num_experts, name=f"{node.name}_padded")
+        local, row_expert, place = (
+            self._emit(operator.getitem, plan, index, name=f"{node.name}_{name}")
+            for index, name in enumerate(("local", "expert", "place"))
+        )
+        self.tables |= dict.fromkeys(node.users, _Table(local, row_expert, place, code, row))
+
+    def _only_valid(self, code: fx.Node, valid: fx.Node) -> fx.Node:
+        """The decision of rows without those that fill up, for every reader of it."""
+        masked = self._emit(bounded.valid_code, code, valid, name=f"{code.name}_valid")
+        code.replace_all_uses_with(masked, delete_user_cb=lambda user: user is not masked)
+        return masked
+
+    def _table_of(self, node: fx.Node) -> _Table | None:
+        """The table that an argument of the call was planned with."""
+        found = [self.tables[source] for source in node.all_input_nodes if source in self.tables]
+        return found[0] if found else None
+
+    def _take(self, node: fx.Node) -> None:
+        table = self._table_of(node)
+        if table is not None:
+            node.args = (node.args[0], table.local)
+
+    def _gather(self, node: fx.Node) -> None:
+        table = self._table_of(node)
+        assert table is not None, f"{node.name}: rows of branches follow a plan"
+        self._replace(node, dispatch.take_rows, node.args[0], table.local)
+
+    def _ungroup(self, node: fx.Node) -> None:
+        table = self._table_of(node)
+        assert table is not None, f"{node.name}: branches are put back by the plan that they were grouped by"
+        self._replace(node, dispatch.take_rows, node.args[0], table.place)
+
+    def _run_experts(self, node: fx.Node) -> None:
+        table = self._table_of(node)
+        assert table is not None and isinstance(node.target, str), f"{node.name}: experts follow a plan"
+        name = f"{node.target}_padded"
+        self.module.add_submodule(name, _padded_experts(self.module.get_submodule(node.target)))
+        node.target, node.args = name, (node.args[0], table.expert, None)  # the end of each group is not needed
+
+    def _write(self, node: fx.Node) -> None:
+        cache, row, values = node.args
+        assert isinstance(row, fx.Node)
+        table = self.tables.get(row)
+        if table is None:
+            self._replace(node, bounded.write_rows, cache, row, values, self.rows[row].valid)
+        else:
+            self._replace(node, bounded.write_branches, cache, values, table.code, table.place, table.row)
+
+    def _attend(self, node: fx.Node) -> None:
+        query, key, value, row, scale = node.args
+        assert isinstance(row, fx.Node)
+        self._replace(node, bounded.attention_rows, query, key, value, row, self.rows[row].mask, scale)
+
+    def _count(self, node: fx.Node) -> None:
+        row = node.args[0]
+        assert isinstance(row, fx.Node)
+        self._replace(node, bounded.count_valid, self.rows[row].valid)
+
+    def _activation(self, node: fx.Node) -> None:
+        node.target = bounded.update_activation
+
+
+_RULES: dict[Any, Any] = {
+    rows.select_rows: _Lowering._select,
+    rows.rows_of_rows: _Lowering._rows_of_rows,
+    rows.write_rows: _Lowering._write,
+    dispatch.plan_recomputed: _Lowering._plan,
+    dispatch.plan_branches: _Lowering._plan_all,
+    dispatch.gather_branches: _Lowering._gather,
+    dispatch.ungroup_branches: _Lowering._ungroup,
+    dispatch.take_rows: _Lowering._take,
+    attention_rows._opoverload: _Lowering._attend,
+    slots.count_rows: _Lowering._count,
+    branch.update_activation: _Lowering._activation,
+}
+
+
+def _padded_experts(program: torch.nn.Module) -> fx.GraphModule:
+    """An expert program over a padded table: ``(rows [E * C, H], row_expert [E * C], None) -> [E * C, H]``."""
+    assert isinstance(program, fx.GraphModule), "experts are a graph"
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(program.graph, {}))
+    padded = fx.GraphModule(program, graph)
+    for node in padded.graph.find_nodes(op="call_function", target=grouped_linear._opoverload):
+        node.target, node.args = bounded.grouped_linear, node.args[:3]
+    padded.graph.lint()
+    padded.recompile()
+    padded.meta = copy.copy(program.meta)
+    return padded
+
+
+_OPEN = (rows.select_rows, rows.write_rows, dispatch.plan_recomputed, dispatch.plan_branches, slots.count_rows)
+
+
+def _check(module: fx.GraphModule) -> None:
+    """Nothing of open length may be left.
+
+    Raises:
+        ExportError: names the operation.
+    """
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            if node.target in _OPEN or "moeca" in str(getattr(node.target, "namespace", "")):
+                raise ExportError(
+                    f"export: {node.name} ({node.target}) has a length that depends on data and no form for export; "
+                    "use a policy that holds features (MoECa), or run the model in PyTorch"
+                )
