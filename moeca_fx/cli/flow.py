@@ -7,6 +7,7 @@ are trained as DDPM, for which this command has no sampler.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,13 +25,21 @@ class Flow:
     Attributes:
         num_classes: classes it can be asked for, 0 to one less.
         null_class: label of the unconditional class, for guidance; None without one.
-        velocity: from the model (transformed or not) to `v(x, t, y)`, [B, C, S, S], for which t = 0 is noise,
-            t = 1 is data and the velocity points at the data.
+        backwards: whether its time runs from data to noise, and its velocity with it.
     """
 
     num_classes: int
     null_class: int | None
-    velocity: Callable[[nn.Module], Velocity]
+    backwards: bool = False
+
+    def velocity(self, model: Callable[..., Any]) -> Velocity:
+        """From the model (transformed, exported or neither) to `v(x, t, y)`, [B, C, S, S].
+
+        For it t = 0 is noise, t = 1 is data and the velocity points at the data.
+        """
+        if self.backwards:
+            return lambda x, t, y: -velocity_of(model(x, 1 - t, y), x)
+        return lambda x, t, y: velocity_of(model(x, t, y), x)
 
 
 def flow_of(text: str, model: nn.Module) -> Flow:
@@ -43,10 +52,9 @@ def flow_of(text: str, model: nn.Module) -> Flow:
     Raises:
         TargetError: the model is not one that rectified flow trained.
     """
-    if isinstance(model, zoo.DSMoE):
-        return Flow(model.config.num_classes, _null_class(model), _as_it_is)
-    if isinstance(model, zoo.DiTMoE) and model.config.packed_attention:  # XL and G
-        return Flow(model.config.num_classes, _null_class(model), _reversed)
+    found = find_flow(model)
+    if found is not None:
+        return found
     raise TargetError(
         f"TARGET {text!r}: sample knows the rectified-flow models of the zoo "
         "(digits, glyphs, dsmoe-*, dit-moe-xl, dit-moe-g); "
@@ -54,13 +62,14 @@ def flow_of(text: str, model: nn.Module) -> Flow:
     )
 
 
+def find_flow(model: nn.Module) -> Flow | None:
+    """The flow of a zoo model; None for one that rectified flow did not train."""
+    if isinstance(model, zoo.DSMoE):
+        return Flow(model.config.num_classes, _null_class(model))
+    if isinstance(model, zoo.DiTMoE) and model.config.packed_attention:  # XL and G
+        return Flow(model.config.num_classes, _null_class(model), backwards=True)
+    return None
+
+
 def _null_class(model: zoo.DSMoE | zoo.DiTMoE) -> int | None:
     return model.config.num_classes if model.config.class_dropout > 0 else None
-
-
-def _as_it_is(model: nn.Module) -> Velocity:
-    return lambda x, t, y: velocity_of(model(x, t, y), x)
-
-
-def _reversed(model: nn.Module) -> Velocity:
-    return lambda x, t, y: -velocity_of(model(x, 1 - t, y), x)

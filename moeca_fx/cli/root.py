@@ -10,7 +10,9 @@ from moeca_fx.cli import USAGE_ERROR
 from moeca_fx.cli.bench_command import bench
 from moeca_fx.cli.console import compiler_lines, plain_warnings, show_error
 from moeca_fx.cli.demo_command import demo
+from moeca_fx.cli.export_command import export
 from moeca_fx.cli.inspect_command import inspect
+from moeca_fx.cli.run_command import run
 from moeca_fx.cli.sample_command import sample
 from moeca_fx.cli.tune_command import tune
 from moeca_fx.errors import MoecaError
@@ -39,7 +41,9 @@ app = typer.Typer(
 )
 app.command()(bench)
 app.command()(demo)
+app.command()(export)
 app.command()(inspect)
+app.command()(run)
 app.command()(sample)
 app.command()(tune)
 

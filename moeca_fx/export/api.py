@@ -30,11 +30,12 @@ def to_onnx(
     example_kwargs: Mapping[str, Any] | None = None,
     policy: Method | str | PathLike[str] | None = _DEFAULT,
     *,
-    batch: int | Sequence[int] = (1, 2, 8),
+    batch: int | Sequence[int] = (1, 8, 32),
     timestep: str | int | None = None,
     opset: int = OPSET,
     external_data: bool = True,
     check: bool = True,
+    sampler: dict[str, Any] | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> Manifest:
     """Export a model with its caches as named inputs and outputs.
@@ -50,6 +51,7 @@ def to_onnx(
         opset: version of ONNX's operators.
         external_data: weights in a file beside the graph, which those over 2 GB need.
         check: run the artefact against PyTorch over a few steps before it is done.
+        sampler: what the manifest shall say of the model's sampler; `moeca-fx run` reads it.
         progress: called with a word or two before each stage.
 
     Returns:
@@ -80,7 +82,7 @@ def to_onnx(
             save_onnx(made, temporary / ONNX_FILE, external_data)
         except OSError as error:
             raise MoecaError(f"cannot write into {target}: {error.strerror or error}; choose another folder") from error
-        manifest = describe(step, method, "onnx", ONNX_FILE, sizes, opset)
+        manifest = describe(step, method, "onnx", ONNX_FILE, sizes, opset, sampler)
         write_manifest(manifest, temporary)
         if check:
             say("running it against PyTorch")

@@ -49,6 +49,7 @@ class Manifest:
         results: for each leaf of the result its position among the outputs, or its value.
         structure: of the result, as torch's pytree writes it.
         sites: what the model's places do; flops: of steps, by batch.
+        sampler: how the command samples the model, where it can (`cli.flow.Flow`).
         versions: of what made it.
     """
 
@@ -73,6 +74,7 @@ class Manifest:
     sites: list[dict[str, Any]]
     actions: list[list[str]]
     flops: dict[str, Any]
+    sampler: dict[str, Any] | None = None
     opset: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -124,7 +126,13 @@ class Manifest:
 
 
 def describe(
-    step: ExportStep, method: Method | None, kind: str, file: str, batch: Sequence[int], opset: int
+    step: ExportStep,
+    method: Method | None,
+    kind: str,
+    file: str,
+    batch: Sequence[int],
+    opset: int,
+    sampler: dict[str, Any] | None,
 ) -> Manifest:
     """The manifest of a step, before its files are written."""
     program = step.program
@@ -154,6 +162,7 @@ def describe(
         sites=[{"site_kind": kind_of(site), **dataclasses.asdict(site)} for site in program.sites.ordered],
         actions=[list(pair) for pair in program.graphs.rules[0].actions] if program.graphs is not None else [],
         flops=_flops(step),
+        sampler=sampler,
         opset=opset,
         versions=made,
     )

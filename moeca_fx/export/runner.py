@@ -125,7 +125,7 @@ class _ArtefactProgram(Program):
         results = self._results(batch)
         into = results | dict(zip((cache["output"] for cache in manifest.caches), states, strict=True))
         if manifest.cached:
-            given[FORCE] = torch.tensor(name == "full")
+            given[FORCE] = torch.tensor(int(name == "full"))
             into[COUNTERS] = torch.empty(len(manifest.counters), dtype=torch.int64)
         self.session.run(given, into)
         values = list(results.values())
@@ -136,7 +136,7 @@ class _ArtefactProgram(Program):
         """The other set of buffers."""
         if not held:
             return []
-        states: list[Tensor] | None = self.partners.get(held[0])
+        states: list[Tensor] | None = self.partners.pop(held[0], None)  # type: ignore[no-untyped-call]  # of torch
         if states is None:
             states = [torch.empty_like(tensor) for tensor in held]
         self.partners[states[0]] = held

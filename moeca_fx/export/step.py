@@ -2,7 +2,8 @@
 
     (x, t, y, cache_in.<site>.<kind> ..., force)  ->  (result, cache_out.<site>.<kind> ..., counters)
 
-With `force` the step is a full one. Without a policy there are neither caches nor `force`.
+With `force` 1 the step is a full one, with 0 a cached one; it is int64, because lengths follow from it and TensorRT
+takes no bool for those. Without a policy there are neither caches nor `force`.
 """
 
 import inspect
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from moeca_fx.errors import ExportError
+from moeca_fx.graph.rewrite import call
 from moeca_fx.graph.state import Counter, StateSpec
 from moeca_fx.passes.capture import batch_size
 from moeca_fx.passes.insert_cache import insert_forced_cache, share_copy
@@ -88,7 +90,7 @@ class ExportStep:
         size = self.batch
         call = [_resized(value, size, batch) for value in self.inputs.values()]
         caches = [torch.full((batch, *s.shape), s.empty, dtype=s.dtype) for s in self.states]
-        return [*call, *caches, *([torch.tensor(True)] if self.cached else [])]
+        return [*call, *caches, *([torch.tensor(1)] if self.cached else [])]
 
     @property
     def batch(self) -> int:
@@ -126,6 +128,7 @@ def build_step(fast: TransformedModel) -> ExportStep:
         rule = exportable_rule(runtime.policy)
         forced = insert_forced_cache(program.traced_module, program.sites, rule)
         module, states, counters = forced.module, forced.reads, forced.counters
+        _number_for_bool(module)
     lowered = lower_export(module)
     constants = _drop_constants(lowered, leaves)
     names = [node.name for node in lowered.graph.find_nodes(op="placeholder")]
@@ -166,6 +169,15 @@ def _problems(policy: Policy) -> Iterator[str]:
             yield f"rule {rule.name!r} forecasts from {rule.predictor.terms} values, expected one that is held"
         elif rule.margin is not None:
             yield f"rule {rule.name!r} has a margin, which a forced step would have to ignore"
+
+
+def _number_for_bool(module: fx.GraphModule) -> None:
+    """Let `force`, the last input, be a number."""
+    force = module.graph.find_nodes(op="placeholder")[-1]
+    with module.graph.inserting_after(force):
+        flag = call(module.graph, torch.gt, force, 0, name=f"{force.name}_flag")
+    force.replace_all_uses_with(flag, delete_user_cb=lambda user: user is not flag)
+    module.recompile()
 
 
 def _drop_constants(module: fx.GraphModule, leaves: Sequence[Any]) -> dict[int, Any]:

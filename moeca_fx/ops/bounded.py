@@ -65,9 +65,7 @@ def count_valid(valid: Tensor) -> Tensor:
 # -- attention ----------------------------------------------------------------------------------------------------
 
 
-def attention_rows(
-    query: Tensor, key: Tensor, value: Tensor, row: Tensor, mask: Tensor, scale: float | None
-) -> Tensor:
+def attention_rows(query: Tensor, key: Tensor, value: Tensor, row: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     """Attention of selected tokens, padded to the fullest sample.
 
     Args:

@@ -168,6 +168,9 @@ class _Lowering:
         assert isinstance(row, fx.Node)
         self._replace(node, bounded.count_valid, self.rows[row].valid)
 
+    def _decide(self, node: fx.Node) -> None:
+        node.kwargs = {"code_dtype": torch.int64}  # TensorRT follows lengths back to it, through int64 alone
+
     def _activation(self, node: fx.Node) -> None:
         node.target = bounded.update_activation
 
@@ -183,6 +186,8 @@ _RULES: dict[Any, Any] = {
     dispatch.take_rows: _Lowering._take,
     attention_rows._opoverload: _Lowering._attend,
     slots.count_rows: _Lowering._count,
+    branch.decide: _Lowering._decide,
+    branch.decide_picked: _Lowering._decide,
     branch.update_activation: _Lowering._activation,
 }
 

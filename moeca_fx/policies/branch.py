@@ -129,6 +129,7 @@ def decide(
     lambda1: float,
     lambda2: float,
     kind: ScoreWeight,
+    code_dtype: torch.dtype = torch.int8,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One decision over a routing (method section 2, points 2 to 4), everything in slot order.
 
@@ -139,12 +140,12 @@ def decide(
 
     Returns:
         slot [B, T, k] (branch order -> slot), the expert and the score weight that each slot now holds [B, T, k],
-        and code [B, T, k] int8: 0 reused, 1 matched and recomputed, 2 unmatched and recomputed.
+        and code [B, T, k] in `code_dtype`: 0 reused, 1 matched and recomputed, 2 unmatched and recomputed.
     """
     slot, slot_expert, slot_weight, slot_matched = assign(expert, weight, cached_expert, kind)
     score = branch_score(slot_weight, cached_weight, cached_norm, lambda1, lambda2)
     limit = threshold.gather(1, slot_expert.flatten(1)).view_as(slot_expert)
-    code = torch.where(slot_matched, (score > limit).to(torch.int8), 2)
+    code = torch.where(slot_matched, (score > limit).to(code_dtype), 2)
     return slot, slot_expert, slot_weight, code
 
 
@@ -156,6 +157,7 @@ def decide_picked(
     picked: Tensor,
     kind: ScoreWeight,
     margin: float | None,
+    code_dtype: torch.dtype = torch.int8,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A decision whose matched branches were picked before.
 
@@ -168,7 +170,7 @@ def decide_picked(
         As `decide`.
     """
     slot, slot_expert, slot_weight, slot_matched = assign(expert, weight, cached_expert, kind)
-    code = torch.where(slot_matched, picked.to(torch.int8), 2)
+    code = torch.where(slot_matched, picked.to(code_dtype), 2)
     if margin is not None:
         stays = ~slot_matched & (slot_weight - cached_weight <= margin)
         slot_expert = torch.where(stays, cached_expert, slot_expert)
