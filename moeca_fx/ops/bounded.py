@@ -27,19 +27,15 @@ def counted(count: Tensor, most: int) -> Tensor:
     return torch.arange(length, device=count.device)
 
 
-def _selected_first(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a mask [.., N]: its indices with the set ones first, both in order; where each went; how many are set [..]."""
-    chosen = mask.to(torch.int64)
-    count = chosen.sum(-1)
-    place = torch.where(mask, chosen.cumsum(-1), count.unsqueeze(-1) + (1 - chosen).cumsum(-1)) - 1
-    index = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
-    return torch.zeros_like(place).scatter(-1, place, index), place, count
-
-
 def select_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Flat indices of the set entries, ascending, of at least two: [B, T] bool -> row [M] int64, valid [M]."""
     flat = mask.flatten()
-    order, _, count = _selected_first(flat)
+    chosen, number = flat.to(torch.int64), torch.arange(flat.shape[0], device=mask.device)
+    selected = chosen.cumsum(0)
+    count = chosen.sum()
+    # The set entries in order, then the others: number - selected of them come before each of those.
+    place = torch.where(flat, selected - 1, count + number - selected)
+    order = torch.zeros_like(place).scatter(0, place, number)
     index = counted(count, flat.shape[0])
     return order.index_select(0, index), index < count
 
@@ -77,20 +73,19 @@ def attention_rows(query: Tensor, key: Tensor, value: Tensor, row: Tensor, mask:
     Returns:
         [M, h, d_v].
     """
-    tokens, heads = mask.shape[1], query.shape[1]
-    order, place, count = _selected_first(mask)
+    tokens, heads, last = mask.shape[1], query.shape[1], row.shape[0] - 1
+    count = mask.to(torch.int64).sum(1)
+    first = count.cumsum(0) - count  # rows are ascending, so those of a sample follow each other
     index = counted(count.amax(0), tokens)
-    token = order.index_select(1, index)  # [B, S]
-    _, position, _ = _selected_first(mask.flatten())
-    local = position.view(mask.shape).gather(1, token).clamp(max=row.shape[0] - 1)
+    local = (first.unsqueeze(1) + index).clamp(max=last)  # [B, S]
     padded = query.index_select(0, local.flatten()).view(*local.shape, *query.shape[1:])  # [B, S, h, d]
     key, value = (_for_every_head(part, heads) for part in (key, value))
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = (padded.transpose(1, 2) * factor) @ key.permute(0, 2, 3, 1)  # [B, h, S, T]
     out = (torch.softmax(scores, -1) @ value.transpose(1, 2)).transpose(1, 2)  # [B, S, h, d_v]
-    sample = row // tokens
-    column = place.flatten().index_select(0, row).clamp(max=token.shape[1] - 1)
-    return out.flatten(0, 1).index_select(0, sample * token.shape[1] + column)
+    sample, width = row // tokens, index.shape[0]
+    column = torch.arange(row.shape[0], device=row.device) - first.index_select(0, sample)
+    return out.flatten(0, 1).index_select(0, sample * width + column.clamp(min=0, max=width - 1))
 
 
 def _for_every_head(x: Tensor, heads: int) -> Tensor:

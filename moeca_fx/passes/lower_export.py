@@ -153,10 +153,10 @@ class _Lowering:
         cache, row, values = node.args
         assert isinstance(row, fx.Node)
         table = self.tables.get(row)
-        if table is None:
-            self._replace(node, bounded.write_rows, cache, row, values, self.rows[row].valid)
-        else:
+        if table is not None:
             self._replace(node, bounded.write_branches, cache, values, table.code, table.place, table.row)
+        elif row in self.rows:
+            self._replace(node, bounded.write_rows, cache, row, values, self.rows[row].valid)
 
     def _attend(self, node: fx.Node) -> None:
         query, key, value, row, scale = node.args

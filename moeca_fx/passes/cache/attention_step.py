@@ -62,7 +62,7 @@ def refresh_attention(
     base = site.path.replace(".", "_")
     core = step.nodes[site.core]
     by_row = Counter(site.path, "attention_rows")
-    row = step.emit(rows.select_rows, mask, name=f"{base}_row")
+    row = step.select(mask, f"{base}_row")
     names = tuple(f"{base}_{part}_rows" for part in ("query", "key", "value"))
     query, key, value = step.run_program(programs.project, row, f"{base}_project_rows", names, by_row)
     attended = step.emit(

@@ -15,7 +15,7 @@ from moeca_fx.graph.layout import STREAM
 from moeca_fx.graph.row_program import RowProgram, build_row_program
 from moeca_fx.graph.sites import AttentionSite, DenseFFNSite, MoESite, Sites
 from moeca_fx.graph.state import Counter
-from moeca_fx.ops import rows, slots
+from moeca_fx.ops import slots
 from moeca_fx.passes.cache.attention_step import AttentionPrograms, build_attention_programs, rewrite_attention
 from moeca_fx.passes.cache.builder import StepBuilder
 from moeca_fx.passes.cache.full_step import store_branch_states
@@ -104,7 +104,7 @@ def _rewrite_dense_ffn(step: StepBuilder, site: DenseFFNSite, plan: SitePlan, pr
 def refresh_dense_ffn(step: StepBuilder, site: DenseFFNSite, state: str, mask: fx.Node, program: RowProgram) -> fx.Node:
     """Compute the rows of the tokens in `mask` [B, T]; the dense output [B, T, H]."""
     base = site.path.replace(".", "_")
-    row = step.emit(rows.select_rows, mask, name=f"{base}_row")
+    row = step.select(mask, f"{base}_row")
     names, counter = (f"{base}_output_rows",), Counter(site.path, "ffn_rows")
     (fresh,) = step.run_program(program, row, f"{base}_rows", names, counter)
     output = step.refresh(state, row, fresh)

@@ -41,6 +41,7 @@ class StepBuilder:
     counters: list[tuple[Counter, fx.Node]] = field(default_factory=list)
     refreshed: dict[str, fx.Node] = field(default_factory=dict)
     _forecasts: dict[str, fx.Node] = field(default_factory=dict)
+    _rows: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -98,6 +99,12 @@ class StepBuilder:
         self.updated[state] = value
         for newer, name in pairwise(names):
             self.updated[name] = self.cache[newer]
+
+    def select(self, mask: fx.Node, name: str) -> fx.Node:
+        """The rows of a mask; sites that refresh the same tokens share them."""
+        if mask not in self._rows:
+            self._rows[mask] = self.emit(rows.select_rows, mask, name=name)
+        return self._rows[mask]
 
     def forced(self, code: fx.Node) -> fx.Node:
         """A decision [.., k] under `force`, if the step has it."""

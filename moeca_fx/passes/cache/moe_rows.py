@@ -15,7 +15,7 @@ from moeca_fx.graph.row_program import RowProgram, build_row_program
 from moeca_fx.graph.sites import MoESite
 from moeca_fx.graph.slicing import strip_reshapes
 from moeca_fx.graph.state import SCALES_WITH, Counter
-from moeca_fx.ops import dispatch, rows, slots
+from moeca_fx.ops import dispatch, slots
 from moeca_fx.passes.cache.builder import StepBuilder
 from moeca_fx.passes.cache.plan import axes_of_rows
 
@@ -43,7 +43,7 @@ def build_moe_row_programs(module: fx.GraphModule, nodes: dict[str, fx.Node], si
 def refresh_moe(step: StepBuilder, site: MoESite, state: str, mask: fx.Node, programs: MoERowPrograms) -> fx.Node:
     """Compute the rows of the tokens in `mask` [B, T]; the dense output [B, T, H]."""
     base, counter = site.path.replace(".", "_"), Counter(site.path, "moe_rows")
-    row = step.emit(rows.select_rows, mask, name=f"{base}_row")
+    row = step.select(mask, f"{base}_row")
     names = tuple(f"{base}_{part}_rows" for part in ("expert", "weight", "x"))
     expert, weight, x = step.run_program(programs.routing, row, f"{base}_routing_rows", names, counter)
     plan = step.emit(dispatch.plan_branches, expert, site.num_experts, name=f"{base}_rows_plan")

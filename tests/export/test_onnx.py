@@ -1,0 +1,230 @@
+"""to_onnx and load: the artefact is the model, step for step, and what does not fit is refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import moeca_fx
+from moeca_fx import MoECa
+from moeca_fx.errors import ConfigError, ExportError, InputError, MoecaError
+from moeca_fx.export import ExportedModel, api, load, session, to_onnx
+from moeca_fx.export.manifest import FILE
+from moeca_fx.export.verify import Verification
+from tests.helpers import zoo_models
+from tests.helpers.toys import toy_inputs
+from tests.helpers.transformed import SOME, as_new, run, toy_pair, zoo_pair
+from tests.helpers.zoo_models import Family
+
+pytestmark = pytest.mark.filterwarnings("ignore::moeca_fx.NothingReusedWarning")
+
+POLICY = MoECa(interval=3, tau0=0.6)
+SIZES = (1, 2, 5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy, exported; do not change it."""
+    made = tmp_path_factory.mktemp("toy") / "artefact"
+    model, _ = toy_pair(None)
+    to_onnx(model, made, toy_inputs(), policy=POLICY, batch=SIZES)
+    return made
+
+
+@pytest.fixture(scope="module")
+def opened(folder: Path) -> ExportedModel:
+    return load(folder)
+
+
+@pytest.fixture
+def artefact(opened: ExportedModel) -> ExportedModel:
+    opened.reset()
+    opened.reset_stats()
+    return opened
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def _steps(batch: int, count: int = 12) -> list[tuple[Tensor, ...]]:
+    start, drift = toy_inputs(batch)[0], toy_inputs(batch, seed=1)[0]
+    return [(start + 0.05 * step * drift, torch.full((batch,), 0.02 * step)) for step in range(count)]
+
+
+def _results(model: object, steps: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    with torch.no_grad():
+        return [model(*inputs).clone() for inputs in steps]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_trajectory_and_its_statistics_are_those_of_pytorch(artefact: ExportedModel, batch: int) -> None:
+    _, fast = toy_pair(POLICY)
+    steps = _steps(batch)
+    for found, expected in zip(_results(artefact, steps), run(fast, steps), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    stats = fast.stats()
+    assert artefact.stats() == stats
+    assert stats.full_steps == 4 and stats.reuse_ratio > 0
+    assert artefact.memory() == fast.memory()
+
+
+def test_contexts_are_trajectories_of_their_own(artefact: ExportedModel) -> None:
+    _, fast = toy_pair(POLICY)
+    for model in (artefact, fast):
+        results = []
+        for inputs in _steps(2, 6):
+            for name, sign in (("one", 1.0), ("other", -1.0)):
+                with model.context(name), torch.no_grad():
+                    results.append(model(inputs[0] * sign, inputs[1]).clone())
+        if model is artefact:
+            found = results
+    for have, want in zip(found, results, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+    assert artefact.stats().trajectories == fast.stats().trajectories == 2
+
+
+def test_keywords_and_caches_in_two_sets_of_buffers(artefact: ExportedModel) -> None:
+    steps = _steps(2, 6)
+    addresses = set()
+    for grid, clock in steps:
+        artefact(clock=clock, grid=grid)
+        addresses.add(next(iter(artefact.cache().values())).data_ptr())
+    assert len(addresses) == 2
+    assert artefact.stats().cached_steps == 4
+
+
+def test_the_manifest_tells_what_it_takes(folder: Path, artefact: ExportedModel) -> None:
+    content = json.loads((folder / FILE).read_text())
+    assert content["policy"] == {"policy": "moeca", **POLICY.as_dict()}
+    assert content["batch"] == [1, 2, 5] and content["parameters"] == ["grid", "clock"]
+    assert [item["shape"][0] for item in (*content["inputs"], *content["caches"])] == ["batch"] * 11
+    per_sample = sum(item["bytes_per_sample"] for item in content["caches"])
+    _results(artefact, _steps(3, 2))
+    assert artefact.memory().total == 3 * per_sample
+    assert sorted(content["files"]) == ["model.onnx", "model.onnx.data"]
+    assert sorted(path.name for path in folder.iterdir()) == [FILE, "model.onnx", "model.onnx.data"]
+
+
+REFUSED_CALLS = {
+    "batch": (lambda: (toy_inputs(6)[0], torch.zeros(6)), r"batches of 1 to 5, found \[6\]"),
+    "two batches": (lambda: (toy_inputs(2)[0], torch.zeros(3)), r"found \[2, 3\]"),
+    "dtype": (
+        lambda: (toy_inputs(2)[0].double(), torch.zeros(2)),
+        r"grid: expected .* float32, found .* torch.float64",
+    ),
+    "shape": (lambda: (toy_inputs(2)[0][:, :3], torch.zeros(2)), "grid: expected"),
+    "one too few": (lambda: (toy_inputs(2)[0],), "missing a required argument: 'clock'"),
+    "no tensor": (lambda: (toy_inputs(2)[0], 0.5), "clock: expected .*, found float"),
+    "not finite": (lambda: (toy_inputs(2)[0] * torch.nan, torch.zeros(2)), "NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_CALLS)
+def test_calls_that_do_not_fit(artefact: ExportedModel, name: str) -> None:
+    inputs, words = REFUSED_CALLS[name]
+    with pytest.raises(InputError, match=words):
+        artefact(*inputs())
+    _results(artefact, _steps(2, 2))  # it stays usable
+
+
+def _edit(folder: Path, **fields: object) -> None:
+    content = json.loads((folder / FILE).read_text())
+    (folder / FILE).write_text(json.dumps(content | fields))
+
+
+def test_damaged_missing_and_newer_files(copied: Path) -> None:
+    graph = copied / "model.onnx"
+    whole = graph.read_bytes()
+    graph.write_bytes(whole[:-10])
+    with pytest.raises(ExportError, match=r"model\.onnx: is not the file that manifest\.json describes"):
+        load(copied)
+    graph.unlink()
+    with pytest.raises(ExportError, match=r"model\.onnx: is missing"):
+        load(copied)
+    graph.write_bytes(whole)
+    load(copied)
+    _edit(copied, format=99)
+    with pytest.raises(ExportError, match="format 99 is newer"):
+        load(copied)
+    _edit(copied, format=1, surprise=1)
+    with pytest.raises(ExportError, match=r"unknown \['surprise'\]"):
+        load(copied)
+    (copied / FILE).write_text("{")
+    with pytest.raises(ExportError, match="cannot be read"):
+        load(copied)
+    (copied / FILE).unlink()
+    with pytest.raises(ExportError, match="cannot be read"):
+        load(copied)
+
+
+def test_a_manifest_of_another_artefact(copied: Path) -> None:
+    content = json.loads((copied / FILE).read_text())
+    content["caches"][0]["input"] = "cache_in.elsewhere"
+    (copied / FILE).write_text(json.dumps(content))
+    with pytest.raises(ExportError, match="differ in inputs and outputs"):
+        load(copied)
+
+
+def test_a_missing_provider_is_an_error_unless_allowed(folder: Path) -> None:
+    with pytest.raises(ExportError, match="onnxruntime has no CUDAExecutionProvider here"):
+        load(folder, providers=("CUDAExecutionProvider",))
+
+
+def test_two_builds_of_onnxruntime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_is_installed", lambda name, metadata: name != "onnxruntime-trt-rtx")
+    with pytest.raises(ExportError, match="onnxruntime and onnxruntime-gpu are both installed"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["fora", "taylorseer", "branch_forecast", "teacache"])
+def test_policies_without_a_form_for_export(name: str, tmp_path: Path) -> None:
+    model, _ = zoo_pair("dsmoe", None)  # type: ignore[arg-type]  # no policy
+    policy = moeca_fx.policies.build(name, steps=10) if name == "teacache" else name
+    with pytest.raises(ExportError, match="this policy has no form for export"):
+        to_onnx(model, tmp_path, zoo_models.inputs(), policy=policy)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_out_of_range(tmp_path: Path) -> None:
+    model, _ = toy_pair(None)
+    for batch in ((1, 2), (4, 2, 8), 0, (1, 2, True)):
+        with pytest.raises(ConfigError, match="batch: expected"):
+            to_onnx(model, tmp_path, toy_inputs(), batch=batch)
+    with pytest.raises(ExportError, match="opset: expected 18 to 22, found 30"):
+        to_onnx(model, tmp_path, toy_inputs(), opset=30)
+    with pytest.raises(ConfigError, match="expected a method"):
+        to_onnx(model, tmp_path, toy_inputs(), policy=POLICY.policy())  # type: ignore[arg-type]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MoecaError, match="cannot write into the folder"):
+        to_onnx(model, tmp_path / "file" / "folder", toy_inputs())
+
+
+def test_an_artefact_that_differs_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "verify", lambda *args: Verification(0.5, 0.0, 6))
+    model, _ = toy_pair(None)
+    with pytest.raises(ExportError, match=r"differs from PyTorch: results by 5\.0e-01"):
+        to_onnx(model, tmp_path, toy_inputs(), policy=None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", zoo_models.FAMILIES)
+def test_every_family_with_and_without_caches(family: Family, tmp_path: Path) -> None:
+    for policy in (SOME, None):
+        model, fast = zoo_pair(family, policy)  # type: ignore[arg-type]
+        to_onnx(model, tmp_path, zoo_models.inputs(), policy=policy, batch=SIZES)
+        artefact = load(tmp_path)
+        for batch in (1, 2, 5):
+            artefact.reset_stats()
+            as_new(fast)
+            for inputs in zoo_models.trajectory(batch, 12):
+                with torch.no_grad():
+                    found, expected = zoo_models.prediction(artefact(*inputs)), zoo_models.prediction(fast(*inputs))
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            if policy is not None:
+                assert artefact.stats() == fast.stats()
