@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moeca_fx.cli.console import stdout
+from moeca_fx.cli.console import stderr, stdout
 from moeca_fx.cli.flow import find_flow
 from moeca_fx.cli.target import HELP, load_target
 from moeca_fx.errors import ConfigError
@@ -44,7 +44,7 @@ def export(
     method = None if policy == NONE else as_method(policy)
     loaded = load_target(target, weights)
     flow = find_flow(loaded.model)
-    console = stdout()
+    progress = stderr()
     manifest = to_onnx(
         loaded.model,
         out,
@@ -56,10 +56,10 @@ def export(
         external_data=external_data,
         check=verify,
         sampler=None if flow is None else asdict(flow),
-        progress=lambda stage: console.print(f"{stage} ...", highlight=False),
+        progress=lambda stage: progress.print(f"{stage} ...", highlight=False),
     )
     cache = sum(item["bytes_per_sample"] for item in manifest.caches)
-    console.print(
+    stdout().print(
         f"{out / manifest.file}: batches of {sizes[0]} to {sizes[2]}, {len(manifest.caches)} caches of "
         f"{cache / 2**20:.1f} MiB a sample; {out / FILE} describes it",
         highlight=False,

@@ -12,7 +12,7 @@ from moeca_fx.errors import ConfigError, ExportError, MoecaError
 from moeca_fx.export.manifest import Manifest, describe, write_manifest
 from moeca_fx.export.onnx_file import OPSET, make_onnx, save_onnx
 from moeca_fx.export.runner import load
-from moeca_fx.export.step import build_step
+from moeca_fx.export.step import build_step, exportable_rule
 from moeca_fx.export.verify import Verification, verify
 from moeca_fx.files import prepare_folder
 from moeca_fx.policies import Method, MoECa
@@ -67,6 +67,8 @@ def to_onnx(
     method = None if policy is None else as_method(policy)
     if method is not None and not isinstance(method, Method):
         raise ConfigError("export: expected a method, its name or its file, which a manifest can hold, found a Policy")
+    if method is not None:
+        exportable_rule(method.policy())
     sizes = _batch(batch)
     target = Path(folder)
     prepare_folder(target)

@@ -1,0 +1,61 @@
+"""``moeca-fx export`` and ``moeca-fx run``: the same picture as ``sample``, and their errors."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+STEPS = ("--steps", "6", "--classes", "0-4")
+
+
+def _pixels(path):
+    with Image.open(path) as picture:
+        return torch.frombuffer(bytearray(picture.convert("L").tobytes()), dtype=torch.uint8).float()
+
+
+def test_what_is_exported_is_sampled_from(run, refuse, project, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    result = run("export", "tiny_models:tiny", "--batch", "1,2,5", "-o", "made")
+    assert result.exit_code == 0, result.output
+    assert "running it against PyTorch" in result.stderr and "batches of 1 to 5" in result.stdout
+    manifest = json.loads((project / "made" / "manifest.json").read_text())
+    assert manifest["sampler"] == {"num_classes": 10, "null_class": None, "backwards": False}
+
+    result = run("run", "made", *STEPS, "--png", "run.png")
+    assert result.exit_code == 0, result.output
+    assert "5 samples, 6 steps" in result.stdout
+    counted = result.stdout.partition("5 samples")[0]
+    result = run("sample", "tiny_models:tiny", *STEPS, "--out", "sample.png")
+    assert counted and result.stdout.startswith(counted)  # the same statistics
+    found, expected = _pixels(project / "run.png"), _pixels(project / "sample.png")
+    assert peak_signal_noise_ratio(found, expected, data_range=255.0) >= 50
+
+    assert "exported for batches of 1 to 5, found [10]" in refuse("run", "made", "--classes", "0-9")
+    assert "no unconditional class" in refuse("run", "made", *STEPS, "--guidance", "2")
+    assert "onnxruntime has no CUDAExecutionProvider" in refuse(
+        "run", "made", *STEPS, "--provider", "CUDAExecutionProvider"
+    )
+    manifest["sampler"] = None
+    (project / "made" / "manifest.json").write_text(json.dumps(manifest))
+    assert "its manifest says nothing of a sampler" in refuse("run", "made", *STEPS)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--batch", "few"), "--batch: expected least,best,most"),
+        (("--batch", "4,2,8"), "batch: expected one size or least, best and most"),
+        (("--policy", "fora"), "this policy has no form for export"),
+        (("--opset", "9"), "opset: expected 18 to 22, found 9"),
+    ],
+)
+def test_options_that_do_not_fit(refuse, options, words, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert words in refuse("export", "tiny_models:tiny", *options, "-o", "made")
+
+
+def test_a_folder_without_an_artefact(refuse, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert "manifest.json: cannot be read" in refuse("run", "nothing")
