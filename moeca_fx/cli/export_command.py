@@ -1,26 +1,32 @@
-"""``moeca-fx export TARGET``: write a model with its caches as ONNX, proven against PyTorch."""
+"""``moeca-fx export TARGET``: write a model with its caches as ONNX or as a TensorRT engine."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from moeca_fx.cli.console import stderr, stdout
 from moeca_fx.cli.flow import find_flow
 from moeca_fx.cli.target import HELP, load_target
 from moeca_fx.errors import ConfigError
-from moeca_fx.export import to_onnx
+from moeca_fx.export import Manifest, to_onnx, to_tensorrt
+from moeca_fx.export.engine import parse_capabilities
 from moeca_fx.export.manifest import FILE
 from moeca_fx.export.onnx_file import OPSET
 from moeca_fx.policies import as_method
+from moeca_fx.sizes import parse_bytes
 
 
 class Format(StrEnum):
     """What can be written."""
 
     ONNX = "onnx"
+    TENSORRT = "tensorrt"
 
 
 NONE = "none"
@@ -34,6 +40,11 @@ def export(
     policy: Annotated[str, typer.Option(help="moeca, a YAML file of it, or none: without caches.")] = "moeca",
     opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = OPSET,
     external_data: Annotated[bool, typer.Option(help="Weights in a file of their own.")] = True,
+    backend: Annotated[str, typer.Option(help="Of engines: tensorrt, tensorrt-rtx, or auto.")] = "auto",
+    compute_capability: Annotated[
+        str, typer.Option(help="Of engines for other GPUs than the one here, e.g. 89,120 (tensorrt-rtx).")
+    ] = "",
+    workspace: Annotated[str | None, typer.Option(help="Most scratch memory of an engine, e.g. 2GB.")] = None,
     verify: Annotated[bool, typer.Option(help="Run it against PyTorch before it is done.")] = True,
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder; gets the artefact and its manifest.")] = Path(
         "out/export"
@@ -44,19 +55,31 @@ def export(
     method = None if policy == NONE else as_method(policy)
     loaded = load_target(target, weights)
     flow = find_flow(loaded.model)
-    progress = stderr()
-    manifest = to_onnx(
+    console = stderr()
+    write: Callable[..., Manifest] = to_onnx
+    if format is Format.TENSORRT:
+        limit = None if workspace is None else _bytes(workspace)
+        write = partial(
+            to_tensorrt,
+            backend=backend,  # type: ignore[arg-type]  # checked there
+            compute_capabilities=parse_capabilities(compute_capability),
+            workspace=limit,
+            steps=_EngineBar(console),
+        )
+    elif compute_capability or workspace is not None or backend != "auto":
+        raise ConfigError("--backend, --compute-capability and --workspace belong to --format tensorrt; drop them")
+    manifest = write(
         loaded.model,
         out,
         loaded.inputs,
         loaded.kwargs,
-        method,  # type: ignore[arg-type]  # a policy of parts is refused there
+        method,
         batch=sizes,
         opset=opset,
         external_data=external_data,
         check=verify,
         sampler=None if flow is None else asdict(flow),
-        progress=lambda stage: progress.print(f"{stage} ...", highlight=False),
+        progress=lambda stage: console.print(f"{stage} ...", highlight=False),
     )
     cache = sum(item["bytes_per_sample"] for item in manifest.caches)
     stdout().print(
@@ -65,6 +88,28 @@ def export(
         highlight=False,
         soft_wrap=True,
     )
+
+
+class _EngineBar:
+    """One line a phase of TensorRT's build, at its beginning and every tenth."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.said = console, ""
+
+    def __call__(self, phase: str, done: int, total: int) -> bool:
+        """Always goes on: Ctrl-C cancels."""
+        line = f"  {phase}: {10 * done // max(total, 1) * 10} %"
+        if line != self.said:
+            self.said = line
+            self.console.print(line, highlight=False)
+        return True
+
+
+def _bytes(text: str) -> int:
+    size = parse_bytes(text)
+    if size is None:
+        raise ConfigError(f"--workspace: expected a size such as 2GB, found {text!r}")
+    return int(size)
 
 
 def _sizes(text: str) -> tuple[int, ...]:

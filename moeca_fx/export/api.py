@@ -1,7 +1,8 @@
-"""`to_onnx`: transform a model for export, write the artefact and its manifest, and prove that it computes the same."""
+"""`to_onnx` and `to_tensorrt`: transform a model for export, prove the artefact, write it and its manifest."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from moeca_fx.errors import ConfigError, ExportError, MoecaError
+from moeca_fx.export.engine import Backend, Progress, build_engine, find_backend, write_engine
 from moeca_fx.export.manifest import Manifest, describe, write_manifest
 from moeca_fx.export.onnx_file import OPSET, make_onnx, save_onnx
 from moeca_fx.export.runner import load
@@ -20,6 +22,7 @@ from moeca_fx.policies.registry import as_method
 from moeca_fx.transform import transform
 
 ONNX_FILE = "model.onnx"
+ENGINE_FILE = "model.engine"
 _DEFAULT = MoECa()
 
 
@@ -89,9 +92,78 @@ def to_onnx(
         if check:
             say("running it against PyTorch")
             _refuse(verify(load(temporary), fast, step, sizes))
-        for file in sorted(temporary.iterdir(), key=lambda file: file.suffix == ".json"):  # the manifest comes last
-            file.replace(target / file.name)
+        _put(temporary, target)
     return manifest
+
+
+def to_tensorrt(
+    model: nn.Module,
+    folder: str | PathLike[str],
+    example_inputs: tuple[Any, ...] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    policy: Method | str | PathLike[str] | None = _DEFAULT,
+    *,
+    backend: Backend = "auto",
+    compute_capabilities: Sequence[str] = (),
+    workspace: int | None = None,
+    steps: Progress | None = None,
+    progress: Callable[[str], object] | None = None,
+    **options: Any,
+) -> Manifest:
+    """Build a TensorRT engine of a model with its caches; nothing runs it here.
+
+    Args:
+        model, example_inputs, example_kwargs, policy: as for `to_onnx`.
+        folder: gets ``model.engine`` and ``manifest.json``, both or none.
+        backend: ``"tensorrt"``, ``"tensorrt-rtx"``, which builds without a GPU, or the first that is installed.
+        compute_capabilities: such as ``"8.9"``, for TensorRT-RTX; none builds for the GPU that is there.
+        workspace: most bytes of scratch memory.
+        steps: told of TensorRT's progress: phase, steps done, steps in all; False cancels.
+        progress: called with a word or two before each stage.
+        options: further ones of `to_onnx`; with `check`, the ONNX form is run against PyTorch before the build.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ExportError: as for `to_onnx`, or TensorRT refuses the graph, cannot build it, or was cancelled.
+        ConfigError, MissingExtraError, MoecaError: as for `to_onnx`.
+    """
+    name, module = find_backend(backend)
+    target = Path(folder)
+    prepare_folder(target)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as temporary:
+        work = Path(temporary)
+        source = to_onnx(model, work / "onnx", example_inputs, example_kwargs, policy, progress=progress, **options)
+        if progress is not None:
+            progress(f"building with {name} {module.__version__}")
+        engine = build_engine(
+            work / "onnx" / source.file,
+            source,
+            backend=name,  # type: ignore[arg-type]  # a backend's own name
+            compute_capabilities=compute_capabilities,
+            workspace=workspace,
+            progress=steps,
+        )
+        made = work / "engine"
+        made.mkdir()
+        write_engine(engine, made / ENGINE_FILE)
+        manifest = replace(
+            source,
+            kind=name,
+            file=ENGINE_FILE,
+            compute_capabilities=list(compute_capabilities),
+            versions={**source.versions, name: module.__version__},
+        )
+        write_manifest(manifest, made)
+        _put(made, target)
+    return manifest
+
+
+def _put(made: Path, target: Path) -> None:
+    """Move the files into place, the manifest last."""
+    for file in sorted(made.iterdir(), key=lambda file: file.suffix == ".json"):
+        file.replace(target / file.name)
 
 
 def _batch(batch: int | Sequence[int]) -> tuple[int, int, int]:

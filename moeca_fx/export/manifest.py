@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from moeca_fx.errors import ConfigError, ExportError
-from moeca_fx.export.step import COUNTERS, ExportStep
+from moeca_fx.export.step import COUNTERS, FORCE, ExportStep
 from moeca_fx.files import write_whole
 from moeca_fx.graph.rewrite import example_value
 from moeca_fx.graph.sites import AttentionSite, DenseFFNSite, MoESite, Sites, kind_of
@@ -38,7 +38,8 @@ class Manifest:
 
     Attributes:
         format: version of this file.
-        kind: ``"onnx"``; file: the artefact's name; files: all its files with their SHA-256.
+        kind: ``"onnx"``, ``"tensorrt"`` or ``"tensorrt-rtx"``.
+        file: the artefact's name; files: all its files with their SHA-256.
         model: class of the source model; weights: fingerprint of its parameters and buffers.
         dtype: of its parameters; batch: least, best and most samples of a call.
         policy: the method's name and fields, under ``policy`` its name; None without caches.
@@ -50,6 +51,7 @@ class Manifest:
         structure: of the result, as torch's pytree writes it.
         sites: what the model's places do; flops: of steps, by batch.
         sampler: how the command samples the model, where it can (`cli.flow.Flow`).
+        compute_capabilities: that an engine was built for.
         versions: of what made it.
     """
 
@@ -76,12 +78,25 @@ class Manifest:
     flops: dict[str, Any]
     sampler: dict[str, Any] | None = None
     opset: int | None = None
+    compute_capabilities: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def cached(self) -> bool:
         """Whether the artefact keeps caches from step to step."""
         return bool(self.caches)
+
+    @property
+    def graph_inputs(self) -> list[str]:
+        """Names of the graph's inputs, in order."""
+        caches = [cache["input"] for cache in self.caches]
+        return [*(item["name"] for item in self.inputs), *caches, *([FORCE] if self.cached else [])]
+
+    @property
+    def graph_outputs(self) -> list[str]:
+        """Names of the graph's outputs, in order."""
+        caches = [cache["output"] for cache in self.caches]
+        return [*(item["name"] for item in self.outputs), *caches, *([COUNTERS] if self.cached else [])]
 
     @property
     def states(self) -> tuple[StateSpec, ...]:

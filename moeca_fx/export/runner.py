@@ -52,6 +52,10 @@ def load(
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    if manifest.kind != "onnx":
+        raise ExportError(
+            f"{folder}: holds a {manifest.kind} engine, which load cannot run yet; export the model as ONNX"
+        )
     session = OnnxSession(folder / manifest.file, providers, strict=strict_provider, threads=threads)
     _check_names(manifest, session)
     return ExportedModel(manifest, session)
@@ -192,10 +196,7 @@ def _program(manifest: Manifest, session: OnnxSession) -> _ArtefactProgram:
 
 
 def _check_names(manifest: Manifest, session: OnnxSession) -> None:
-    caches = manifest.caches
-    given = [item["name"] for item in manifest.inputs] + [cache["input"] for cache in caches] + [FORCE] * bool(caches)
-    made = [item["name"] for item in manifest.outputs] + [cache["output"] for cache in caches]
-    made += [COUNTERS] * bool(caches)
+    given, made = manifest.graph_inputs, manifest.graph_outputs
     if session.inputs != given or session.outputs != made:
         odd = sorted(set(session.inputs) ^ set(given) | set(session.outputs) ^ set(made))
         raise ExportError(f"{manifest.file} and its manifest differ in inputs and outputs: {odd}; export again")

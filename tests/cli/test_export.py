@@ -49,6 +49,10 @@ def test_what_is_exported_is_sampled_from(run, refuse, project, monkeypatch):
         (("--batch", "4,2,8"), "batch: expected one size or least, best and most"),
         (("--policy", "fora"), "this policy has no form for export"),
         (("--opset", "9"), "opset: expected 18 to 22, found 9"),
+        (("--workspace", "2GB"), "belong to --format tensorrt"),
+        (("--format", "tensorrt", "--workspace", "much"), "--workspace: expected a size"),
+        (("--format", "tensorrt", "--compute-capability", "ada"), "expected numbers such as 89"),
+        (("--format", "tensorrt", "--backend", "cuda"), "backend: expected one of"),
     ],
 )
 def test_options_that_do_not_fit(refuse, options, words, monkeypatch):
@@ -59,3 +63,14 @@ def test_options_that_do_not_fit(refuse, options, words, monkeypatch):
 def test_a_folder_without_an_artefact(refuse, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     assert "manifest.json: cannot be read" in refuse("run", "nothing")
+
+
+@pytest.mark.slow
+def test_an_engine(run, refuse, project, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    options = ("--format", "tensorrt", "--backend", "tensorrt-rtx", "--compute-capability", "89", "--batch", "1,2,5")
+    result = run("export", "tiny_models:tiny", *options, "-o", "made")
+    assert result.exit_code == 0, result.output
+    assert "building with tensorrt-rtx" in result.stderr and "100 %" in result.stderr
+    assert (project / "made" / "model.engine").stat().st_size > 10_000
+    assert "load cannot run yet" in refuse("run", "made", *STEPS)

@@ -1,0 +1,202 @@
+"""TensorRT engines from an ONNX artefact; TensorRT-RTX builds them without a GPU, for the compute capabilities named.
+
+One path serves `tensorrt_rtx` and `tensorrt` (10 and 11). Engines are built here and never run: that takes a GPU.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from moeca_fx.errors import ConfigError, ExportError, MissingExtraError, MoecaError
+from moeca_fx.export.manifest import Manifest
+from moeca_fx.export.step import FORCE
+
+EXTRA = "tensorrt"
+Backend = Literal["auto", "tensorrt", "tensorrt-rtx"]
+BACKENDS: tuple[Backend, ...] = ("auto", "tensorrt", "tensorrt-rtx")
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+
+Progress = Callable[[str, int, int], bool]
+"""Called with a phase's name, its steps so far and in all; False cancels the build."""
+
+
+def find_backend(backend: Backend = "auto") -> tuple[str, Any]:
+    """The name and the module of a TensorRT; ``auto`` prefers the full one.
+
+    Raises:
+        ConfigError: no such backend.
+        MissingExtraError: it is not installed.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend: expected one of {', '.join(BACKENDS)}, found {backend!r}")
+    for name in _MODULES if backend == "auto" else (backend,):
+        try:
+            return name, importlib.import_module(_MODULES[name])
+        except ImportError:
+            continue
+    wanted = "TensorRT or TensorRT-RTX" if backend == "auto" else backend
+    raise MissingExtraError(
+        f"this needs {wanted}, which is not installed; run: pip install 'moeca_fx[{EXTRA}]' (TensorRT-RTX, which "
+        "builds without a GPU), or install NVIDIA's tensorrt"
+    )
+
+
+def build_engine(
+    path: Path,
+    manifest: Manifest,
+    *,
+    backend: Backend = "auto",
+    compute_capabilities: Sequence[str] = (),
+    workspace: int | None = None,
+    user_allocation: bool = False,
+    progress: Progress | None = None,
+) -> bytes:
+    """Parse an ONNX file and build its engine.
+
+    Args:
+        path: the ONNX file, weights beside it.
+        manifest: its manifest, whose inputs and outputs the network must have.
+        backend: which TensorRT.
+        compute_capabilities: such as ``"8.9"``, TensorRT-RTX only; none builds for the GPU that is there.
+        workspace: most bytes of scratch memory; None is TensorRT's own limit.
+        user_allocation: let the build fail unless all memory of the engine is bounded.
+        progress: told of every step; may cancel.
+
+    Raises:
+        ExportError: TensorRT refuses a node or the build, or was cancelled.
+        ConfigError: a compute capability that this TensorRT does not know.
+        MissingExtraError: TensorRT is not installed.
+    """
+    name, trt = find_backend(backend)
+    log = _log(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(path)):
+        refused = [parser.get_error(index) for index in range(parser.num_errors)]
+        nodes = "; ".join(f"{e.node_name()} ({e.node_operator()}): {e.desc().splitlines()[0]}" for e in refused)
+        raise ExportError(f"{name} refuses the graph: {nodes or log.last}; please report this model")
+    _check_network(network, manifest)
+    config = builder.create_builder_config()
+    config.add_optimization_profile(_profile(builder, network, manifest))
+    _set_capabilities(trt, name, config, compute_capabilities)
+    if workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    if user_allocation:
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    monitor = _monitor(trt, progress)
+    if monitor is not None:
+        config.progress_monitor = monitor
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        cancelled = monitor is not None and monitor.cancelled
+        raise ExportError("the build was cancelled" if cancelled else f"{name} cannot build the engine: {log.last}")
+    return bytes(engine)
+
+
+def parse_capabilities(text: str) -> tuple[str, ...]:
+    """``"89,120"`` or ``"8.9,12.0"`` -> (8.9, 12.0).
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    found = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        digits = part.replace(".", "")
+        if not digits.isdigit() or len(digits) < 2:
+            raise ConfigError(f"compute capability: expected numbers such as 89 or 8.9, found {part!r}")
+        found.append(f"{digits[:-1]}.{digits[-1]}")
+    return tuple(found)
+
+
+def _set_capabilities(trt: Any, name: str, config: Any, wanted: Sequence[str]) -> None:
+    if not wanted:
+        return
+    if not hasattr(trt, "ComputeCapability"):
+        raise ConfigError(f"{name} builds for the GPU that is there; leave compute capabilities to tensorrt-rtx")
+    known = {key.removeprefix("SM"): value for key, value in trt.ComputeCapability.__members__.items()}
+    config.num_compute_capabilities = len(wanted)
+    for index, capability in enumerate(wanted):
+        if capability.replace(".", "") not in known:
+            offered = ", ".join(key for key in known if key.isdigit())
+            raise ConfigError(f"compute capability: {name} knows {offered}, found {capability}; name some of these")
+        config.set_compute_capability(known[capability.replace(".", "")], index)
+
+
+def _profile(builder: Any, network: Any, manifest: Manifest) -> Any:
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        if tensor.name == FORCE:
+            if tensor.is_shape_tensor:  # lengths follow from it
+                profile.set_shape_input(FORCE, [0], [0], [1])
+        elif len(tensor.shape) and tensor.shape[0] == -1:
+            profile.set_shape(tensor.name, *([size, *tensor.shape[1:]] for size in manifest.batch))
+    return profile
+
+
+def _check_network(network: Any, manifest: Manifest) -> None:
+    """The engine of a machine without a GPU cannot be opened again: its inputs and outputs are compared here."""
+    found = [[network.get_input(i).name for i in range(network.num_inputs)]]
+    found.append([network.get_output(i).name for i in range(network.num_outputs)])
+    if found != [manifest.graph_inputs, manifest.graph_outputs]:
+        odd = sorted({*found[0], *found[1]} ^ {*manifest.graph_inputs, *manifest.graph_outputs})
+        raise ExportError(f"the network and the manifest differ in inputs and outputs: {odd}; please report this model")
+
+
+def _log(trt: Any) -> Any:
+    """A logger that remembers the last error instead of writing to the terminal."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]  # untyped in TensorRT
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.last = "no reason given"
+
+        def log(self, severity: Any, message: str) -> None:
+            # Every process without a driver hears of that; builds go on.
+            if severity <= trt.ILogger.ERROR and "driver version" not in message:
+                self.last = message
+
+    return Log()
+
+
+def _monitor(trt: Any, progress: Progress | None) -> Any:
+    """TensorRT's progress monitor for `progress`; an interrupt cancels the build too."""
+    if progress is None:
+        return None
+    tell: Progress = progress
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # untyped in TensorRT
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.cancelled = False
+            self.totals: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.totals[phase_name] = num_steps
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.totals.pop(phase_name, None)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if not self.cancelled:
+                try:
+                    self.cancelled = not tell(phase_name, step + 1, self.totals.get(phase_name, step + 1))
+                except KeyboardInterrupt:
+                    self.cancelled = True
+            return not self.cancelled
+
+    return Monitor()
+
+
+def write_engine(engine: bytes, path: Path) -> None:
+    """Write an engine.
+
+    Raises:
+        MoecaError: the file system refused.
+    """
+    try:
+        path.write_bytes(engine)
+    except OSError as error:
+        raise MoecaError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
