@@ -1,6 +1,6 @@
 """``manifest.json``: what an artefact is, takes and gives; the runner needs nothing else beside the artefact.
 
-The fields are listed in docs/manifest.schema.json. `FORMAT` counts versions: a runner refuses newer ones.
+docs/manifest.schema.json describes the fields. `FORMAT` counts versions: a runner refuses newer ones.
 """
 
 import dataclasses
@@ -9,7 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -298,7 +299,16 @@ def _checked(content: Any, path: Path) -> Manifest:
     unknown = [name for name in content if name not in known]
     if missing or unknown:
         raise ExportError(f"{path}: missing {missing or 'none'}, unknown {unknown or 'none'}; export the model again")
+    odd = [name for name, item in known.items() if name in content and not _fits(content[name], item.type)]
+    if odd:
+        raise ExportError(f"{path}: {', '.join(odd)}: not of the type that the field has; export the model again")
     return Manifest(**content)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a JSON file is of a field's type, as far as the outermost goes."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return isinstance(value, tuple(get_origin(each) or each for each in kinds))
 
 
 def sha256(path: Path) -> str:

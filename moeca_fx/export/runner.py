@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moeca_fx.errors import ExportError, InputError
-from moeca_fx.export.manifest import Manifest, read_manifest
+from moeca_fx.export.manifest import FILE, Manifest, read_manifest
 from moeca_fx.export.session import CPU, OnnxSession
 from moeca_fx.export.step import COUNTERS, FORCE
 from moeca_fx.passes import Compilation
@@ -57,8 +57,13 @@ def load(
             f"{folder}: holds a {manifest.kind} engine, which load cannot run yet; export the model as ONNX"
         )
     session = OnnxSession(folder / manifest.file, providers, strict=strict_provider, threads=threads)
-    _check_names(manifest, session)
-    return ExportedModel(manifest, session)
+    try:
+        _check_names(manifest, session)
+        return ExportedModel(manifest, session)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ExportError(
+            f"{folder / FILE}: a field is damaged ({type(error).__name__}: {error}); export the model again"
+        ) from error
 
 
 class ExportedModel:

@@ -1,9 +1,11 @@
 """to_onnx and load: the artefact is the model, step for step, and what does not fit is refused by name."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ import moeca_fx
 from moeca_fx import MoECa
 from moeca_fx.errors import ConfigError, ExportError, InputError, MoecaError
 from moeca_fx.export import ExportedModel, api, load, session, to_onnx
-from moeca_fx.export.manifest import FILE
+from moeca_fx.export.manifest import FILE, Manifest
 from moeca_fx.export.verify import Verification
 from tests.helpers import zoo_models
 from tests.helpers.toys import toy_inputs
@@ -23,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::moeca_fx.NothingReusedWarning")
 
 POLICY = MoECa(interval=3, tau0=0.6)
 SIZES = (1, 2, 5)
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,21 @@ def test_the_manifest_tells_what_it_takes(folder: Path, artefact: ExportedModel)
     assert sorted(path.name for path in folder.iterdir()) == [FILE, "model.onnx", "model.onnx.data"]
 
 
+def test_the_schema_in_the_docs_describes_it(folder: Path) -> None:
+    schema = json.loads((DOCS / "manifest.schema.json").read_text())
+    fields = dataclasses.fields(Manifest)
+    assert list(schema["properties"]) == [field.name for field in fields]
+    optional = {field.name for field in fields if field.default is not dataclasses.MISSING} | {
+        field.name for field in fields if field.default_factory is not dataclasses.MISSING
+    }
+    assert set(schema["properties"]) - set(schema["required"]) == optional
+    content = json.loads((folder / FILE).read_text())
+    jsonschema.validate(content, schema)
+    for name, wrong in (("batch", [1, 2]), ("kind", "pt3"), ("files", {"model.onnx": "short"}), ("caches", [{}])):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(content | {name: wrong}, schema)
+
+
 REFUSED_CALLS = {
     "batch": (lambda: (toy_inputs(6)[0], torch.zeros(6)), r"batches of 1 to 5, found \[6\]"),
     "two batches": (lambda: (toy_inputs(2)[0], torch.zeros(3)), r"found \[2, 3\]"),
@@ -167,6 +185,23 @@ def test_a_manifest_of_another_artefact(copied: Path) -> None:
     content["caches"][0]["input"] = "cache_in.elsewhere"
     (copied / FILE).write_text(json.dumps(content))
     with pytest.raises(ExportError, match="differ in inputs and outputs"):
+        load(copied)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("batch", "few"),
+        ("caches", [{"site": "x"}]),
+        ("sites", [{"site_kind": "moe"}]),
+        ("structure", "[1"),
+        ("policy", {"policy": "moeca", "interval": 0}),
+        ("inputs", None),
+    ],
+)
+def test_damaged_fields(copied: Path, field: str, value: object) -> None:
+    _edit(copied, **{field: value})
+    with pytest.raises((ExportError, ConfigError), match="export"):
         load(copied)
 
 
