@@ -74,6 +74,7 @@ def _tidy(made: Any) -> None:
     from onnx_ir.passes import common
 
     onnxscript.optimizer.fold_constants(made.model, onnx_shape_inference=False)
+    _drop_transposes_of_nothing(made.model)
     for tidy in (
         common.RemoveUnusedNodesPass(),
         common.CommonSubexpressionEliminationPass(),
@@ -81,6 +82,18 @@ def _tidy(made: Any) -> None:
         common.RemoveUnusedNodesPass(),
     ):
         tidy(made.model)
+
+
+def _drop_transposes_of_nothing(model: Any) -> None:
+    """torch writes one before and after every indexed write; onnxruntime would copy whole caches for each."""
+    from onnx_ir.convenience import replace_all_uses_with
+
+    for node in list(model.graph):
+        if node.op_type == "Transpose" and not node.outputs[0].is_graph_output():
+            order = list(node.attributes["perm"].as_ints())
+            if order == sorted(order):
+                replace_all_uses_with(node.outputs[0], node.inputs[0])
+                model.graph.remove(node)
 
 
 @contextlib.contextmanager

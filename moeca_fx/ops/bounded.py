@@ -46,11 +46,16 @@ def valid_code(code: Tensor, valid: Tensor) -> Tensor:
 
 
 def write_rows(cache: Tensor, row: Tensor, values: Tensor, valid: Tensor) -> Tensor:
-    """Cache [.., rest] with the given distinct flat rows replaced by `values` [M, rest] where they are valid."""
-    flat = cache.reshape(-1, *values.shape[1:])
+    """Cache [B, T, rest] with the given distinct flat rows replaced by `values` [M, rest] where they are valid."""
+    place = _places(cache, row)
     apply = valid.reshape(-1, *(1,) * (values.dim() - 1))
-    now = torch.where(apply, values.to(cache.dtype), flat.index_select(0, row))
-    return flat.index_put((row,), now).view(cache.shape)
+    return cache.index_put(place, torch.where(apply, values.to(cache.dtype), cache[place]))
+
+
+def _places(cache: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample and token of flat rows. Indexing by both spares two reshapes, which copy a cache at a graph's border."""
+    tokens = cache.shape[1]
+    return row // tokens, row % tokens
 
 
 def count_valid(valid: Tensor) -> Tensor:
@@ -139,12 +144,12 @@ def write_branches(cache: Tensor, values: Tensor, code: Tensor, place: Tensor, r
         row: [M] distinct flat tokens that the leading entries of `code` stand for; None when they are all in order.
     """
     top_k, rest = code.shape[-1], values.shape[1:]
-    tokens = cache.reshape(-1, top_k, *rest)
-    held = tokens if row is None else tokens.index_select(0, row)  # [M, k, rest]
     picked = (code.reshape(-1, top_k) > REUSED).reshape(-1, top_k, *(1,) * len(rest))
     fresh = values.index_select(0, place).reshape(-1, top_k, *rest).to(cache.dtype)
-    now = torch.where(picked, fresh, held)
-    return (now if row is None else tokens.index_put((row,), now)).view(cache.shape)
+    if row is None:
+        return torch.where(picked.view(*cache.shape[:3], *(1,) * len(rest)), fresh.view(cache.shape), cache)
+    where = _places(cache, row)
+    return cache.index_put(where, torch.where(picked, fresh, cache[where]))
 
 
 def update_activation(activation: Tensor, expert: Tensor, beta: float) -> Tensor:
