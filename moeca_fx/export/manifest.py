@@ -172,7 +172,7 @@ def describe(
         constants={str(index): _plain(value, f"input {index}") for index, value in step.constants.items()},
         outputs=_outputs(step),
         results=[[where, _plain(value, "a result")] for where, value in step.results],
-        structure=pytree.treespec_dumps(program.out_spec),
+        structure=_structure(program.out_spec),
         caches=[_cache(state) for state in step.states],
         counters=[[counter.site, counter.kind] for counter in step.counters],
         sites=[{"site_kind": kind_of(site), **dataclasses.asdict(site)} for site in program.sites.ordered],
@@ -182,6 +182,16 @@ def describe(
         opset=opset,
         versions=made,
     )
+
+
+def _structure(spec: pytree.TreeSpec) -> str:
+    try:
+        return pytree.treespec_dumps(spec)
+    except (NotImplementedError, ValueError) as error:
+        raise ExportError(
+            f"export: the model's result cannot be described: {error}; export a wrapper that returns tensors, or "
+            "tuples or dicts of them"
+        ) from error
 
 
 def _tensor(name: str, value: Tensor, batched: bool) -> dict[str, Any]:

@@ -3,17 +3,20 @@
 import dataclasses
 import json
 import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import jsonschema
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import moeca_fx
 from moeca_fx import MoECa
 from moeca_fx.errors import ConfigError, ExportError, InputError, MoecaError
 from moeca_fx.export import ExportedModel, api, load, session, to_onnx
+from moeca_fx.export import manifest as manifest_module
 from moeca_fx.export.manifest import FILE, Manifest
 from moeca_fx.export.verify import Verification
 from tests.helpers import zoo_models
@@ -25,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::moeca_fx.NothingReusedWarning")
 
 POLICY = MoECa(interval=3, tau0=0.6)
 SIZES = (1, 2, 5)
+_Pair = namedtuple("_Pair", "a b")
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
@@ -263,3 +267,9 @@ def test_every_family_with_and_without_caches(family: Family, tmp_path: Path) ->
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             if policy is not None:
                 assert artefact.stats() == fast.stats()
+
+
+def test_a_result_that_a_manifest_cannot_describe() -> None:
+    structure = pytree.tree_structure(_Pair(torch.zeros(1), None))
+    with pytest.raises(ExportError, match="the model's result cannot be described"):
+        manifest_module._structure(structure)
