@@ -10,13 +10,13 @@ from typing import Any
 from torch import nn
 
 from moeca_fx.errors import ConfigError, ExportError, MoecaError
-from moeca_fx.export.engine import Backend, Progress, build_engine, find_backend, write_engine
+from moeca_fx.export.engine import Backend, Progress, build_engine, find_backend
 from moeca_fx.export.manifest import Manifest, describe, write_manifest
 from moeca_fx.export.onnx_file import OPSET, make_onnx, save_onnx
 from moeca_fx.export.runner import load
 from moeca_fx.export.step import build_step, exportable_rule
 from moeca_fx.export.verify import Verification, verify
-from moeca_fx.files import prepare_folder
+from moeca_fx.files import prepare_folder, write_whole
 from moeca_fx.policies import Method, MoECa
 from moeca_fx.policies.registry import as_method
 from moeca_fx.transform import transform
@@ -146,8 +146,7 @@ def to_tensorrt(
             progress=steps,
         )
         made = work / "engine"
-        made.mkdir()
-        write_engine(engine, made / ENGINE_FILE)
+        write_whole(made / ENGINE_FILE, lambda path: path.write_bytes(engine))
         manifest = replace(
             source,
             kind=name,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from moeca_fx.errors import ConfigError, ExportError, MissingExtraError, MoecaError
+from moeca_fx.errors import ConfigError, ExportError, MissingExtraError
 from moeca_fx.export.manifest import Manifest
 from moeca_fx.export.step import FORCE
 
@@ -188,15 +188,3 @@ def _monitor(trt: Any, progress: Progress | None) -> Any:
             return not self.cancelled
 
     return Monitor()
-
-
-def write_engine(engine: bytes, path: Path) -> None:
-    """Write an engine.
-
-    Raises:
-        MoecaError: the file system refused.
-    """
-    try:
-        path.write_bytes(engine)
-    except OSError as error:
-        raise MoecaError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error

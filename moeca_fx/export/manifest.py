@@ -103,7 +103,7 @@ class Manifest:
     def states(self) -> tuple[StateSpec, ...]:
         """Its caches. All are inputs of a full step too, so all are carried."""
         return tuple(
-            StateSpec(c["site"], c["kind"], tuple(c["shape"][1:]), _dtype(c["dtype"]), carried=True)
+            StateSpec(c["site"], c["kind"], tuple(c["shape"][1:]), dtype_of(c["dtype"]), carried=True)
             for c in self.caches
         )
 
@@ -254,7 +254,12 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that a manifest names.
+
+    Raises:
+        ExportError: it is none.
+    """
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
         raise ExportError(f"manifest: expected a dtype such as 'float32', found {name!r}; export the model again")

@@ -18,9 +18,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moeca_fx.errors import ExportError, InputError
-from moeca_fx.export.manifest import FILE, Manifest, read_manifest
+from moeca_fx.export.manifest import FILE, Manifest, dtype_of, read_manifest
 from moeca_fx.export.session import CPU, OnnxSession
-from moeca_fx.export.step import COUNTERS, FORCE
 from moeca_fx.passes import Compilation
 from moeca_fx.passes.cache.graphs import CachedGraphs, StepGraph
 from moeca_fx.runtime.flops import StepFlops
@@ -128,18 +127,15 @@ class _ArtefactProgram(Program):
         leaves = len(manifest.inputs) + len(manifest.constants)
         call = [leaf.contiguous() for leaf in inputs[:leaves] if isinstance(leaf, Tensor)]
         held = list(inputs[leaves:])
-        given = dict(zip((item["name"] for item in manifest.inputs), call, strict=True))
-        given |= dict(zip((cache["input"] for cache in manifest.caches), held, strict=True))
-        states = self._next(held)
-        results = self._results(batch)
-        into = results | dict(zip((cache["output"] for cache in manifest.caches), states, strict=True))
-        if manifest.cached:
-            given[FORCE] = torch.tensor(int(name == "full"))
-            into[COUNTERS] = torch.empty(len(manifest.counters), dtype=torch.int64)
-        self.session.run(given, into)
-        values = list(results.values())
-        made = [values[value] if where == "output" else value for where, value in manifest.results]
-        return (*made, *states, *([into[COUNTERS]] if manifest.cached else []))
+        force = [torch.tensor(int(name == "full"))] if manifest.cached else []
+        results, states = self._results(batch), self._next(held)
+        counters = [torch.empty(len(manifest.counters), dtype=torch.int64)] if manifest.cached else []
+        self.session.run(
+            dict(zip(manifest.graph_inputs, [*call, *held, *force], strict=True)),
+            dict(zip(manifest.graph_outputs, [*results, *states, *counters], strict=True)),
+        )
+        made = [results[value] if where == "output" else value for where, value in manifest.results]
+        return (*made, *states, *counters)
 
     def _next(self, held: list[Tensor]) -> list[Tensor]:
         """The other set of buffers."""
@@ -151,13 +147,11 @@ class _ArtefactProgram(Program):
         self.partners[states[0]] = held
         return states
 
-    def _results(self, batch: int) -> dict[str, Tensor]:
-        return {
-            item["name"]: torch.empty(
-                [batch if size == "batch" else size for size in item["shape"]], dtype=_dtype(item)
-            )
+    def _results(self, batch: int) -> list[Tensor]:
+        return [
+            torch.empty([batch if size == "batch" else size for size in item["shape"]], dtype=dtype_of(item["dtype"]))
             for item in self.manifest.outputs
-        }
+        ]
 
     def step_flops(self, leaves: list[Any], batch: int) -> StepFlops:
         """As the manifest has them."""
@@ -220,7 +214,7 @@ def _check_call(manifest: Manifest, leaves: list[Any]) -> None:
     sizes = set()
     for item, value in zip(manifest.inputs, tensors, strict=True):
         shape = list(getattr(value, "shape", []))
-        fits = isinstance(value, Tensor) and len(shape) == len(item["shape"]) and value.dtype == _dtype(item)
+        fits = isinstance(value, Tensor) and len(shape) == len(item["shape"]) and value.dtype == dtype_of(item["dtype"])
         if not fits or any(w not in (h, "batch") for w, h in zip(item["shape"], shape, strict=True)):
             found = f"{list(shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"{item['name']}: expected {item['shape']} {item['dtype']}, found {found}")
@@ -230,8 +224,3 @@ def _check_call(manifest: Manifest, leaves: list[Any]) -> None:
             f"{manifest.model}: exported for batches of {least} to {most}, found {sorted(sizes)}; call it in parts, or "
             "export with another --batch"
         )
-
-
-def _dtype(item: dict[str, Any]) -> torch.dtype:
-    found: torch.dtype = getattr(torch, item["dtype"])
-    return found

@@ -18,7 +18,7 @@ from moeca_fx.graph.state import SCALES_WITH, Counter
 from moeca_fx.ops import rows, slots
 from moeca_fx.ops.attention_rows import attention_rows
 from moeca_fx.passes.cache.builder import StepBuilder
-from moeca_fx.passes.cache.plan import SitePlan, tokens_to_refresh
+from moeca_fx.passes.cache.plan import SitePlan
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,14 @@ def rewrite_attention(
     else:
         _, _, output = refresh_attention(step, site, tokens_to_refresh(step, plan, state), programs)
     step.nodes[site.output].replace_all_uses_with(output)
+
+
+def tokens_to_refresh(step: StepBuilder, plan: SitePlan, state: str) -> fx.Node:
+    """The mask [B, T] of a site that recomputes rows: those of an earlier MoE site; without one all under `force`."""
+    if plan.action == "reuse":
+        return step.emit(slots.forced_tokens, step.cache[state], step.force, name=f"{state}_forced".replace(".", "_"))
+    assert plan.inherits is not None, f"{plan.site.path}: rows without an earlier MoE site"
+    return step.refreshed[plan.inherits]
 
 
 def refresh_attention(

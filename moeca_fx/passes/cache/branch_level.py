@@ -16,12 +16,17 @@ from moeca_fx.graph.row_program import RowProgram, build_row_program
 from moeca_fx.graph.sites import AttentionSite, DenseFFNSite, MoESite, Sites
 from moeca_fx.graph.state import Counter
 from moeca_fx.ops import slots
-from moeca_fx.passes.cache.attention_step import AttentionPrograms, build_attention_programs, rewrite_attention
+from moeca_fx.passes.cache.attention_step import (
+    AttentionPrograms,
+    build_attention_programs,
+    rewrite_attention,
+    tokens_to_refresh,
+)
 from moeca_fx.passes.cache.builder import StepBuilder
 from moeca_fx.passes.cache.full_step import store_branch_states
 from moeca_fx.passes.cache.level import Level
 from moeca_fx.passes.cache.moe_step import MoEPrograms, build_moe_programs, rewrite_moe
-from moeca_fx.passes.cache.plan import SitePlan, needs_error, plan_sites, tokens_to_refresh
+from moeca_fx.passes.cache.plan import SitePlan, needs_error, plan_sites
 from moeca_fx.policies.rules import BranchRule
 
 

@@ -12,8 +12,6 @@ from moeca_fx.graph.rewrite import example_value
 from moeca_fx.graph.sites import AttentionSite, DenseFFNSite, MoESite, Site, Sites
 from moeca_fx.graph.slicing import between
 from moeca_fx.graph.state import StateSpec, with_older
-from moeca_fx.ops import slots
-from moeca_fx.passes.cache.builder import StepBuilder
 from moeca_fx.policies.rules import BranchRule
 from moeca_fx.policies.selector import ScoreThreshold
 
@@ -62,14 +60,6 @@ def plan_sites(module: fx.GraphModule, sites: Sites, rule: BranchRule) -> tuple[
     return tuple(plans)
 
 
-def tokens_to_refresh(step: StepBuilder, plan: SitePlan, state: str) -> fx.Node:
-    """The mask [B, T] of a site that recomputes rows: those of an earlier MoE site; without one all under `force`."""
-    if plan.action == "reuse":
-        return step.emit(slots.forced_tokens, step.cache[state], step.force, name=f"{state}_forced".replace(".", "_"))
-    assert plan.inherits is not None, f"{plan.site.path}: rows without an earlier MoE site"
-    return step.refreshed[plan.inherits]
-
-
 def _attention_action(site: AttentionSite, rule: BranchRule, moe: MoESite | None, inherited: bool) -> Action:
     if rule.attention != "synchronized":
         return rule.attention
@@ -116,20 +106,20 @@ def _attention_states(
 
 
 def _moe_states(site: MoESite, rule: BranchRule, nodes: dict[str, fx.Node]) -> Iterator[StateSpec]:
-    slot, selector, terms = (site.tokens, site.top_k), rule.selector, rule.predictor.terms
+    slots, selector, terms = (site.tokens, site.top_k), rule.selector, rule.predictor.terms
     x, weight = example_value(nodes[site.x]), example_value(nodes[site.weight])
     score_dtype = torch.promote_types(weight.dtype, torch.float32)
     feature_dtype = x.dtype
     ranks_errors = needs_error(rule)
     # A full step that keeps older features matches its slots with those of the full step before.
-    yield StateSpec(site.path, "expert", slot, torch.int64, carried=terms > 1)
-    yield StateSpec(site.path, "weight", slot, score_dtype)
+    yield StateSpec(site.path, "expert", slots, torch.int64, carried=terms > 1)
+    yield StateSpec(site.path, "weight", slots, score_dtype)
     if "score" in selector.signals:
-        yield StateSpec(site.path, "norm", slot, torch.promote_types(feature_dtype, torch.float32))
-    feature = StateSpec(site.path, "feature", (*slot, x.shape[-1]), feature_dtype, vector=True)
+        yield StateSpec(site.path, "norm", slots, torch.promote_types(feature_dtype, torch.float32))
+    feature = StateSpec(site.path, "feature", (*slots, x.shape[-1]), feature_dtype, vector=True)
     yield from with_older(feature, terms, all_carried=ranks_errors)
     if ranks_errors:
-        yield StateSpec(site.path, "error", slot, torch.float32)
+        yield StateSpec(site.path, "error", slots, torch.float32)
     if isinstance(selector, ScoreThreshold):
         yield StateSpec(site.path, "activation", (site.num_experts, site.tokens), torch.float32, carried=True)
     if site.shared and rule.shared_expert != "full":
