@@ -83,7 +83,8 @@ def export(
     )
     cache = sum(item["bytes_per_sample"] for item in manifest.caches)
     stdout().print(
-        f"{out / manifest.file}: batches of {sizes[0]} to {sizes[2]}, {len(manifest.caches)} caches of "
+        f"{', '.join(str(out / graph['file']) for graph in manifest.graphs)}: batches of {sizes[0]} to {sizes[2]}, "
+        f"{len(manifest.caches)} caches of "
         f"{cache / 2**20:.1f} MiB a sample; {out / FILE} describes it",
         highlight=False,
         soft_wrap=True,

@@ -12,7 +12,7 @@ from moeca_fx.cli.drawing import Source, check_drawing, draw_picture, guided_vel
 from moeca_fx.cli.flow import Flow
 from moeca_fx.errors import ExportError
 from moeca_fx.export import load
-from moeca_fx.export.session import CPU
+from moeca_fx.export.sessions import CPU
 from moeca_fx.zoo.sampling import find_sampler
 
 

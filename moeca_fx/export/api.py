@@ -1,29 +1,49 @@
-"""`to_onnx` and `to_tensorrt`: transform a model for export, prove the artefact, write it and its manifest."""
+"""`to_onnx`, `to_tensorrt`, `to_pt2`, `to_aotinductor`: transform, write graphs and manifest, prove them."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
+import torch
 from torch import nn
 
 from moeca_fx.errors import ConfigError, ExportError, MoecaError
 from moeca_fx.export.engine import Backend, Progress, build_engine, find_backend
 from moeca_fx.export.manifest import Manifest, describe, write_manifest
 from moeca_fx.export.onnx_file import OPSET, make_onnx, save_onnx
+from moeca_fx.export.package import save_package
+from moeca_fx.export.plan import ExportPlan, Form, build_plan, exportable_rule
 from moeca_fx.export.runner import load
-from moeca_fx.export.step import build_step, exportable_rule
+from moeca_fx.export.trace import trace
 from moeca_fx.export.verify import Verification, verify
-from moeca_fx.files import prepare_folder, write_whole
+from moeca_fx.files import prepare_folder
 from moeca_fx.policies import Method, MoECa
 from moeca_fx.policies.registry import as_method
 from moeca_fx.transform import transform
 
-ONNX_FILE = "model.onnx"
-ENGINE_FILE = "model.engine"
 _DEFAULT = MoECa()
+Say = Callable[[str], object]
+
+
+class ExportOptions(TypedDict, total=False):
+    """What every export takes beside its own options.
+
+    Attributes:
+        batch: least, best and most samples of a call, or one number for all three; (1, 8, 32) by default.
+        timestep: as for `moeca_fx.transform`.
+        check: run the artefact against PyTorch over a few steps before it is done; on by default.
+        sampler: what the manifest shall say of the model's sampler; `moeca-fx run` reads it.
+        progress: called with a word or two before each stage.
+    """
+
+    batch: int | Sequence[int]
+    timestep: str | int | None
+    check: bool
+    sampler: dict[str, Any] | None
+    progress: Say | None
 
 
 def to_onnx(
@@ -33,67 +53,98 @@ def to_onnx(
     example_kwargs: Mapping[str, Any] | None = None,
     policy: Method | str | PathLike[str] | None = _DEFAULT,
     *,
-    batch: int | Sequence[int] = (1, 8, 32),
-    timestep: str | int | None = None,
+    graphs: Form = "auto",
     opset: int = OPSET,
     external_data: bool = True,
-    check: bool = True,
-    sampler: dict[str, Any] | None = None,
-    progress: Callable[[str], object] | None = None,
+    **options: Unpack[ExportOptions],
 ) -> Manifest:
     """Export a model with its caches as named inputs and outputs.
 
     Args:
         model: as for `moeca_fx.transform`.
-        folder: gets ``model.onnx``, its weights and ``manifest.json``, all of them or none.
+        folder: gets the graphs, their weights and ``manifest.json``, all of them or none.
         example_inputs, example_kwargs: inputs of one forward call.
-        policy: a method of one branch rule that holds its features (MoECa), by name or from a file too; None exports
-            the model without caches.
-        batch: least, best and most samples of a call, or one number for all three.
-        timestep: as for `moeca_fx.transform`.
+        policy: a method, also by name or from a file; None exports the model without caches.
+        graphs: ``"one"`` graph for full and cached steps, which holds the weights once (MoECa with held features),
+            ``"steps"``: a graph a step, or ``"auto"``: one where that is possible.
         opset: version of ONNX's operators.
-        external_data: weights in a file beside the graph, which those over 2 GB need.
-        check: run the artefact against PyTorch over a few steps before it is done.
-        sampler: what the manifest shall say of the model's sampler; `moeca-fx run` reads it.
-        progress: called with a word or two before each stage.
+        external_data: weights in a file beside the graphs, which those over 2 GB need.
+        options: see `ExportOptions`.
 
     Returns:
         What was written.
 
     Raises:
         ExportError: the policy or model has no form for export, or the artefact does not compute the same.
-        ConfigError: `batch` or `policy` is out of range.
+        ConfigError: an option is out of range.
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
         MoecaError: what `transform` raises, or the folder cannot be written.
     """
-    say = progress or (lambda stage: None)
-    method = None if policy is None else as_method(policy)
-    if method is not None and not isinstance(method, Method):
-        raise ConfigError("export: expected a method, its name or its file, which a manifest can hold, found a Policy")
-    if method is not None:
-        exportable_rule(method.policy())
-    sizes = _batch(batch)
-    target = Path(folder)
-    prepare_folder(target)
-    say("transforming")
-    fast = transform(model, example_inputs, example_kwargs, method, timestep=timestep, compile=False)
-    step = build_step(fast)
-    say("tracing and translating to ONNX")
-    made = make_onnx(step, sizes[2], opset)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as name:
-        temporary = Path(name)
-        say("writing")
-        try:
-            save_onnx(made, temporary / ONNX_FILE, external_data)
-        except OSError as error:
-            raise MoecaError(f"cannot write into {target}: {error.strerror or error}; choose another folder") from error
-        manifest = describe(step, method, "onnx", ONNX_FILE, sizes, opset, sampler)
-        write_manifest(manifest, temporary)
-        if check:
-            say("running it against PyTorch")
-            _refuse(verify(load(temporary), fast, step, sizes))
-        _put(temporary, target)
-    return manifest
+    if graphs == "compiled":
+        raise ConfigError("graphs: 'compiled' is AOTInductor's form; ONNX takes auto, one or steps")
+    request = _request(model, folder, example_inputs, example_kwargs, policy, graphs, options)
+
+    def write(plan: ExportPlan, made: Path) -> None:
+        request.say("tracing and translating to ONNX")
+        models = {graph.name: make_onnx(graph, request.sizes[2], opset) for graph in plan.graphs}
+        request.say("writing")
+        save_onnx(models, made, external_data)
+
+    return request.export("onnx", ".onnx", write, opset)
+
+
+def to_pt2(
+    model: nn.Module,
+    folder: str | PathLike[str],
+    example_inputs: tuple[Any, ...] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    policy: Method | str | PathLike[str] | None = _DEFAULT,
+    *,
+    graphs: Form = "auto",
+    **options: Unpack[ExportOptions],
+) -> Manifest:
+    """Export a model as torch.export's programs, ``<name>.pt2``.
+
+    Args, returns and errors are those of `to_onnx`; a file of several graphs holds its weights again.
+    """
+    if graphs == "compiled":
+        raise ConfigError("graphs: 'compiled' is AOTInductor's form; .pt2 takes auto, one or steps")
+    request = _request(model, folder, example_inputs, example_kwargs, policy, graphs, options)
+
+    def write(plan: ExportPlan, made: Path) -> None:
+        for graph in plan.graphs:
+            request.say(f"tracing the graph {graph.name}")
+            torch.export.save(trace(graph, request.sizes[2]), made / f"{graph.name}.pt2")
+
+    return request.export("pt2", ".pt2", write)
+
+
+def to_aotinductor(
+    model: nn.Module,
+    folder: str | PathLike[str],
+    example_inputs: tuple[Any, ...] = (),
+    example_kwargs: Mapping[str, Any] | None = None,
+    policy: Method | str | PathLike[str] | None = _DEFAULT,
+    **options: Unpack[ExportOptions],
+) -> Manifest:
+    """Compile a model ahead of time with AOTInductor: a package for each step, as `torch.compile` would run it.
+
+    Packages run on the kind of machine, and with the version of torch and of moeca_fx's kernels, that made them. Each
+    holds the weights that its step reads.
+
+    Args, returns and errors are those of `to_onnx`.
+
+    Raises:
+        ExportError: there is no compiler, or it fails.
+    """
+    request = _request(model, folder, example_inputs, example_kwargs, policy, "compiled", options)
+
+    def write(plan: ExportPlan, made: Path) -> None:
+        for graph in plan.graphs:
+            request.say(f"compiling the graph {graph.name}")
+            save_package(graph, request.sizes[2], made / f"{graph.name}.pt2")
+
+    return request.export("aotinductor", ".pt2", write)
 
 
 def to_tensorrt(
@@ -103,24 +154,24 @@ def to_tensorrt(
     example_kwargs: Mapping[str, Any] | None = None,
     policy: Method | str | PathLike[str] | None = _DEFAULT,
     *,
+    graphs: Form = "auto",
+    opset: int = OPSET,
     backend: Backend = "auto",
     compute_capabilities: Sequence[str] = (),
     workspace: int | None = None,
     steps: Progress | None = None,
-    progress: Callable[[str], object] | None = None,
-    **options: Any,
+    **options: Unpack[ExportOptions],
 ) -> Manifest:
-    """Build a TensorRT engine of a model with its caches; nothing runs it here.
+    """Build TensorRT engines of a model with its caches; nothing runs them here.
 
     Args:
-        model, example_inputs, example_kwargs, policy: as for `to_onnx`.
-        folder: gets ``model.engine`` and ``manifest.json``, both or none.
+        model, example_inputs, example_kwargs, policy, graphs, opset: as for `to_onnx`.
+        folder: gets an engine for each graph and ``manifest.json``, all or none.
         backend: ``"tensorrt"``, ``"tensorrt-rtx"``, which builds without a GPU, or the first that is installed.
         compute_capabilities: such as ``"8.9"``, for TensorRT-RTX; none builds for the GPU that is there.
         workspace: most bytes of scratch memory.
         steps: told of TensorRT's progress: phase, steps done, steps in all; False cancels.
-        progress: called with a word or two before each stage.
-        options: further ones of `to_onnx`; with `check`, the ONNX form is run against PyTorch before the build.
+        options: see `ExportOptions`; with `check`, the ONNX form is run against PyTorch before the build.
 
     Returns:
         What was written.
@@ -133,30 +184,109 @@ def to_tensorrt(
     target = Path(folder)
     prepare_folder(target)
     with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as temporary:
-        work = Path(temporary)
-        source = to_onnx(model, work / "onnx", example_inputs, example_kwargs, policy, progress=progress, **options)
-        if progress is not None:
-            progress(f"building with {name} {module.__version__}")
-        engine = build_engine(
-            work / "onnx" / source.file,
-            source,
-            backend=name,  # type: ignore[arg-type]  # a backend's own name
-            compute_capabilities=compute_capabilities,
-            workspace=workspace,
-            progress=steps,
-        )
-        made = work / "engine"
-        write_whole(made / ENGINE_FILE, lambda path: path.write_bytes(engine))
+        source, made = Path(temporary, "onnx"), Path(temporary, "engine")
+        manifest = to_onnx(model, source, example_inputs, example_kwargs, policy, graphs=graphs, opset=opset, **options)
+        made.mkdir()
+        engines = []
+        for graph in manifest.graphs:
+            _sayer(options)(f"building {graph['name']} with {name} {module.__version__}")
+            engine = build_engine(
+                source / graph["file"],
+                graph,
+                manifest.batch,
+                backend=name,  # type: ignore[arg-type]  # a backend's own name
+                compute_capabilities=compute_capabilities,
+                workspace=workspace,
+                progress=steps,
+            )
+            engines.append({**graph, "file": f"{graph['name']}.engine"})
+            _write(made / engines[-1]["file"], engine, target)
         manifest = replace(
-            source,
+            manifest,
             kind=name,
-            file=ENGINE_FILE,
+            graphs=engines,
             compute_capabilities=list(compute_capabilities),
-            versions={**source.versions, name: module.__version__},
+            versions={**manifest.versions, name: module.__version__},
         )
         write_manifest(manifest, made)
         _put(made, target)
     return manifest
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One export, checked before anything is traced."""
+
+    model: nn.Module
+    target: Path
+    inputs: tuple[Any, ...]
+    kwargs: Mapping[str, Any] | None
+    method: Method | None
+    form: Form
+    sizes: tuple[int, int, int]
+    options: ExportOptions
+    say: Say
+
+    def export(
+        self, kind: str, ending: str, write: Callable[[ExportPlan, Path], None], opset: int | None = None
+    ) -> Manifest:
+        """Transform, write, check, and put everything in place.
+
+        Args:
+            kind: as in the manifest; ending: of its files.
+            write: writes the graphs of a plan into a folder.
+        """
+        self.say("transforming")
+        timestep = self.options.get("timestep")
+        fast = transform(self.model, self.inputs, self.kwargs, self.method, timestep=timestep, compile=False)
+        plan = build_plan(fast, self.form)
+        manifest = describe(plan, self.method, kind, ending, self.sizes, opset, self.options.get("sampler"))
+        with tempfile.TemporaryDirectory(dir=self.target, prefix=".export-") as name:
+            made = Path(name)
+            try:
+                write(plan, made)
+            except OSError as error:
+                raise _unwritable(self.target, error) from error
+            write_manifest(manifest, made)
+            if self.options.get("check", True):
+                self.say("running it against PyTorch")
+                _refuse(verify(load(made), fast, plan, self.sizes))
+            _put(made, self.target)
+        return manifest
+
+
+def _request(
+    model: nn.Module,
+    folder: str | PathLike[str],
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    policy: Method | str | PathLike[str] | None,
+    form: Form,
+    options: ExportOptions,
+) -> _Request:
+    method = None if policy is None else as_method(policy)
+    if method is not None and not isinstance(method, Method):
+        raise ConfigError("export: expected a method, its name or its file, which a manifest can hold, found a Policy")
+    if method is not None and form == "one":
+        exportable_rule(method.policy())
+    sizes, target = _batch(options.get("batch", (1, 8, 32))), Path(folder)
+    prepare_folder(target)
+    return _Request(model, target, inputs, kwargs, method, form, sizes, options, _sayer(options))
+
+
+def _sayer(options: ExportOptions) -> Say:
+    return options.get("progress") or (lambda stage: None)
+
+
+def _write(path: Path, content: bytes, target: Path) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+
+
+def _unwritable(target: Path, error: OSError) -> MoecaError:
+    return MoecaError(f"cannot write into {target}: {error.strerror or error}; choose another folder")
 
 
 def _put(made: Path, target: Path) -> None:

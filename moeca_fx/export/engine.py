@@ -4,13 +4,12 @@ One path serves `tensorrt_rtx` and `tensorrt` (10 and 11). Engines are built her
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from moeca_fx.errors import ConfigError, ExportError, MissingExtraError
-from moeca_fx.export.manifest import Manifest
-from moeca_fx.export.step import FORCE
+from moeca_fx.export.graph import FORCE
 
 EXTRA = "tensorrt"
 Backend = Literal["auto", "tensorrt", "tensorrt-rtx"]
@@ -44,7 +43,8 @@ def find_backend(backend: Backend = "auto") -> tuple[str, Any]:
 
 def build_engine(
     path: Path,
-    manifest: Manifest,
+    graph: Mapping[str, Any],
+    batch: Sequence[int],
     *,
     backend: Backend = "auto",
     compute_capabilities: Sequence[str] = (),
@@ -56,7 +56,8 @@ def build_engine(
 
     Args:
         path: the ONNX file, weights beside it.
-        manifest: its manifest, whose inputs and outputs the network must have.
+        graph: what the manifest says of it: the inputs and outputs that the network must have.
+        batch: least, best and most samples.
         backend: which TensorRT.
         compute_capabilities: such as ``"8.9"``, TensorRT-RTX only; none builds for the GPU that is there.
         workspace: most bytes of scratch memory; None is TensorRT's own limit.
@@ -77,9 +78,9 @@ def build_engine(
         refused = [parser.get_error(index) for index in range(parser.num_errors)]
         nodes = "; ".join(f"{e.node_name()} ({e.node_operator()}): {e.desc().splitlines()[0]}" for e in refused)
         raise ExportError(f"{name} refuses the graph: {nodes or log.last}; please report this model")
-    _check_network(network, manifest)
+    _check_network(network, graph)
     config = builder.create_builder_config()
-    config.add_optimization_profile(_profile(builder, network, manifest))
+    config.add_optimization_profile(_profile(builder, network, batch))
     _set_capabilities(trt, name, config, compute_capabilities)
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
@@ -124,7 +125,7 @@ def _set_capabilities(trt: Any, name: str, config: Any, wanted: Sequence[str]) -
         config.set_compute_capability(known[capability.replace(".", "")], index)
 
 
-def _profile(builder: Any, network: Any, manifest: Manifest) -> Any:
+def _profile(builder: Any, network: Any, batch: Sequence[int]) -> Any:
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
@@ -132,16 +133,17 @@ def _profile(builder: Any, network: Any, manifest: Manifest) -> Any:
             if tensor.is_shape_tensor:  # lengths follow from it
                 profile.set_shape_input(FORCE, [0], [0], [1])
         elif len(tensor.shape) and tensor.shape[0] == -1:
-            profile.set_shape(tensor.name, *([size, *tensor.shape[1:]] for size in manifest.batch))
+            profile.set_shape(tensor.name, *([size, *tensor.shape[1:]] for size in batch))
     return profile
 
 
-def _check_network(network: Any, manifest: Manifest) -> None:
+def _check_network(network: Any, graph: Mapping[str, Any]) -> None:
     """The engine of a machine without a GPU cannot be opened again: its inputs and outputs are compared here."""
     found = [[network.get_input(i).name for i in range(network.num_inputs)]]
     found.append([network.get_output(i).name for i in range(network.num_outputs)])
-    if found != [manifest.graph_inputs, manifest.graph_outputs]:
-        odd = sorted({*found[0], *found[1]} ^ {*manifest.graph_inputs, *manifest.graph_outputs})
+    named = [[item["name"] for item in graph[way]] for way in ("inputs", "outputs")]
+    if found != named:
+        odd = sorted({*found[0], *found[1]} ^ {*named[0], *named[1]})
         raise ExportError(f"the network and the manifest differ in inputs and outputs: {odd}; please report this model")
 
 

@@ -13,24 +13,24 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 import torch
-from torch import Tensor
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from moeca_fx.errors import ConfigError, ExportError
-from moeca_fx.export.step import COUNTERS, FORCE, ExportStep
+from moeca_fx.export.graph import BATCH, ExportGraph, Port
+from moeca_fx.export.plan import FULL, PROBE, ExportPlan, ExportStep
 from moeca_fx.files import write_whole
-from moeca_fx.graph.rewrite import example_value
 from moeca_fx.graph.sites import AttentionSite, DenseFFNSite, MoESite, Sites, kind_of
 from moeca_fx.graph.state import Counter, StateSpec
+from moeca_fx.passes.cache.graphs import CachedGraphs, ProbeGraph, StepGraph
 from moeca_fx.policies.policy import Method
 from moeca_fx.policies.registry import NAME_KEY, build
 from moeca_fx.provenance import fingerprint, provenance
 from moeca_fx.runtime.flops import RuleFlops, StepFlops, measure_step_flops
 
-FORMAT = 1
+FORMAT = 2
 FILE = "manifest.json"
 _SITES = {"attention": AttentionSite, "moe": MoESite, "dense_ffn": DenseFFNSite}
-_BATCH = "batch"
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,18 @@ class Manifest:
 
     Attributes:
         format: version of this file.
-        kind: ``"onnx"``, ``"tensorrt"`` or ``"tensorrt-rtx"``.
-        file: the artefact's name; files: all its files with their SHA-256.
+        kind: what runs it: see `moeca_fx.export.sessions`.
+        files: all files of the artefact with their SHA-256.
         model: class of the source model; weights: fingerprint of its parameters and buffers.
         dtype: of its parameters; batch: least, best and most samples of a call.
         policy: the method's name and fields, under ``policy`` its name; None without caches.
         timestep: position of the timestep among the call's leaves; None without caches.
         parameters: names of forward's parameters in the order of the inputs.
-        inputs, outputs, caches, counters: what goes in and comes out, by name.
-        constants: values of the call's leaves that are no tensors, by position.
-        results: for each leaf of the result its position among the outputs, or its value.
-        structure: of the result, as torch's pytree writes it.
+        inputs: tensors of a call; constants: values of its leaves that are no tensors, by position.
+        structure: of the result, as torch's pytree writes it; results: how many leaves it has.
+        caches: what is kept between steps; probe: what an adaptive schedule keeps besides, or None.
+        graphs: each with its file, inputs, outputs, and where a step finds what it hands back.
+        steps: which graph runs which step, and what that counts.
         sites: what the model's places do; flops: of steps, by batch.
         sampler: how the command samples the model, where it can (`cli.flow.Flow`).
         compute_capabilities: that an engine was built for.
@@ -58,7 +59,6 @@ class Manifest:
 
     format: int
     kind: str
-    file: str
     files: dict[str, str]
     model: str
     weights: str
@@ -69,13 +69,13 @@ class Manifest:
     parameters: list[str]
     inputs: list[dict[str, Any]]
     constants: dict[str, Any]
-    outputs: list[dict[str, Any]]
-    results: list[list[Any]]
     structure: str
+    results: int
     caches: list[dict[str, Any]]
-    counters: list[list[str]]
+    probe: dict[str, Any] | None
+    graphs: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
     sites: list[dict[str, Any]]
-    actions: list[list[str]]
     flops: dict[str, Any]
     sampler: dict[str, Any] | None = None
     opset: int | None = None
@@ -88,29 +88,9 @@ class Manifest:
         return bool(self.caches)
 
     @property
-    def graph_inputs(self) -> list[str]:
-        """Names of the graph's inputs, in order."""
-        caches = [cache["input"] for cache in self.caches]
-        return [*(item["name"] for item in self.inputs), *caches, *([FORCE] if self.cached else [])]
-
-    @property
-    def graph_outputs(self) -> list[str]:
-        """Names of the graph's outputs, in order."""
-        caches = [cache["output"] for cache in self.caches]
-        return [*(item["name"] for item in self.outputs), *caches, *([COUNTERS] if self.cached else [])]
-
-    @property
     def states(self) -> tuple[StateSpec, ...]:
-        """Its caches. All are inputs of a full step too, so all are carried."""
-        return tuple(
-            StateSpec(c["site"], c["kind"], tuple(c["shape"][1:]), dtype_of(c["dtype"]), carried=True)
-            for c in self.caches
-        )
-
-    @property
-    def counted(self) -> tuple[Counter, ...]:
-        """What the counters count."""
-        return tuple(Counter(site, kind) for site, kind in self.counters)
+        """Its caches."""
+        return tuple(_state(cache) for cache in self.caches)
 
     @property
     def placed(self) -> Sites:
@@ -119,12 +99,32 @@ class Manifest:
             tuple(_SITES[s["site_kind"]](**{k: v for k, v in s.items() if k != "site_kind"}) for s in self.sites)
         )
 
+    @property
+    def cached_graphs(self) -> CachedGraphs | None:
+        """Steps without their graphs, as the runtime asks for them."""
+        if not self.cached:
+            return None
+        found = {step["name"]: self._step(step) for step in self.steps}
+        probe = None
+        if self.probe is not None:
+            probe = ProbeGraph(_nothing(), _state(self.probe), self.probe["every_step"])
+        rules = tuple(step for name, step in found.items() if name not in (FULL, PROBE))
+        return CachedGraphs(found[FULL], rules, self.states, probe)
+
+    def _step(self, step: Mapping[str, Any]) -> StepGraph:
+        reads = tuple(state for state in self.states if state.name in step["reads"])
+        counters = tuple(Counter(site, kind) for site, kind in step["counters"])
+        actions = tuple((path, action) for path, action in step["actions"])
+        return StepGraph(step["name"], _nothing(), reads, step["clock"], step["prefix"], counters, actions)
+
     def step_flops(self, batch: int) -> StepFlops:
         """FLOPs of the steps, which grow with the batch."""
         at = {key: int(value[0] + value[1] * batch) for key, value in self.flops["by_batch"].items()}
-        each = {Counter(site, kind): cost for site, kind, cost in self.flops["each"]}
-        rules = (RuleFlops(at["cached"], each),) if self.cached else ()
-        return StepFlops(at["uncached"], at["full"], 0, rules)
+        rules = tuple(
+            RuleFlops(at[f"rule {index}"], {Counter(site, kind): cost for site, kind, cost in each})
+            for index, each in enumerate(self.flops["each"])
+        )
+        return StepFlops(at["uncached"], at["full"], at["probe"], rules)
 
     def method(self) -> Method | None:
         """The policy that it was made for.
@@ -141,25 +141,28 @@ class Manifest:
             raise ExportError(f"manifest: policy: {error}; export the model again with this version") from error
 
 
+def _nothing() -> fx.GraphModule:
+    return fx.GraphModule(nn.Module(), fx.Graph())
+
+
 def describe(
-    step: ExportStep,
+    plan: ExportPlan,
     method: Method | None,
     kind: str,
-    file: str,
+    ending: str,
     batch: Sequence[int],
-    opset: int,
+    opset: int | None,
     sampler: dict[str, Any] | None,
 ) -> Manifest:
-    """The manifest of a step, before its files are written."""
-    program = step.program
+    """The manifest of a plan whose graphs become files of their names and this ending, before they are written."""
+    program = plan.program
     model = program.traced.model
     state = model.state_dict()
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    made = provenance()["versions"]
+    probe = plan.probe
     return Manifest(
         format=FORMAT,
         kind=kind,
-        file=file,
         files={},
         model=type(model).__name__,
         weights=fingerprint(*(part for pair in state.items() for part in pair)),
@@ -167,20 +170,20 @@ def describe(
         batch=list(batch),
         policy=None if method is None else {NAME_KEY: method.method, **method.as_dict()},
         timestep=program.timestep,
-        parameters=list(step.parameters),
-        inputs=[_tensor(name, value, step.is_batched(value)) for name, value in step.inputs.items()],
-        constants={str(index): _plain(value, f"input {index}") for index, value in step.constants.items()},
-        outputs=_outputs(step),
-        results=[[where, _plain(value, "a result")] for where, value in step.results],
+        parameters=list(plan.parameters),
+        inputs=[_port(port) for port in plan.call_ports],
+        constants={str(index): _plain(value, f"input {index}") for index, value in plan.constants.items()},
         structure=_structure(program.out_spec),
-        caches=[_cache(state) for state in step.states],
-        counters=[[counter.site, counter.kind] for counter in step.counters],
+        results=program.outputs,
+        caches=[_cache(state) for state in plan.states],
+        probe=None if probe is None else {**_cache(probe.state), "every_step": probe.every_step},
+        graphs=[_graph(graph, ending) for graph in plan.graphs],
+        steps=[_described(step) for step in plan.steps],
         sites=[{"site_kind": kind_of(site), **dataclasses.asdict(site)} for site in program.sites.ordered],
-        actions=[list(pair) for pair in program.graphs.rules[0].actions] if program.graphs is not None else [],
-        flops=_flops(step),
+        flops=_flops(plan),
         sampler=sampler,
         opset=opset,
-        versions=made,
+        versions=provenance()["versions"],
     )
 
 
@@ -194,52 +197,71 @@ def _structure(spec: pytree.TreeSpec) -> str:
         ) from error
 
 
-def _tensor(name: str, value: Tensor, batched: bool) -> dict[str, Any]:
-    shape = [_BATCH, *value.shape[1:]] if batched else list(value.shape)
-    return {"name": name, "shape": shape, "dtype": _name(value.dtype)}
+def _port(port: Port) -> dict[str, Any]:
+    return {"name": port.name, "shape": list(port.shape), "dtype": _name(port.dtype)}
 
 
-def _outputs(step: ExportStep) -> list[dict[str, Any]]:
-    """The tensors of the result; an open size is the batch's."""
-    values: Any = step.module.graph.output_node().args[0]
-    made = []
-    for name, node in zip(step.output_names, values, strict=True):
-        value = example_value(node)
-        if name.startswith("cache_out.") or name == COUNTERS:
-            break
-        shape = [size if isinstance(size, int) else _BATCH for size in value.shape]
-        if any(size == _BATCH for size in shape[1:]):
-            raise ExportError(
-                f"export: {name} has the batch in the shape {list(value.shape)}, expected it in front alone"
-            )
-        made.append({"name": name, "shape": shape, "dtype": _name(value.dtype)})
-    return made
+def read_port(item: Mapping[str, Any]) -> Port:
+    """A port as a manifest describes it."""
+    return Port(item["name"], tuple(item["shape"]), dtype_of(item["dtype"]))
 
 
 def _cache(state: StateSpec) -> dict[str, Any]:
     return {
         "site": state.site,
         "kind": state.kind,
-        "input": f"cache_in.{state.name}",
-        "output": f"cache_out.{state.name}",
-        "shape": [_BATCH, *state.shape],
+        "shape": [BATCH, *state.shape],
         "dtype": _name(state.dtype),
         "empty": state.empty,
+        "carried": state.carried,
         "bytes_per_sample": state.bytes(1),
     }
 
 
-def _flops(step: ExportStep) -> dict[str, Any]:
+def _state(cache: Mapping[str, Any]) -> StateSpec:
+    return StateSpec(
+        cache["site"], cache["kind"], tuple(cache["shape"][1:]), dtype_of(cache["dtype"]), cache["carried"]
+    )
+
+
+def _graph(graph: ExportGraph, ending: str) -> dict[str, Any]:
+    return {
+        "name": graph.name,
+        "file": graph.name + ending,
+        "inputs": [_port(port) for port in graph.inputs],
+        "outputs": [_port(port) for port in graph.outputs],
+        "returns": [[where, _plain(value, "a result")] for where, value in graph.returns],
+    }
+
+
+def _described(step: ExportStep) -> dict[str, Any]:
+    return {
+        "name": step.name,
+        "graph": step.graph,
+        "force": step.force,
+        "reads": [state.name for state in step.reads],
+        "clock": step.clock,
+        "prefix": step.prefix,
+        "counters": [[counter.site, counter.kind] for counter in step.counters],
+        "actions": [list(pair) for pair in step.actions],
+    }
+
+
+def _flops(plan: ExportPlan) -> dict[str, Any]:
     """Measured on the graphs of the program: constant and by sample, and for a unit of each counter."""
-    program = step.program
-    found = []
-    for batch in (2, 3):
-        leaves = step.with_constants(step.examples(batch)[: len(step.inputs)])
-        found.append(measure_step_flops(program.plain, program.graphs, leaves, batch))
-    at = [{"uncached": f.uncached, "full": f.full, **({"cached": f.rules[0].fixed} if f.rules else {})} for f in found]
+    program = plan.program
+    found = [
+        measure_step_flops(program.plain, program.graphs, plan.with_constants(plan.call(batch)), batch)
+        for batch in (2, 3)
+    ]
+    at = [
+        {"uncached": flops.uncached, "full": flops.full, "probe": flops.probe}
+        | {f"rule {index}": rule.fixed for index, rule in enumerate(flops.rules)}
+        for flops in found
+    ]
     by_batch = {key: [3 * at[0][key] - 2 * at[1][key], at[1][key] - at[0][key]] for key in at[0]}
-    each = found[0].rules[0].each if found[0].rules else {}
-    return {"by_batch": by_batch, "each": [[c.site, c.kind, cost] for c, cost in each.items()]}
+    each = [[[c.site, c.kind, cost] for c, cost in rule.each.items()] for rule in found[0].rules]
+    return {"by_batch": by_batch, "each": each}
 
 
 def _plain(value: Any, what: str) -> Any:
@@ -271,7 +293,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write it, with the hash of every file of the artefact."""
-    names = sorted(path.name for path in folder.iterdir() if path.name.startswith(manifest.file))
+    names = sorted(path.name for path in folder.iterdir() if path.name != FILE)
     whole = dataclasses.replace(manifest, files={name: sha256(folder / name) for name in names})
     text = json.dumps(dataclasses.asdict(whole), indent=2) + "\n"
     write_whole(folder / FILE, lambda path: path.write_text(text, encoding="utf-8"))

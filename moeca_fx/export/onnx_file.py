@@ -1,17 +1,17 @@
-"""An export step as an ONNX file, weights beside it."""
+"""Graphs as ONNX files, their weights beside them."""
 
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.export import Dim
 
 from moeca_fx.errors import ExportError, require
-from moeca_fx.export.step import ExportStep
+from moeca_fx.export.graph import ExportGraph
+from moeca_fx.export.trace import trace, untraceable
 
 EXTRA = "onnx"
 OPSET = 20
@@ -19,21 +19,23 @@ OPSET = 20
 
 OLDEST_OPSET = 18
 NEWEST_OPSET = 22
+WEIGHTS = "weights.data"
+_SMALL = 256  # bytes; smaller constants stay in the graph
 
 
-def make_onnx(step: ExportStep, most: int, opset: int = OPSET) -> Any:
-    """Trace the step and translate it.
+def make_onnx(graph: ExportGraph, most: int, opset: int = OPSET) -> Any:
+    """Trace a graph and translate it.
 
     Args:
         most: largest batch.
         opset: version of ONNX's operators.
 
     Returns:
-        A `torch.onnx.ONNXProgram`.
+        An `onnx_ir.Model`.
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
-        ExportError: torch cannot trace or translate the step.
+        ExportError: torch cannot trace or translate the graph.
     """
     for package in ("onnx", "onnxscript"):
         require(package, EXTRA)
@@ -41,47 +43,69 @@ def make_onnx(step: ExportStep, most: int, opset: int = OPSET) -> Any:
         raise ExportError(
             f"opset: expected {OLDEST_OPSET} to {NEWEST_OPSET}, found {opset}; {OPSET} suits TensorRT too"
         )
-    examples = tuple(step.examples(max(2, step.batch)))
-    batch = Dim("batch", min=1, max=max(most, 2))
-    shapes = tuple({0: batch} if step.is_batched(value) else None for value in examples)
+    program = trace(graph, most)
     with torch.no_grad(), _quiet():
         try:
-            program = torch.export.export(step.module, examples, dynamic_shapes=shapes, strict=False)
             made = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
-                input_names=step.input_names,
-                output_names=step.output_names,
+                input_names=[port.name for port in graph.inputs],
+                output_names=[port.name for port in graph.outputs],
                 optimize=False,  # its pattern rules take longer than everything else; runtimes have their own
                 verbose=False,
             )
-        except Exception as error:  # both raise many unrelated types; each becomes one clear error
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ExportError(f"export to ONNX failed: {first}; please report this model") from error
-        _tidy(made)
-    return made
+        except Exception as error:  # it raises many unrelated types; each becomes one clear error
+            raise untraceable(graph, "ONNX", error) from error
+        assert made is not None, "torch translates, or raises"
+        model = made.model
+        _tidy(model)
+    return model
 
 
-def save_onnx(made: Any, path: Path, external: bool) -> None:
-    """Write ``path``, and its weights to ``path.data`` if `external`."""
-    made.save(path, external_data=external)
+def save_onnx(models: Mapping[str, Any], folder: Path, external: bool) -> None:
+    """Write ``<name>.onnx`` for each, and the weights of all, each once, to `WEIGHTS` if `external`."""
+    import onnx_ir
+
+    if external:
+        _share_weights(list(models.values()), folder)
+    for name, model in models.items():
+        onnx_ir.save(model, folder / f"{name}.onnx")
 
 
-def _tidy(made: Any) -> None:
+def _share_weights(models: Sequence[Any], folder: Path) -> None:
+    """Move weights into one file; parameters of several graphs are of one name and one memory."""
+    from onnx_ir import external_data
+
+    weights: dict[tuple[str, int], list[Any]] = {}
+    for model in models:
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is not None and tensor.nbytes > _SMALL:
+                place = tensor.raw.data_ptr() if isinstance(tensor.raw, torch.Tensor) else id(tensor.raw)
+                weights.setdefault((value.name, place), []).append(value)
+    first = [values[0].const_value for values in weights.values()]
+    for values, tensor in zip(
+        weights.values(), external_data.convert_tensors_to_external(first, folder, WEIGHTS), strict=True
+    ):
+        for value in values:
+            value.const_value = tensor
+
+
+def _tidy(model: Any) -> None:
     """Fold what is constant, drop what is computed twice or read by nothing."""
     import onnxscript.optimizer
     from onnx_ir.passes import common
 
-    onnxscript.optimizer.fold_constants(made.model, onnx_shape_inference=False)
-    _drop_transposes_of_nothing(made.model)
+    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=False)
+    _drop_transposes_of_nothing(model)
     for tidy in (
         common.RemoveUnusedNodesPass(),
         common.CommonSubexpressionEliminationPass(),
         common.IdentityEliminationPass(),
         common.RemoveUnusedNodesPass(),
     ):
-        tidy(made.model)
+        tidy(model)
 
 
 def _drop_transposes_of_nothing(model: Any) -> None:

@@ -1,13 +1,14 @@
 """Sample from an artefact: a callable with the model's signature, and its trajectories, contexts and statistics.
 
-The runtime is that of a transformed model; only what runs a step is another. Caches are two sets of buffers by turns:
-a step reads one and writes the other.
+The runtime is that of a transformed model; only what runs a step is another. A cache is two buffers by turns: a step
+reads one and writes the other.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moeca_fx.errors import ExportError, InputError
-from moeca_fx.export.manifest import FILE, Manifest, dtype_of, read_manifest
-from moeca_fx.export.session import CPU, OnnxSession
+from moeca_fx.export.manifest import FILE, Manifest, dtype_of, read_manifest, read_port
+from moeca_fx.export.sessions import CPU, RunOptions, open_session
 from moeca_fx.passes import Compilation
-from moeca_fx.passes.cache.graphs import CachedGraphs, StepGraph
 from moeca_fx.runtime.flops import StepFlops
 from moeca_fx.runtime.memory import MemoryReport
 from moeca_fx.runtime.options import MemoryOptions
@@ -51,14 +51,10 @@ def load(
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    if manifest.kind != "onnx":
-        raise ExportError(
-            f"{folder}: holds a {manifest.kind} engine, which load cannot run yet; export the model as ONNX"
-        )
-    session = OnnxSession(folder / manifest.file, providers, strict=strict_provider, threads=threads)
+    options = RunOptions(providers, strict_provider, threads)
     try:
-        _check_names(manifest, session)
-        return ExportedModel(manifest, session)
+        loaded = {graph["name"]: _Loaded(graph, folder, manifest, options) for graph in manifest.graphs}
+        return ExportedModel(manifest, loaded)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ExportError(
             f"{folder / FILE}: a field is damaged ({type(error).__name__}: {error}); export the model again"
@@ -70,9 +66,9 @@ class ExportedModel:
 
     training = False
 
-    def __init__(self, manifest: Manifest, session: OnnxSession) -> None:
+    def __init__(self, manifest: Manifest, loaded: "Mapping[str, _Loaded]") -> None:
         self.manifest = manifest
-        self._runtime = _ArtefactRuntime(manifest, session)
+        self._runtime = _ArtefactRuntime(manifest, loaded)
         empty, kind = inspect.Parameter.empty, inspect.Parameter.POSITIONAL_OR_KEYWORD
         self._signature = inspect.Signature([inspect.Parameter(n, kind, default=empty) for n in manifest.parameters])
 
@@ -113,45 +109,56 @@ class ExportedModel:
         return self._runtime.cache(context)
 
 
+class _Loaded:
+    """A graph that can be run, and the buffers that its steps take turns with."""
+
+    def __init__(self, graph: Mapping[str, Any], folder: Path, manifest: Manifest, options: RunOptions) -> None:
+        inputs = [read_port(item) for item in graph["inputs"]]
+        self.outputs = [read_port(item) for item in graph["outputs"]]
+        self.session = open_session(manifest.kind, folder / graph["file"], inputs, self.outputs, options)
+        self.returns = [(where, value) for where, value in graph["returns"]]
+        names = [port.name for port in inputs]
+        handed_on = {value for where, value in self.returns if where == "input"}
+        self.replaced = []
+        """For each output the position of the input whose buffer is free afterwards, or None."""
+        for port in self.outputs:
+            name = port.name.replace("cache_out.", "cache_in.")
+            place = names.index(name) if name != port.name and name in names else None
+            self.replaced.append(None if place in handed_on else place)
+        # new value of a cache -> the buffer of its last one
+        self._free: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def run(self, given: list[Tensor], batch: int) -> tuple[Any, ...]:
+        """Run it: results, caches, counters."""
+        made = self.session.run(given, partial(self._buffers, given, batch))
+        parts = {"input": given, "output": made}
+        return tuple(parts[where][value] if where in parts else value for where, value in self.returns)
+
+    def _buffers(self, given: list[Tensor], batch: int) -> list[Tensor]:
+        made = []
+        for port, place in zip(self.outputs, self.replaced, strict=True):
+            free = None if place is None else self._free.pop(given[place], None)  # type: ignore[no-untyped-call]
+            buffer = port.empty(batch, self.session.device) if free is None else free
+            if place is not None:
+                self._free[buffer] = given[place]
+            made.append(buffer)
+        return made
+
+
 @dataclass(frozen=True)
 class _ArtefactProgram(Program):
     """A program whose steps run in the artefact."""
 
     manifest: Manifest
-    session: OnnxSession
-    partners: WeakTensorKeyDictionary  # the first of a set of buffers -> the set that it was read from
+    loaded: Mapping[str, _Loaded]
 
     def run(self, name: str, batch: int, *inputs: Any) -> Any:
-        """See `Program.run`; the full step is a forced one."""
-        manifest = self.manifest
-        leaves = len(manifest.inputs) + len(manifest.constants)
-        call = [leaf.contiguous() for leaf in inputs[:leaves] if isinstance(leaf, Tensor)]
-        held = list(inputs[leaves:])
-        force = [torch.tensor(int(name == "full"))] if manifest.cached else []
-        results, states = self._results(batch), self._next(held)
-        counters = [torch.empty(len(manifest.counters), dtype=torch.int64)] if manifest.cached else []
-        self.session.run(
-            dict(zip(manifest.graph_inputs, [*call, *held, *force], strict=True)),
-            dict(zip(manifest.graph_outputs, [*results, *states, *counters], strict=True)),
-        )
-        made = [results[value] if where == "output" else value for where, value in manifest.results]
-        return (*made, *states, *counters)
-
-    def _next(self, held: list[Tensor]) -> list[Tensor]:
-        """The other set of buffers."""
-        if not held:
-            return []
-        states: list[Tensor] | None = self.partners.pop(held[0], None)  # type: ignore[no-untyped-call]  # of torch
-        if states is None:
-            states = [torch.empty_like(tensor) for tensor in held]
-        self.partners[states[0]] = held
-        return states
-
-    def _results(self, batch: int) -> list[Tensor]:
-        return [
-            torch.empty([batch if size == "batch" else size for size in item["shape"]], dtype=dtype_of(item["dtype"]))
-            for item in self.manifest.outputs
-        ]
+        """See `Program.run`."""
+        step = next(step for step in self.manifest.steps if step["name"] == name)
+        given = [leaf.contiguous() for leaf in inputs if isinstance(leaf, Tensor)]
+        if step["force"] is not None:
+            given.append(torch.tensor(step["force"]))
+        return self.loaded[step["graph"]].run(given, batch)
 
     def step_flops(self, leaves: list[Any], batch: int) -> StepFlops:
         """As the manifest has them."""
@@ -161,44 +168,31 @@ class _ArtefactProgram(Program):
 class _ArtefactRuntime(Runtime):
     """The runtime over one fixed program."""
 
-    def __init__(self, manifest: Manifest, session: OnnxSession) -> None:
+    def __init__(self, manifest: Manifest, loaded: Mapping[str, _Loaded]) -> None:
         method = manifest.method()
         super().__init__((), None if method is None else method.policy(), manifest.timestep, MemoryOptions())
         self.manifest = manifest
-        self.fixed = _program(manifest, session)
+        self.fixed = _program(manifest, loaded)
 
     def _program(self, model: nn.Module, args: tuple[Any, ...], kwargs: Any, signature: Signature) -> Program:
         _check_call(self.manifest, pytree.tree_leaves(args))
         return self.fixed
 
 
-def _program(manifest: Manifest, session: OnnxSession) -> _ArtefactProgram:
+def _program(manifest: Manifest, loaded: Mapping[str, _Loaded]) -> _ArtefactProgram:
     nothing = fx.GraphModule(nn.Module(), fx.Graph())
-    graphs = None
-    if manifest.cached:
-        states, actions = manifest.states, tuple((path, action) for path, action in manifest.actions)
-        full = StepGraph("full", nothing, states, False, False, (), tuple((path, "full") for path, _ in actions))
-        graphs = CachedGraphs(full, (replace(full, name="cached", counters=manifest.counted, actions=actions),), states)
     return _ArtefactProgram(
         traced=Compilation(nothing, (), (), {}, None),
         plain=nothing,
-        graphs=graphs,
+        graphs=manifest.cached_graphs,
         sites=manifest.placed,
         out_spec=pytree.treespec_loads(manifest.structure),
-        outputs=len(manifest.results),
+        outputs=manifest.results,
         timestep=manifest.timestep,
         steps={},
         manifest=manifest,
-        session=session,
-        partners=WeakTensorKeyDictionary(),
+        loaded=loaded,
     )
-
-
-def _check_names(manifest: Manifest, session: OnnxSession) -> None:
-    given, made = manifest.graph_inputs, manifest.graph_outputs
-    if session.inputs != given or session.outputs != made:
-        odd = sorted(set(session.inputs) ^ set(given) | set(session.outputs) ^ set(made))
-        raise ExportError(f"{manifest.file} and its manifest differ in inputs and outputs: {odd}; export again")
 
 
 def _check_call(manifest: Manifest, leaves: list[Any]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from moeca_fx.export.step import ExportStep
+from moeca_fx.export.plan import ExportPlan
 from moeca_fx.runtime.module import TransformedModel
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ class Verification:
     """What was found, sample by sample and step by step.
 
     Where two experts, or a score and its threshold, are equal up to rounding, another library may decide differently: a
-    tie. From there on the sample differs until the next full step, so it is counted, not compared. Without caches
-    nothing tells a tie, and what is far off counts as one.
+    tie. From there on the sample differs until the next full step, so it is counted, not compared. Where no norms of
+    features are kept nothing tells a tie, and what is far off counts as one.
 
     Attributes:
         error: largest difference over the largest value, of samples without a tie.
@@ -56,21 +56,22 @@ class Verification:
 
 
 def verify(
-    artefact: "ExportedModel", fast: TransformedModel, step: ExportStep, sizes: tuple[int, int, int]
+    artefact: "ExportedModel", fast: TransformedModel, plan: ExportPlan, sizes: tuple[int, int, int]
 ) -> Verification:
     """Compare results over `STEPS` steps at the smallest and a larger batch."""
-    structure = pytree.tree_structure((step.program.traced.args, step.program.traced.kwargs))
+    structure = pytree.tree_structure((plan.program.traced.args, plan.program.traced.kwargs))
     errors, tied, agree = [], [0.0], []
+    told = any(state.kind == "norm" for state in plan.states)
     batches = sorted({sizes[0], min(sizes[2], max(sizes[0], 5))})
     for batch in batches:
         for model in (artefact, fast):
             model.reset()
             model.reset_stats()
-        for inputs in _trajectory(step, batch):
+        for inputs in _trajectory(plan, batch):
             args, kwargs = pytree.tree_unflatten(inputs, structure)
             difference = _differences(artefact(*args, **kwargs), fast(*args, **kwargs), batch)
-            free = ~_disturbed(artefact, fast, batch) if step.cached else difference <= TOLERANCE
-            tied += _other_experts(artefact, fast) if step.cached else []
+            free = ~_disturbed(artefact, fast, batch) if told else difference <= TOLERANCE
+            tied += _other_experts(artefact, fast) if told else []
             errors += difference[free].tolist()
             agree += free.tolist()
     fast.reset()
@@ -108,12 +109,12 @@ def _differences(found: Any, expected: Any, batch: int) -> Tensor:
     return worst
 
 
-def _trajectory(step: ExportStep, batch: int) -> list[list[Any]]:
+def _trajectory(plan: ExportPlan, batch: int) -> list[list[Any]]:
     """Flat inputs of each step: floats drift at a speed of their own, the timestep advances, the rest stays."""
     generator = torch.Generator().manual_seed(0)
-    start = step.examples(batch)[: len(step.inputs)]
-    names = list(step.inputs)
-    clock = names.index(step.timestep) if step.timestep is not None else None
+    start = plan.call(batch)
+    names = list(plan.inputs)
+    clock = names.index(plan.timestep) if plan.timestep is not None else None
     made = []
     for number in range(STEPS):
         leaves: list[Any] = []
@@ -126,5 +127,5 @@ def _trajectory(step: ExportStep, batch: int) -> list[list[Any]]:
                     noise = torch.randn(value.shape, generator=generator).to(value)
                     moved = value + number * _SPEED * noise
             leaves.append(moved)
-        made.append(step.with_constants(leaves))
+        made.append(plan.with_constants(leaves))
     return made

@@ -1,6 +1,6 @@
 """An ONNX artefact in onnxruntime, on torch tensors: inputs and outputs are bound where they lie."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from moeca_fx.errors import ExportError, require
+from moeca_fx.export.graph import Port
+from moeca_fx.export.sessions.base import Buffers, check_names
 
 EXTRA = "onnx"
 CPU = "CPUExecutionProvider"
@@ -30,13 +32,21 @@ class OnnxSession:
 
     Args:
         path: the ONNX file.
+        inputs, outputs: that it must have.
         providers: execution providers, the best first; onnxruntime falls back to a CPU silently, which is an error here
             unless `strict` is off.
         threads: CPU threads; None takes torch's.
     """
 
     def __init__(
-        self, path: Path, providers: Sequence[str], *, strict: bool = True, threads: int | None = None
+        self,
+        path: Path,
+        inputs: Sequence[Port],
+        outputs: Sequence[Port],
+        providers: Sequence[str],
+        *,
+        strict: bool = True,
+        threads: int | None = None,
     ) -> None:
         _check_packages()
         require("onnxruntime", EXTRA)
@@ -60,33 +70,24 @@ class OnnxSession:
         if strict and found[: len(providers)] != list(providers):
             raise ExportError(f"{path}: asked for {', '.join(providers)}, onnxruntime runs it on {', '.join(found)}")
         self.device = "cuda" if found[0] != CPU else "cpu"
+        self.inputs = [item.name for item in self.session.get_inputs()]
+        self.outputs = [item.name for item in self.session.get_outputs()]
+        check_names(path, [self.inputs, self.outputs], inputs, outputs)
 
-    @property
-    def inputs(self) -> list[str]:
-        """Names of the inputs."""
-        return [item.name for item in self.session.get_inputs()]
-
-    @property
-    def outputs(self) -> list[str]:
-        """Names of the outputs."""
-        return [item.name for item in self.session.get_outputs()]
-
-    def run(self, given: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-        """Run it once.
-
-        Args:
-            given: every input, contiguous.
-            into: every output, which is written where it lies; it must not share memory with an input.
-        """
+    def run(self, given: Sequence[Tensor], into: Buffers) -> Sequence[Tensor]:
+        """See `Session.run`; a buffer must not share memory with an input."""
         binding = self.session.io_binding()
-        for name, tensor in given.items():
+        made = into()
+        for name, tensor in zip(self.inputs, given, strict=True):
             binding.bind_input(name, *self._place(tensor))
-        for name, tensor in into.items():
+        for name, tensor in zip(self.outputs, made, strict=True):
             binding.bind_output(name, *self._place(tensor))
         self.session.run_with_iobinding(binding)
+        return made
 
     def _place(self, tensor: Tensor) -> tuple[Any, ...]:
-        if not tensor.is_contiguous() or tensor.device.type != self.device:
+        here = tensor.device.type == self.device or not tensor.dim()  # onnxruntime brings single numbers itself
+        if not tensor.is_contiguous() or not here:
             raise ExportError(
                 f"expected a contiguous tensor on {self.device}, found one on {tensor.device} with strides "
                 f"{tensor.stride()}"
