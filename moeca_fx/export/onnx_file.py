@@ -52,6 +52,7 @@ def make_onnx(graph: ExportGraph, most: int, opset: int = OPSET) -> Any:
                 opset_version=opset,
                 input_names=[port.name for port in graph.inputs],
                 output_names=[port.name for port in graph.outputs],
+                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
                 optimize=False,  # its pattern rules take longer than everything else; runtimes have their own
                 verbose=False,
             )
@@ -61,6 +62,14 @@ def make_onnx(graph: ExportGraph, most: int, opset: int = OPSET) -> Any:
         model = made.model
         _tidy(model)
     return model
+
+
+def _stable_sort(values: Any, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+    """torch has no translation; ONNX's TopK puts the lower index first among equals."""
+    from onnxscript import opset18 as op
+
+    size = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]), axis=0)
+    return op.TopK(values, size, axis=dim, largest=int(descending), sorted=1)
 
 
 def save_onnx(models: Mapping[str, Any], folder: Path, external: bool) -> None:
@@ -97,6 +106,7 @@ def _tidy(model: Any) -> None:
     import onnxscript.optimizer
     from onnx_ir.passes import common
 
+    names = [value.name for value in model.graph.outputs]
     onnxscript.optimizer.fold_constants(model, onnx_shape_inference=False)
     _drop_transposes_of_nothing(model)
     for tidy in (
@@ -106,6 +116,20 @@ def _tidy(model: Any) -> None:
         common.RemoveUnusedNodesPass(),
     ):
         tidy(model)
+    _name_outputs(model, names)
+
+
+def _name_outputs(model: Any, names: Sequence[str]) -> None:
+    """Outputs that are computed alike have become one value: each is its own again."""
+    import onnx_ir
+
+    for index, name in enumerate(names):
+        value = model.graph.outputs[index]
+        if value.name != name:
+            node = onnx_ir.node("Identity", [value])
+            node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = name, value.dtype, value.shape
+            model.graph.append(node)
+            model.graph.outputs[index] = node.outputs[0]
 
 
 def _drop_transposes_of_nothing(model: Any) -> None:

@@ -25,7 +25,9 @@ def trace(graph: ExportGraph, most: int) -> ExportedProgram:
             raise untraceable(graph, "torch.export", error) from error
 
 
-def untraceable(graph: ExportGraph, what: str, error: Exception) -> ExportError:
+def untraceable(graph: ExportGraph, what: str, error: BaseException) -> ExportError:
     """What is said where a tool of torch fails on a graph."""
+    while error.__cause__ is not None:  # the outermost only says that it failed
+        error = error.__cause__
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ExportError(f"export to {what} failed on the graph {graph.name!r}: {first}; please report this model")

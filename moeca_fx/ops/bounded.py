@@ -14,7 +14,8 @@ import math
 import torch
 from torch import Tensor
 
-from moeca_fx.ops.slots import REUSED
+from moeca_fx.ops import forecast
+from moeca_fx.ops.slots import REUSED, UNMATCHED
 
 _FEWEST = 2  # a length of 0 or 1 would be specialised by compilers, and onnxruntime refuses products of no rows
 
@@ -52,6 +53,11 @@ def write_rows(cache: Tensor, row: Tensor, values: Tensor, valid: Tensor) -> Ten
     return cache.index_put(place, torch.where(apply, values.to(cache.dtype), cache[place]))
 
 
+def add_rows(cache: Tensor, row: Tensor, change: Tensor, valid: Tensor) -> Tensor:
+    """Cache [B, T, rest] with `change` [M, rest] added to the given distinct flat rows where they are valid."""
+    return write_rows(cache, row, cache[_places(cache, row)] + change.to(cache.dtype), valid)
+
+
 def _places(cache: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     """Sample and token of flat rows. Indexing by both spares two reshapes, which copy a cache at a graph's border."""
     tokens = cache.shape[1]
@@ -61,6 +67,11 @@ def _places(cache: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
 def count_valid(valid: Tensor) -> Tensor:
     """How many rows were selected, [] int64."""
     return valid.sum()
+
+
+def count_valid_branches(valid: Tensor, top_k: int) -> Tensor:
+    """How many branches the selected rows have, [] int64."""
+    return valid.sum() * top_k
 
 
 # -- attention ----------------------------------------------------------------------------------------------------
@@ -143,13 +154,45 @@ def write_branches(cache: Tensor, values: Tensor, code: Tensor, place: Tensor, r
         code: [.., k]; place: table entry of every branch, both from and for `plan_padded`.
         row: [M] distinct flat tokens that the leading entries of `code` stand for; None when they are all in order.
     """
-    top_k, rest = code.shape[-1], values.shape[1:]
+    return _put_branches(cache, take_branches(values, code, place), code, row)
+
+
+def take_branches(values: Tensor, code: Tensor, place: Tensor) -> Tensor:
+    """Results by table entry [E * C, rest] in the order of `code` [.., k]: [R, k, rest]; any where it is 0."""
+    return values.index_select(0, place).reshape(-1, code.shape[-1], *values.shape[1:])
+
+
+def _put_branches(cache: Tensor, fresh: Tensor, code: Tensor, row: Tensor | None) -> Tensor:
+    """Cache [B, T, k, rest] with `fresh` [R, k, rest] where the code is above 0; `row` as in `write_branches`."""
+    top_k, rest = code.shape[-1], fresh.shape[2:]
     picked = (code.reshape(-1, top_k) > REUSED).reshape(-1, top_k, *(1,) * len(rest))
-    fresh = values.index_select(0, place).reshape(-1, top_k, *rest).to(cache.dtype)
+    fresh = fresh.to(cache.dtype)
     if row is None:
         return torch.where(picked.view(*cache.shape[:3], *(1,) * len(rest)), fresh.view(cache.shape), cache)
     where = _places(cache, row)
     return cache.index_put(where, torch.where(picked, fresh, cache[where]))
+
+
+def _of_rows(cache: Tensor, row: Tensor | None) -> Tensor:
+    """The tokens [R, ..] of a cache [B, T, ..] that leading entries of a code stand for."""
+    return cache.flatten(0, 1) if row is None else cache[_places(cache, row)]
+
+
+def forecast_branches(clock: Tensor, row: Tensor | None, *caches: Tensor) -> Tensor:
+    """`ops.forecast.forecast_rows` of all branches of tokens: caches [B, T, k, H] -> [R, k, H]."""
+    return forecast.forecast(clock, *(_of_rows(cache, row) for cache in caches))
+
+
+def restart_branches(cache: Tensor, change: Tensor, fresh: Tensor, code: Tensor, row: Tensor | None) -> Tensor:
+    """`ops.forecast.restart_rows` of recomputed branches.
+
+    Args:
+        cache: [B, T, k, H]; change, fresh: [R, k, H] what the forecast missed, and the features computed.
+        code: [.., k]; new branches have no history and take `fresh`.
+    """
+    new = (code == UNMATCHED).reshape(-1, code.shape[-1])
+    corrected = _of_rows(cache, row) + change.to(cache.dtype)
+    return _put_branches(cache, torch.where(new.unsqueeze(-1), fresh.to(cache.dtype), corrected), code, row)
 
 
 def update_activation(activation: Tensor, expert: Tensor, beta: float) -> Tensor:

@@ -4,6 +4,7 @@
     c   = write_rows(cache, row, v)            c   = bounded.write_rows(cache, row, v, valid)
     plan, take_rows, experts, write_rows  -->  a padded table of branches, one batched product an expert's linear
     attention_rows(q, k, v, row)               the same over rows padded to the fullest sample
+    forecast_rows, restart_rows                the same of all branches of the tokens that the table is over
     count_rows(row)                            count_valid(valid)
 
 Afterwards nothing has a length of zero, and no operation gives a different result where entries only fill up.
@@ -19,7 +20,7 @@ from torch import fx
 
 from moeca_fx.errors import ExportError
 from moeca_fx.graph.rewrite import call, finish
-from moeca_fx.ops import bounded, dispatch, rows, slots
+from moeca_fx.ops import bounded, dispatch, forecast, rows, slots
 from moeca_fx.ops.attention_rows import attention_rows
 from moeca_fx.ops.grouped_linear import grouped_linear
 from moeca_fx.policies import branch
@@ -158,6 +159,32 @@ class _Lowering:
         elif row in self.rows:
             self._replace(node, bounded.write_rows, cache, row, values, self.rows[row].valid)
 
+    def _add(self, node: fx.Node) -> None:
+        cache, row, change = node.args
+        valid = self.rows[row].valid  # type: ignore[index]  # a node
+        self._replace(node, bounded.add_rows, cache, row, change, valid)
+
+    def _forecast(self, node: fx.Node) -> None:
+        """A forecast of recomputed branches: of all branches of their tokens."""
+        clock, row, *caches = node.args
+        table = self.tables[row]  # type: ignore[index]  # a node
+        self.tables[self._replace(node, bounded.forecast_branches, clock, table.row, *caches)] = table
+
+    def _subtract(self, node: fx.Node) -> None:
+        """What a forecast of branches missed, laid out as that forecast."""
+        values, guess = node.args
+        table = self.tables.get(guess)  # type: ignore[arg-type]  # a node, or not to be found
+        if table is not None:
+            node.args = (self._taken(values, table), guess)
+
+    def _taken(self, values: Any, table: _Table) -> fx.Node:
+        return self._emit(bounded.take_branches, values, table.code, table.place, name=f"{values.name}_taken")
+
+    def _restart(self, node: fx.Node) -> None:
+        cache, picked, change, values, _ = node.args
+        table = self.tables[picked]  # type: ignore[index]  # a node
+        self._replace(node, bounded.restart_branches, cache, change, self._taken(values, table), table.code, table.row)
+
     def _attend(self, node: fx.Node) -> None:
         query, key, value, row, scale = node.args
         assert isinstance(row, fx.Node)
@@ -167,6 +194,10 @@ class _Lowering:
         row = node.args[0]
         assert isinstance(row, fx.Node)
         self._replace(node, bounded.count_valid, self.rows[row].valid)
+
+    def _count_branches(self, node: fx.Node) -> None:
+        row, top_k = node.args
+        self._replace(node, bounded.count_valid_branches, self.rows[row].valid, top_k)  # type: ignore[index]  # a node
 
     def _decide(self, node: fx.Node) -> None:
         node.kwargs = {"code_dtype": torch.int64}  # TensorRT follows lengths back to it, through int64 alone
@@ -186,6 +217,11 @@ _RULES: dict[Any, Any] = {
     dispatch.take_rows: _Lowering._take,
     attention_rows._opoverload: _Lowering._attend,
     slots.count_rows: _Lowering._count,
+    slots.count_branches: _Lowering._count_branches,
+    forecast.add_rows: _Lowering._add,
+    forecast.forecast_rows: _Lowering._forecast,
+    forecast.restart_rows: _Lowering._restart,
+    torch.sub: _Lowering._subtract,
     branch.decide: _Lowering._decide,
     branch.decide_picked: _Lowering._decide,
     branch.update_activation: _Lowering._activation,
@@ -206,7 +242,16 @@ def _padded_experts(program: torch.nn.Module) -> fx.GraphModule:
     return padded
 
 
-_OPEN = (rows.select_rows, rows.write_rows, dispatch.plan_recomputed, dispatch.plan_branches, slots.count_rows)
+_OPEN = (
+    rows.select_rows,
+    rows.write_rows,
+    forecast.add_rows,
+    forecast.restart_rows,
+    dispatch.plan_recomputed,
+    dispatch.plan_branches,
+    slots.count_rows,
+    slots.count_branches,
+)
 
 
 def _check(module: fx.GraphModule) -> None:
