@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 import moeca_fx
 from moeca_fx import MoECa
 from moeca_fx.errors import ConfigError, ExportError, InputError, MoecaError
-from moeca_fx.export import ExportedModel, api, load, session, to_onnx
+from moeca_fx.export import ExportedModel, api, load, to_onnx
 from moeca_fx.export import manifest as manifest_module
 from moeca_fx.export.manifest import FILE, Manifest
+from moeca_fx.export.sessions import onnx as onnx_session
 from moeca_fx.export.verify import Verification
 from tests.helpers import zoo_models
 from tests.helpers.toys import toy_inputs
@@ -113,8 +114,8 @@ def test_the_manifest_tells_what_it_takes(folder: Path, artefact: ExportedModel)
     per_sample = sum(item["bytes_per_sample"] for item in content["caches"])
     _results(artefact, _steps(3, 2))
     assert artefact.memory().total == 3 * per_sample
-    assert sorted(content["files"]) == ["model.onnx", "model.onnx.data"]
-    assert sorted(path.name for path in folder.iterdir()) == [FILE, "model.onnx", "model.onnx.data"]
+    assert sorted(content["files"]) == ["model.onnx", "weights.data"]
+    assert sorted(path.name for path in folder.iterdir()) == [FILE, "model.onnx", "weights.data"]
 
 
 def test_the_schema_in_the_docs_describes_it(folder: Path) -> None:
@@ -127,7 +128,13 @@ def test_the_schema_in_the_docs_describes_it(folder: Path) -> None:
     assert set(schema["properties"]) - set(schema["required"]) == optional
     content = json.loads((folder / FILE).read_text())
     jsonschema.validate(content, schema)
-    for name, wrong in (("batch", [1, 2]), ("kind", "pt3"), ("files", {"model.onnx": "short"}), ("caches", [{}])):
+    for name, wrong in (
+        ("batch", [1, 2]),
+        ("kind", "pt3"),
+        ("steps", []),
+        ("files", {"model.onnx": "short"}),
+        ("caches", [{}]),
+    ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(content | {name: wrong}, schema)
 
@@ -173,7 +180,7 @@ def test_damaged_missing_and_newer_files(copied: Path) -> None:
     _edit(copied, format=99)
     with pytest.raises(ExportError, match="format 99 is newer"):
         load(copied)
-    _edit(copied, format=1, surprise=1)
+    _edit(copied, format=2, surprise=1)
     with pytest.raises(ExportError, match=r"unknown \['surprise'\]"):
         load(copied)
     (copied / FILE).write_text("{")
@@ -186,7 +193,7 @@ def test_damaged_missing_and_newer_files(copied: Path) -> None:
 
 def test_a_manifest_of_another_artefact(copied: Path) -> None:
     content = json.loads((copied / FILE).read_text())
-    content["caches"][0]["input"] = "cache_in.elsewhere"
+    content["graphs"][0]["inputs"][2]["name"] = "cache_in.elsewhere"
     (copied / FILE).write_text(json.dumps(content))
     with pytest.raises(ExportError, match="differ in inputs and outputs"):
         load(copied)
@@ -201,6 +208,8 @@ def test_a_manifest_of_another_artefact(copied: Path) -> None:
         ("structure", "[1"),
         ("policy", {"policy": "moeca", "interval": 0}),
         ("inputs", None),
+        ("graphs", [{"name": "model"}]),
+        ("steps", [{"name": "full"}]),
     ],
 )
 def test_damaged_fields(copied: Path, field: str, value: object) -> None:
@@ -215,18 +224,9 @@ def test_a_missing_provider_is_an_error_unless_allowed(folder: Path) -> None:
 
 
 def test_two_builds_of_onnxruntime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "_is_installed", lambda name, metadata: name != "onnxruntime-trt-rtx")
+    monkeypatch.setattr(onnx_session, "_is_installed", lambda name, metadata: name != "onnxruntime-trt-rtx")
     with pytest.raises(ExportError, match="onnxruntime and onnxruntime-gpu are both installed"):
         load(folder)
-
-
-@pytest.mark.parametrize("name", ["fora", "taylorseer", "branch_forecast", "teacache"])
-def test_policies_without_a_form_for_export(name: str, tmp_path: Path) -> None:
-    model, _ = zoo_pair("dsmoe", None)  # type: ignore[arg-type]  # no policy
-    policy = moeca_fx.policies.build(name, steps=10) if name == "teacache" else name
-    with pytest.raises(ExportError, match="this policy has no form for export"):
-        to_onnx(model, tmp_path, zoo_models.inputs(), policy=policy)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_options_out_of_range(tmp_path: Path) -> None:
@@ -236,6 +236,11 @@ def test_options_out_of_range(tmp_path: Path) -> None:
             to_onnx(model, tmp_path, toy_inputs(), batch=batch)
     with pytest.raises(ExportError, match="opset: expected 18 to 22, found 30"):
         to_onnx(model, tmp_path, toy_inputs(), opset=30)
+    for graphs in ("compiled", "many"):
+        with pytest.raises(ConfigError, match="graphs: "):
+            to_onnx(model, tmp_path, toy_inputs(), graphs=graphs)  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match="no form as one graph: .* at the sublayer level"):
+        to_onnx(model, tmp_path, toy_inputs(), policy="taylorseer", graphs="one")
     with pytest.raises(ConfigError, match="expected a method"):
         to_onnx(model, tmp_path, toy_inputs(), policy=POLICY.policy())  # type: ignore[arg-type]
     (tmp_path / "file").write_text("")

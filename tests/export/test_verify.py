@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moeca_fx import MoECa
-from moeca_fx.export.step import build_step
+from moeca_fx.export.plan import build_plan
 from moeca_fx.export.verify import Verification, verify
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers.transformed import toy_pair
@@ -51,7 +51,7 @@ def fast() -> TransformedModel:
 
 
 def _verify(fast: TransformedModel, **changes: float) -> Verification:
-    return verify(_Echo(fast, **changes), fast, build_step(fast), SIZES)  # type: ignore[arg-type]  # see _Echo
+    return verify(_Echo(fast, **changes), fast, build_plan(fast), SIZES)  # type: ignore[arg-type]  # see _Echo
 
 
 def test_the_same_passes(fast: TransformedModel) -> None:
@@ -85,6 +85,8 @@ def test_bounds(found: Verification, passed: bool) -> None:
 
 
 def test_examples_of_any_batch(fast: TransformedModel) -> None:
-    step = build_step(fast)
-    assert [tuple(value.shape) for value in step.examples(4)[:2]] == [(4, 6, 16), (4,)]
-    assert torch.equal(step.examples(4)[-1], torch.tensor(1))
+    plan = build_plan(fast)
+    assert [tuple(value.shape) for value in plan.call(4)] == [(4, 6, 16), (4,)]
+    (graph,) = plan.graphs
+    assert [tuple(value.shape) for value in graph.examples] == [tuple(port.sized(2)) for port in graph.inputs]
+    assert torch.equal(graph.examples[-1], torch.tensor(1))
