@@ -68,7 +68,7 @@ def _stable_sort(values: Any, *, stable: bool = True, dim: int = -1, descending:
     """torch has no translation; ONNX's TopK puts the lower index first among equals."""
     from onnxscript import opset18 as op
 
-    size = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]), axis=0)
+    size = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]), axis=0)  # type: ignore[type-var]  # of onnxscript
     return op.TopK(values, size, axis=dim, largest=int(descending), sorted=1)
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-import moeca_fx
 from moeca_fx import MoECa
 from moeca_fx.errors import ConfigError, ExportError, InputError, MoecaError
 from moeca_fx.export import ExportedModel, api, load, to_onnx
@@ -239,7 +238,7 @@ def test_options_out_of_range(tmp_path: Path) -> None:
     for graphs in ("compiled", "many"):
         with pytest.raises(ConfigError, match="graphs: "):
             to_onnx(model, tmp_path, toy_inputs(), graphs=graphs)  # type: ignore[arg-type]
-    with pytest.raises(ExportError, match="no form as one graph: .* at the sublayer level"):
+    with pytest.raises(ExportError, match=r"no form as one graph: .* at the sublayer level"):
         to_onnx(model, tmp_path, toy_inputs(), policy="taylorseer", graphs="one")
     with pytest.raises(ConfigError, match="expected a method"):
         to_onnx(model, tmp_path, toy_inputs(), policy=POLICY.policy())  # type: ignore[arg-type]
