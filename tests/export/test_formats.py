@@ -1,0 +1,156 @@
+"""to_pt2, to_aotinductor and a graph a step: every form of an artefact runs the model, whatever its policy."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moeca_fx
+from moeca_fx import MoECa
+from moeca_fx.errors import ConfigError, ExportError
+from moeca_fx.export import ExportedModel, load, to_aotinductor, to_onnx, to_pt2
+from moeca_fx.export.manifest import FILE, sha256
+from moeca_fx.policies import Method
+from moeca_fx.policies.registry import build
+from moeca_fx.runtime.module import TransformedModel
+from tests.helpers import zoo_models
+from tests.helpers.toys import toy_inputs
+from tests.helpers.transformed import SOME, as_new, run, toy_pair
+
+pytestmark = pytest.mark.filterwarnings("ignore::moeca_fx.NothingReusedWarning")
+
+POLICY = MoECa(interval=3, tau0=0.6)
+SIZES = (1, 2, 5)
+STEPS = 8
+POLICIES: dict[str, dict[str, Any]] = {
+    "fora": {},
+    "taylorseer": {},
+    "teacache": {"steps": STEPS},
+    "toca": {"steps": STEPS},
+    "duca": {"steps": STEPS},
+    "dbcache": {},
+    "branch_forecast": {},
+    "sublayer_forecast": {},
+    "forecast": {},
+}
+FAST = ("fora", "dbcache")
+
+
+@pytest.fixture(scope="module")
+def deep() -> tuple[nn.Module, TransformedModel]:
+    """Two dense and two MoE blocks, which every policy can work on."""
+    model = zoo_models.tiny_dsmoe(depth=4)
+    return model, moeca_fx.transform(model, zoo_models.inputs(), policy=None)
+
+
+def _compare(
+    folder: Path, fast: TransformedModel, steps: Iterable[tuple[Tensor, ...]], tolerance: float
+) -> ExportedModel:
+    artefact = load(folder)
+    as_new(fast)
+    steps = list(steps)
+    for found, expected in zip(run(artefact, steps), run(fast, steps), strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert artefact.stats() == fast.stats()
+    return artefact
+
+
+def _toy_steps(batch: int) -> list[tuple[Tensor, ...]]:
+    start, drift = toy_inputs(batch)[0], toy_inputs(batch, seed=1)[0]
+    return [(start + 0.05 * step * drift, torch.full((batch,), 0.02 * step)) for step in range(STEPS)]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in POLICIES]
+)
+def test_every_policy(deep: tuple[nn.Module, TransformedModel], name: str, tmp_path: Path) -> None:
+    model, plain = deep
+    method: Method = build(name, **POLICIES[name])
+    manifest = to_pt2(model, tmp_path, zoo_models.inputs(), policy=method, batch=SIZES)
+    names = [graph["name"] for graph in manifest.graphs]
+    assert "full" in names and len(names) == len(manifest.steps) >= 2
+    fast = plain.with_policy(method)
+    artefact = _compare(tmp_path, fast, zoo_models.trajectory(3, STEPS), 1e-4)
+    assert artefact.stats().cached_steps > 0
+    assert artefact.memory() == fast.memory()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_in_onnxruntime(deep: tuple[nn.Module, TransformedModel], name: str, tmp_path: Path) -> None:
+    model, plain = deep
+    method = build(name, **POLICIES[name])
+    to_onnx(model, tmp_path, zoo_models.inputs(), policy=method, batch=SIZES)
+    for batch in (1, 5):
+        _compare(tmp_path, plain.with_policy(method), zoo_models.trajectory(batch, STEPS), 1e-4)
+
+
+@pytest.mark.parametrize("graphs", ["one", pytest.param("steps", marks=pytest.mark.slow)])
+def test_a_program_of_torch_is_bit_equal_to_its_graph(graphs: Any, tmp_path: Path) -> None:
+    model, fast = toy_pair(POLICY)
+    to_pt2(model, tmp_path, toy_inputs(), policy=POLICY, batch=SIZES, graphs=graphs)
+    names = ["model.pt2"] if graphs == "one" else ["cached.pt2", "full.pt2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, FILE])
+    for name in names:
+        program = torch.export.load(tmp_path / name)
+        torch.export.save(program, tmp_path / "round.pt2")
+        other = torch.export.load(tmp_path / "round.pt2")
+        inputs, _ = program.example_inputs  # type: ignore[misc]  # they were saved
+        with torch.no_grad():
+            pairs = zip(program.module()(*inputs), other.module()(*inputs), strict=True)
+            assert all(torch.equal(have, want) for have, want in pairs)
+    _compare(tmp_path, fast, _toy_steps(3), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["fora", pytest.param("moeca", marks=pytest.mark.slow)])
+def test_graphs_a_step_share_their_weights_in_onnx(name: str, tmp_path: Path) -> None:
+    model, plain = toy_pair(None)
+    policy = build(name)
+    to_onnx(model, tmp_path, toy_inputs(), policy=policy, batch=SIZES, graphs="steps")
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    stored = (tmp_path / "weights.data").stat().st_size
+    assert 0.9 * weights < stored < 1.2 * weights  # once; the smallest stay in the graphs
+    steps = [step["name"] for step in json.loads((tmp_path / FILE).read_text())["steps"]]
+    assert steps == ["full", "cached"]
+    _compare(tmp_path, plain.with_policy(policy), _toy_steps(5), 1e-4)
+
+
+@pytest.mark.slow
+def test_a_package_of_aotinductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOECA_FX_COMPILE", raising=False)
+    model = zoo_models.tiny_dsmoe(depth=2)
+    to_aotinductor(model, tmp_path, zoo_models.inputs(), policy=SOME, batch=SIZES)
+    plain = moeca_fx.transform(model, zoo_models.inputs(), policy=SOME, compile=False)
+    for batch in (1, 2, 5):
+        _compare(tmp_path, plain, zoo_models.trajectory(batch, 12), 1e-5)
+
+
+def test_no_compiler_for_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOECA_FX_COMPILE", "0")
+    model, _ = toy_pair(None)
+    with pytest.raises(ExportError, match="export to AOTInductor: MOECA_FX_COMPILE=0 is set; export as ONNX"):
+        to_aotinductor(model, tmp_path, toy_inputs(), policy=None, batch=SIZES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_torch_cannot_load(tmp_path: Path) -> None:
+    model, _ = toy_pair(None)
+    to_pt2(model, tmp_path, toy_inputs(), policy=None, batch=SIZES)
+    with pytest.raises(ConfigError, match="providers and threads are onnxruntime's"):
+        load(tmp_path, threads=2)
+    content = json.loads((tmp_path / FILE).read_text())
+    (tmp_path / "model.pt2").write_bytes(b"nothing")
+    content["files"] = {"model.pt2": "1" * 64}
+    (tmp_path / FILE).write_text(json.dumps(content))
+    with pytest.raises(ExportError, match="is not the file"):
+        load(tmp_path)
+    content["files"] = {"model.pt2": sha256(tmp_path / "model.pt2")}
+    (tmp_path / FILE).write_text(json.dumps(content))
+    for kind, words in (("pt2", "torch cannot load it"), ("aotinductor", "torch cannot load it")):
+        (tmp_path / FILE).write_text(json.dumps(content | {"kind": kind}))
+        with pytest.raises(ExportError, match=words):
+            load(tmp_path)
