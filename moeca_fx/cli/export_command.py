@@ -17,7 +17,7 @@ from moeca_fx.errors import ConfigError
 from moeca_fx.export import Manifest, to_onnx, to_tensorrt
 from moeca_fx.export.engine import parse_capabilities
 from moeca_fx.export.manifest import FILE
-from moeca_fx.export.onnx_file import OPSET
+from moeca_fx.export.onnx.file import OPSET
 from moeca_fx.policies import as_method
 from moeca_fx.sizes import parse_bytes
 

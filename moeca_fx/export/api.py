@@ -13,7 +13,7 @@ from torch import nn
 from moeca_fx.errors import ConfigError, ExportError, MoecaError
 from moeca_fx.export.engine import Backend, Progress, build_engine, find_backend
 from moeca_fx.export.manifest import Manifest, describe, write_manifest
-from moeca_fx.export.onnx_file import OPSET, make_onnx, save_onnx
+from moeca_fx.export.onnx.file import OPSET, make_onnx, save_onnx
 from moeca_fx.export.package import save_package
 from moeca_fx.export.plan import ExportPlan, Form, build_plan, exportable_rule
 from moeca_fx.export.runner import load

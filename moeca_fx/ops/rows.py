@@ -20,8 +20,8 @@ def gather_rows(x: Tensor, row: Tensor, batch_axis: int, token_axis: int) -> Ten
     """
     if batch_axis == token_axis:
         return x.index_select(batch_axis, row)
-    flat = x.movedim((batch_axis, token_axis), (0, 1)).flatten(0, 1).index_select(0, row)
-    return flat.unsqueeze(1).movedim((0, 1), (batch_axis, token_axis))
+    flat = _in_front(x, batch_axis, token_axis).flatten(0, 1).index_select(0, row)
+    return tokens_back(flat.unsqueeze(1), batch_axis, token_axis)
 
 
 def rows_of_rows(row: Tensor, chosen: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def rows_first(x: Tensor, batch_axis: int, token_axis: int) -> Tensor:
     """Row tensor [.., M, .., 1, ..] -> [M, rest]."""
     if batch_axis == token_axis:
         return x.movedim(batch_axis, 0)
-    return x.movedim((batch_axis, token_axis), (0, 1)).squeeze(1)
+    return _in_front(x, batch_axis, token_axis).squeeze(1)
 
 
 def tokens_first(x: Tensor, batch_axis: int, token_axis: int, tokens: int) -> Tensor:
@@ -56,14 +56,19 @@ def tokens_first(x: Tensor, batch_axis: int, token_axis: int, tokens: int) -> Te
     if batch_axis == token_axis:
         merged = x.movedim(batch_axis, 0)
         return merged.reshape(-1, tokens, *merged.shape[1:]).contiguous()
-    return x.movedim((batch_axis, token_axis), (0, 1)).contiguous()
+    return _in_front(x, batch_axis, token_axis).contiguous()
+
+
+def _in_front(x: Tensor, batch_axis: int, token_axis: int) -> Tensor:
+    """[.., B, .., T, ..] -> [B, T, rest]; most tensors are laid out so already."""
+    return x if (batch_axis, token_axis) == (0, 1) else x.movedim((batch_axis, token_axis), (0, 1))
 
 
 def tokens_back(cache: Tensor, batch_axis: int, token_axis: int) -> Tensor:
     """Inverse of `tokens_first`: cache [B, T, rest] -> the dense tensor's own layout."""
     if batch_axis == token_axis:
         return cache.flatten(0, 1).movedim(0, batch_axis)
-    return cache.movedim((0, 1), (batch_axis, token_axis))
+    return cache if (batch_axis, token_axis) == (0, 1) else cache.movedim((0, 1), (batch_axis, token_axis))
 
 
 def empty_rows(like: Tensor, values: Tensor) -> Tensor:

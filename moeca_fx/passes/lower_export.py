@@ -265,5 +265,5 @@ def _check(module: fx.GraphModule) -> None:
             if node.target in _OPEN or "moeca" in str(getattr(node.target, "namespace", "")):
                 raise ExportError(
                     f"export: {node.name} ({node.target}) has a length that depends on data and no form for export; "
-                    "use a policy that holds features (MoECa), or run the model in PyTorch"
+                    "please report this policy, or use moeca_fx.MoECa(...)"
                 )

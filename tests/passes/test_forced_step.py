@@ -7,6 +7,7 @@ from torch import Tensor, fx
 from moeca_fx import MoECa
 from moeca_fx.errors import ExportError
 from moeca_fx.graph.state import StateSpec
+from moeca_fx.ops import rows, slots
 from moeca_fx.passes.insert_cache import insert_forced_cache, share_copy
 from moeca_fx.passes.lower_export import lower_export
 from moeca_fx.policies.rules import BranchRule
@@ -87,13 +88,13 @@ def test_the_model_without_caches(family: Family) -> None:
         torch.testing.assert_close(lowered(*inputs)[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_forecasting_rule_has_no_form() -> None:
-    _, fast = zoo_pair("dsmoe", SOME)
-    forecasting = fast.with_policy("branch_forecast", compile=False)
-    (program,) = forecasting._moeca.programs.values()
-    assert forecasting._moeca.policy is not None
-    rule = forecasting._moeca.policy.rules[0]
-    assert isinstance(rule, BranchRule)
-    step = insert_forced_cache(program.traced_module, program.sites, rule)
-    with pytest.raises(ExportError, match="no form for export"):
-        lower_export(step.module)
+def test_an_operation_without_a_form_is_named() -> None:
+    graph = fx.Graph()
+    mask = graph.placeholder("mask")
+    graph.output((graph.call_function(slots.unmatched_rows, (graph.call_function(rows.select_rows, (mask,)),)),))
+    lower_export(fx.GraphModule(torch.nn.Module(), graph))  # selections have one
+    graph = fx.Graph()
+    cache, row = graph.placeholder("cache"), graph.placeholder("row")
+    graph.output((graph.call_function(rows.write_rows, (cache, row, row), name="stray"),))
+    with pytest.raises(ExportError, match=r"stray .* has a length that depends on data and no form for export"):
+        lower_export(fx.GraphModule(torch.nn.Module(), graph))

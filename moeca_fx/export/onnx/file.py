@@ -4,6 +4,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from moeca_fx.errors import ExportError, require
 from moeca_fx.export.graph import ExportGraph
+from moeca_fx.export.onnx.whole import keep_whole
 from moeca_fx.export.trace import trace, untraceable
 
 EXTRA = "onnx"
@@ -43,7 +45,9 @@ def make_onnx(graph: ExportGraph, most: int, opset: int = OPSET) -> Any:
         raise ExportError(
             f"opset: expected {OLDEST_OPSET} to {NEWEST_OPSET}, found {opset}; {OPSET} suits TensorRT too"
         )
-    program = trace(graph, most)
+    from moeca_fx.export.onnx.translations import translations
+
+    program = trace(replace(graph, module=keep_whole(graph.module)), most)
     with torch.no_grad(), _quiet():
         try:
             made = torch.onnx.export(
@@ -52,7 +56,7 @@ def make_onnx(graph: ExportGraph, most: int, opset: int = OPSET) -> Any:
                 opset_version=opset,
                 input_names=[port.name for port in graph.inputs],
                 output_names=[port.name for port in graph.outputs],
-                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
+                custom_translation_table=translations(),
                 optimize=False,  # its pattern rules take longer than everything else; runtimes have their own
                 verbose=False,
             )
@@ -62,14 +66,6 @@ def make_onnx(graph: ExportGraph, most: int, opset: int = OPSET) -> Any:
         model = made.model
         _tidy(model)
     return model
-
-
-def _stable_sort(values: Any, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
-    """torch has no translation; ONNX's TopK puts the lower index first among equals."""
-    from onnxscript import opset18 as op
-
-    size = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]), axis=0)  # type: ignore[type-var]  # of onnxscript
-    return op.TopK(values, size, axis=dim, largest=int(descending), sorted=1)
 
 
 def save_onnx(models: Mapping[str, Any], folder: Path, external: bool) -> None:
