@@ -1,14 +1,17 @@
 """`to_onnx`, `to_tensorrt`, `to_pt2`, `to_aotinductor`: transform, write graphs and manifest, prove them."""
 
+import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from moeca_fx.errors import ConfigError, ExportError, MoecaError
 from moeca_fx.export.engine import Backend, Progress, build_engine, find_backend
@@ -24,6 +27,7 @@ from moeca_fx.policies import Method, MoECa
 from moeca_fx.policies.registry import as_method
 from moeca_fx.transform import transform
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _DEFAULT = MoECa()
 Say = Callable[[str], object]
 
@@ -34,6 +38,9 @@ class ExportOptions(TypedDict, total=False):
     Attributes:
         batch: least, best and most samples of a call, or one number for all three; (1, 8, 32) by default.
         timestep: as for `moeca_fx.transform`.
+        dtype: ``"fp32"``, ``"fp16"`` or ``"bf16"``: a copy of the model is cast to it, and inputs of more than one axis
+            (latents; a timestep keeps its precision). Scores, thresholds and activation maps stay in fp32, the router
+            in what the model computes it in. None leaves the model as it is.
         check: run the artefact against PyTorch over a few steps before it is done; on by default.
         sampler: what the manifest shall say of the model's sampler; `moeca-fx run` reads it.
         progress: called with a word or two before each stage.
@@ -41,6 +48,7 @@ class ExportOptions(TypedDict, total=False):
 
     batch: int | Sequence[int]
     timestep: str | int | None
+    dtype: str | None
     check: bool
     sampler: dict[str, Any] | None
     progress: Say | None
@@ -270,8 +278,18 @@ def _request(
     if method is not None and form == "one":
         exportable_rule(method.policy())
     sizes, target = _batch(options.get("batch", (1, 8, 32))), Path(folder)
+    dtype = options.get("dtype")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
     prepare_folder(target)
+    if dtype is not None:
+        model = copy.deepcopy(model).to(DTYPES[dtype])
+        inputs, kwargs = pytree.tree_map_only(Tensor, partial(_cast, dtype=DTYPES[dtype]), (inputs, dict(kwargs or {})))
     return _Request(model, target, inputs, kwargs, method, form, sizes, options, _sayer(options))
+
+
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() and value.dim() > 1 else value
 
 
 def _sayer(options: ExportOptions) -> Say:
