@@ -42,6 +42,7 @@ def print_artefact(console: Console, name: str, found: ArtefactDescription) -> N
 def _summary(found: ArtefactDescription) -> Facts:
     manifest = found.manifest
     least, best, most = manifest.batch
+    capabilities = ", ".join(manifest.compute_capabilities)
     return {
         "model": f"{manifest.model}, {manifest.dtype}, weights {manifest.weights}",
         "call": _ports(found.inputs),
@@ -49,7 +50,7 @@ def _summary(found: ArtefactDescription) -> Facts:
         "policy": _policy(manifest.policy),
         "made with": ", ".join(f"{package} {version}" for package, version in manifest.versions.items()),
         "opset": "" if manifest.opset is None else str(manifest.opset),
-        "GPUs": ", ".join(f"compute capability {item}" for item in manifest.compute_capabilities),
+        "GPUs": f"compute capability {capabilities}" if capabilities else "",
         "files": ", ".join(f"{name} {readable_bytes(size)}" for name, size in found.files),
     }
 

@@ -27,7 +27,7 @@ class Contents:
 
     Attributes:
         operators: (operator, nodes of it), the most frequent first.
-        tensors: parameters and constants; values: numbers in them; bytes: of those, in this file or beside it.
+        tensors: weights and constants; values: numbers in them; bytes: of those, in this file or beside it.
     """
 
     operators: tuple[tuple[str, int], ...]
@@ -115,6 +115,7 @@ class ArtefactDescription:
 
     Attributes:
         manifest: of the artefact.
+        inputs: tensors of a call.
         files: (name, bytes) of all of them.
         graphs: in the manifest's order.
         cache: of one sample; a probing schedule's own is in it.
@@ -124,6 +125,7 @@ class ArtefactDescription:
     """
 
     manifest: Manifest
+    inputs: tuple[Port, ...]
     files: tuple[tuple[str, int], ...]
     graphs: tuple[GraphDescription, ...]
     cache: MemoryReport
@@ -136,11 +138,6 @@ class ArtefactDescription:
         """What it is, in words."""
         return KINDS[self.manifest.kind]
 
-    @property
-    def inputs(self) -> tuple[Port, ...]:
-        """Tensors of a call."""
-        return tuple(read_port(item) for item in self.manifest.inputs)
-
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         manifest = self.manifest
@@ -151,7 +148,7 @@ class ArtefactDescription:
             "weights": manifest.weights,
             "batch": manifest.batch,
             "policy": manifest.policy,
-            "inputs": manifest.inputs,
+            "inputs": [describe_port(port) for port in self.inputs],
             "opset": manifest.opset,
             "compute_capabilities": manifest.compute_capabilities,
             "versions": manifest.versions,
@@ -183,13 +180,16 @@ def describe_artefact(folder: str | PathLike[str], *, tensorrt: bool = True) -> 
         raise ExportError(f"{folder / FILE}: kind: expected one of {known}, found {manifest.kind!r}; export again")
     version, note = _tensorrt(manifest.kind, tensorrt)
     with reading_fields(folder):
+        least, best, most = manifest.batch
+        manifest.method()  # or it raises what is wrong with the policy
         graphs = tuple(_graph(graph, manifest, folder, version is not None) for graph in manifest.graphs)
         return ArtefactDescription(
             manifest=manifest,
+            inputs=tuple(read_port(item) for item in manifest.inputs),
             files=tuple((name, (folder / name).stat().st_size) for name in manifest.files),
             graphs=graphs,
             cache=_cache(manifest, 1),
-            batches=tuple(_cost(manifest, graphs, batch) for batch in dict.fromkeys(manifest.batch)),
+            batches=tuple(_cost(manifest, graphs, batch) for batch in dict.fromkeys((least, best, most))),
             tensorrt=version,
             note=note,
         )
@@ -300,7 +300,8 @@ def _program_contents(path: Path) -> Contents:
         raise ExportError(f"{path}: torch cannot load it: {str(error).splitlines()[0]}; export again") from error
     calls = Counter(_operator(node.target) for node in program.graph.nodes if node.op == "call_function")
     tensors = [*program.state_dict.values(), *program.constants.values()]
-    held = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    places = {(t.data_ptr(), t.shape, t.stride()): t for t in tensors if isinstance(t, torch.Tensor)}
+    held = list(places.values())  # one of two names is there once
     return Contents(
         _by_frequency(calls),
         len(held),
