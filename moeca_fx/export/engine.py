@@ -4,7 +4,9 @@ One path serves `tensorrt_rtx` and `tensorrt` (10 and 11). Engines are built her
 """
 
 import importlib
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,9 @@ from moeca_fx.export.graph import FORCE
 EXTRA = "tensorrt"
 Backend = Literal["auto", "tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[Backend, ...] = ("auto", "tensorrt", "tensorrt-rtx")
+_NO_DRIVER = "driver version"
+"""Every process without a GPU's driver hears of that; parsing and building go on."""
+
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 Progress = Callable[[str, int, int], bool]
@@ -39,6 +44,85 @@ def find_backend(backend: Backend = "auto") -> tuple[str, Any]:
         f"this needs {wanted}, which is not installed; run: pip install 'moeca_fx[{EXTRA}]' (TensorRT-RTX, which "
         "builds without a GPU), or install NVIDIA's tensorrt"
     )
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A node of an ONNX file that TensorRT's parser does not take.
+
+    Attributes:
+        node, operator: its name and what it does; empty where the file as a whole is refused.
+        position: of the node in the file, None where the file as a whole is refused.
+        reason: in TensorRT's words.
+    """
+
+    node: str
+    operator: str
+    position: int | None
+    reason: str
+
+    def __str__(self) -> str:
+        if self.position is None:
+            return self.reason
+        return f"{self.node or f'node {self.position}'} ({self.operator}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class ParsedNetwork:
+    """What TensorRT's parser made of an ONNX file.
+
+    Attributes:
+        name, trt, log: the backend, its module, and the logger that remembers its last error.
+        builder, network: for `build_engine`.
+        parser: owns weights of the network.
+        rejections: the nodes that it does not take; with any of them the network is not whole.
+    """
+
+    name: str
+    trt: Any
+    log: Any
+    builder: Any
+    network: Any
+    parser: Any
+    rejections: tuple[Rejection, ...]
+
+
+def parse_onnx(path: Path, backend: Backend = "auto") -> ParsedNetwork:
+    """Let TensorRT read an ONNX file into a strongly typed network; nothing is built.
+
+    Operators are checked before any is read, and all that TensorRT does not have are rejected; of those that it has but
+    does not take as they stand, the first ends the reading.
+
+    Args:
+        path: the ONNX file, weights beside it.
+        backend: which TensorRT.
+
+    Raises:
+        MissingExtraError: TensorRT is not installed.
+    """
+    name, trt = find_backend(backend)
+    log = _log(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    rejections: tuple[Rejection, ...] = ()
+    if not parser.parse_from_file(str(path)):
+        rejections = tuple(_rejection(parser.get_error(index)) for index in range(parser.num_errors))
+        rejections = rejections or (Rejection("", "", None, log.last),)
+    return ParsedNetwork(name, trt, log, builder, network, parser, rejections)
+
+
+def _rejection(error: Any) -> Rejection:
+    position = error.node()
+    lines = [line for line in error.desc().splitlines() if _NO_DRIVER not in line]
+    if len(lines) > 1 and lines[0].startswith("Invalid Node"):  # the node's name once more, then the reason
+        del lines[0]
+    found = re.fullmatch(r"(?:Assertion failed: .*?[^:]: )?(.*)", lines[0] if lines else "")
+    said = found[1] if found is not None else ""
+    reason = error.code().name.lower().replace("_", " ")
+    if said not in ("", "false"):  # what is printed of an assertion without words
+        reason = f"{reason}: {said}"
+    return Rejection(error.node_name(), error.node_operator(), None if position < 0 else position, reason)
 
 
 def build_engine(
@@ -69,15 +153,11 @@ def build_engine(
         ConfigError: a compute capability that this TensorRT does not know.
         MissingExtraError: TensorRT is not installed.
     """
-    name, trt = find_backend(backend)
-    log = _log(trt)
-    builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(path)):
-        refused = [parser.get_error(index) for index in range(parser.num_errors)]
-        nodes = "; ".join(f"{e.node_name()} ({e.node_operator()}): {e.desc().splitlines()[0]}" for e in refused)
-        raise ExportError(f"{name} refuses the graph: {nodes or log.last}; please report this model")
+    parsed = parse_onnx(path, backend)
+    name, trt, log, builder, network = parsed.name, parsed.trt, parsed.log, parsed.builder, parsed.network
+    if parsed.rejections:
+        refused = "; ".join(map(str, parsed.rejections))
+        raise ExportError(f"{name} refuses the graph: {refused}; please report this model")
     _check_network(network, graph)
     config = builder.create_builder_config()
     config.add_optimization_profile(_profile(builder, network, batch))
@@ -156,8 +236,7 @@ def _log(trt: Any) -> Any:
             self.last = "no reason given"
 
         def log(self, severity: Any, message: str) -> None:
-            # Every process without a driver hears of that; builds go on.
-            if severity <= trt.ILogger.ERROR and "driver version" not in message:
+            if severity <= trt.ILogger.ERROR and _NO_DRIVER not in message:
                 self.last = message
 
     return Log()

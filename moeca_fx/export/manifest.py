@@ -6,7 +6,8 @@ docs/manifest.schema.json describes the fields. `FORMAT` counts versions: a runn
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -16,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from moeca_fx.errors import ConfigError, ExportError
+from moeca_fx.errors import ConfigError, ExportError, MoecaError
 from moeca_fx.export.graph import BATCH, ExportGraph, Port
 from moeca_fx.export.plan import FULL, PROBE, ExportPlan, ExportStep
 from moeca_fx.files import write_whole
@@ -171,7 +172,7 @@ def describe(
         policy=None if method is None else {NAME_KEY: method.method, **method.as_dict()},
         timestep=program.timestep,
         parameters=list(plan.parameters),
-        inputs=[_port(port) for port in plan.call_ports],
+        inputs=[describe_port(port) for port in plan.call_ports],
         constants={str(index): _plain(value, f"input {index}") for index, value in plan.constants.items()},
         structure=_structure(program.out_spec),
         results=program.outputs,
@@ -197,12 +198,13 @@ def _structure(spec: pytree.TreeSpec) -> str:
         ) from error
 
 
-def _port(port: Port) -> dict[str, Any]:
+def describe_port(port: Port) -> dict[str, Any]:
+    """A port as a manifest describes it."""
     return {"name": port.name, "shape": list(port.shape), "dtype": _name(port.dtype)}
 
 
 def read_port(item: Mapping[str, Any]) -> Port:
-    """A port as a manifest describes it."""
+    """The port that a manifest describes."""
     return Port(item["name"], tuple(item["shape"]), dtype_of(item["dtype"]))
 
 
@@ -228,8 +230,8 @@ def _graph(graph: ExportGraph, ending: str) -> dict[str, Any]:
     return {
         "name": graph.name,
         "file": graph.name + ending,
-        "inputs": [_port(port) for port in graph.inputs],
-        "outputs": [_port(port) for port in graph.outputs],
+        "inputs": [describe_port(port) for port in graph.inputs],
+        "outputs": [describe_port(port) for port in graph.outputs],
         "returns": [[where, _plain(value, "a result")] for where, value in graph.returns],
     }
 
@@ -318,6 +320,23 @@ def read_manifest(folder: Path) -> Manifest:
         if sha256(file) != expected:
             raise ExportError(f"{file}: is not the file that {path.name} describes (damaged or replaced); export again")
     return manifest
+
+
+@contextmanager
+def reading_fields(folder: Path) -> Iterator[None]:
+    """Inside the block what a manifest's damaged field makes code stumble over is one clear error.
+
+    Raises:
+        ExportError: it did.
+    """
+    try:
+        yield
+    except MoecaError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ExportError(
+            f"{folder / FILE}: a field is damaged ({type(error).__name__}: {error}); export the model again"
+        ) from error
 
 
 def _checked(content: Any, path: Path) -> Manifest:

@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from moeca_fx.errors import ExportError, InputError, MoecaError
-from moeca_fx.export.manifest import FILE, Manifest, dtype_of, read_manifest, read_port
+from moeca_fx.errors import InputError
+from moeca_fx.export.manifest import Manifest, dtype_of, read_manifest, read_port, reading_fields
 from moeca_fx.export.sessions import CPU, RunOptions, open_session
 from moeca_fx.passes import Compilation
 from moeca_fx.runtime.flops import StepFlops
@@ -52,15 +52,9 @@ def load(
     folder = Path(folder)
     manifest = read_manifest(folder)
     options = RunOptions(providers, strict_provider, threads)
-    try:
+    with reading_fields(folder):
         loaded = {graph["name"]: _Loaded(graph, folder, manifest, options) for graph in manifest.graphs}
         return ExportedModel(manifest, loaded)
-    except MoecaError:
-        raise
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise ExportError(
-            f"{folder / FILE}: a field is damaged ({type(error).__name__}: {error}); export the model again"
-        ) from error
 
 
 class ExportedModel:

@@ -1,8 +1,12 @@
-"""``moeca-fx inspect``: the table, pure JSON, graphs on request, and its errors."""
+"""``moeca-fx inspect``: the table, pure JSON, graphs on request, exported artefacts, and its errors."""
 
 import json
 
+import onnx
 import pytest
+
+from moeca_fx.export.manifest import FILE, read_manifest
+from tests.helpers.artefacts import cache, cache_ports, make_artefact, refused_artefact
 
 STAGES = (
     "capture",
@@ -121,3 +125,97 @@ def test_the_cache_in_fewer_bits(run, refuse):
     assert sizes[0] > sizes[1] > sizes[2] > 0
     message = refuse("inspect", "tiny_models:tiny", "--cache-dtype", "int4")
     assert "cache_dtype: expected None" in message and "found 'int4'" in message
+
+
+def _rows(text):
+    """First words of the lines -> lines."""
+    return {line.split()[0]: line.rstrip() for line in text.splitlines() if line.strip()}
+
+
+def test_an_artefact_is_described(run, project, monkeypatch):
+    pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX, which exists for Linux: the extra tensorrt")
+    monkeypatch.setenv("COLUMNS", "100")
+    refused_artefact(project / "made")
+    result = run("inspect", "made")
+    assert (result.exit_code, result.stderr) == (0, "")
+    rows = _rows(result.stdout)
+    assert rows["Artefact"] == "Artefact made: ONNX, in onnxruntime"
+    assert rows["model"].split()[1:3] == ["Tiny,", "float32,"]
+    assert "x [batch, 4] float32" in rows["takes"] and "result [batch, 4] float32" in rows["gives"]
+    assert rows["nodes"].endswith("3: Cast{0}1, NonZero{0}1, Relu{0}1".format("\N{MULTIPLICATION SIGN}"))
+    text = " ".join(result.stdout.split())
+    assert "refuses the graph: picked (NonZero): unsupported node: NonZero plugin" in text
+    assert rows["8"].split() == ["8", "805", "FLOPs"]
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    left_out = " ".join(run("inspect", "made", "--no-tensorrt").stdout.split())
+    assert "TensorRT not asked: left out on request" in left_out and "NonZero plugin" not in left_out
+
+
+def test_caches_and_steps_of_an_artefact(run, project, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    plain = read_manifest(make_artefact(project / "made", kind="tensorrt"))
+    feature, graph, step = cache("feature", 1000), plain.graphs[0], plain.steps[0]
+    graph["inputs"] += cache_ports("in", feature)
+    graph["outputs"] += cache_ports("out", feature)
+    make_artefact(
+        project / "made",
+        kind="tensorrt",
+        batch=[3, 3, 3],
+        caches=[feature],
+        graphs=[graph],
+        steps=[{**step, "name": "full", "force": 1}, {**step, "name": "cached", "force": 0}],
+        flops={
+            "by_batch": {"uncached": [0, 10], "full": [0, 20], "probe": [0, 0], "rule 0": [0, 1000]},
+            "each": [[]],
+        },
+        compute_capabilities=["8.9", "12.0"],
+    )
+    result = run("inspect", "made")
+    rows = _rows(result.stdout)
+    assert rows["Graph"].endswith("the full step (force 1) and the cached step (force 0)")
+    assert rows["takes"].endswith("float32, 1 cache") and "cannot be listed" in rows["nodes"]
+    assert rows["blocks.0"].split() == ["blocks.0", "feature", "4", "kB"]
+    assert rows["3"].split() == ["3", "12", "kB", "24", "kB", "30", "FLOPs", "60", "FLOPs", "3", "kFLOPs"]
+    assert "two sets of buffers" in result.stdout and "FLOPs of cached: the fixed part" in result.stdout
+    assert "TensorRT  not asked" not in result.stdout and rows["GPUs"].endswith("compute capability 8.9, 12.0")
+
+
+def test_an_artefact_as_json(run, project):
+    refused_artefact(project / "made")
+    result = run("inspect", "made", "--json", "--no-tensorrt")
+    record = json.loads(result.stdout)
+    assert (record["kind"], record["batch"]) == ("onnx", [1, 2, 8])
+    (graph,) = record["graphs"]
+    assert graph["contents"]["nodes"] == len(onnx.load(project / "made" / "model.onnx").graph.node) == 3
+    assert graph["rejections"] is None and record["tensorrt"] == {"version": None, "note": "left out on request"}
+
+
+def test_options_of_models_and_of_artefacts(refuse, project):
+    make_artefact(project / "made")
+    for options in (
+        ("--weights", "w.safetensors"),
+        ("--batch", "2"),
+        ("--cache-dtype", "fp8"),
+        ("--graph", "capture"),
+    ):
+        message = refuse("inspect", "made", *options)
+        assert f"is a folder that moeca-fx export wrote (it holds {FILE}), and {options[0]} belongs" in message
+    assert "--weights, --batch belong to models; drop them" in refuse(
+        "inspect", "made", "--weights", "w", "--batch", "2"
+    )
+    message = refuse("inspect", "tiny_models:tiny", "--no-tensorrt")
+    assert "--no-tensorrt belongs to a folder" in message and f"it holds no {FILE}" in message
+
+
+def test_a_damaged_artefact_is_one_error(refuse, project):
+    made = make_artefact(project / "made")
+    (made / "model.onnx").write_bytes(b"other")
+    message = refuse("inspect", "made")
+    assert message.count("error: ") == 1 and "is not the file that manifest.json describes" in message
+    (made / FILE).write_text(json.dumps({"format": 99}))
+    assert "format 99 is newer than what this moeca_fx reads" in refuse("inspect", "made")
+
+
+def test_a_folder_without_a_manifest_is_a_model_s_name_as_ever(refuse, project):
+    (project / "nothing").mkdir()
+    assert "package.module:factory" in refuse("inspect", "nothing")
