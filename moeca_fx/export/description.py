@@ -13,7 +13,7 @@ from moeca_fx.errors import ExportError, MissingExtraError, require
 from moeca_fx.export.engine import Rejection, find_backend, parse_onnx
 from moeca_fx.export.graph import Port
 from moeca_fx.export.manifest import FILE, Manifest, describe_port, read_manifest, read_port, reading_fields
-from moeca_fx.export.onnx_file import EXTRA
+from moeca_fx.export.onnx.file import EXTRA
 from moeca_fx.export.plan import FULL, PROBE
 from moeca_fx.export.sessions import KINDS
 from moeca_fx.runtime.memory import MemoryReport, report
