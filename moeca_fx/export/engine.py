@@ -1,6 +1,6 @@
 """TensorRT engines from an ONNX artefact; TensorRT-RTX builds them without a GPU, for the compute capabilities named.
 
-One path serves `tensorrt_rtx` and `tensorrt` (10 and 11). Engines are built here and never run: that takes a GPU.
+One path serves `tensorrt_rtx` and `tensorrt` (10 and 11). Engines are built here; `sessions.engine` runs them.
 """
 
 import importlib
@@ -70,7 +70,7 @@ def build_engine(
         MissingExtraError: TensorRT is not installed.
     """
     name, trt = find_backend(backend)
-    log = _log(trt)
+    log = make_log(trt, without_driver=True)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
@@ -82,6 +82,7 @@ def build_engine(
     config = builder.create_builder_config()
     config.add_optimization_profile(_profile(builder, network, batch))
     _set_capabilities(trt, name, config, compute_capabilities)
+    config.clear_flag(trt.BuilderFlag.TF32)  # products of 10 bits would let fp32 routers choose other experts
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     if user_allocation:
@@ -147,8 +148,12 @@ def _check_network(network: Any, graph: Mapping[str, Any]) -> None:
         raise ExportError(f"the network and the manifest differ in inputs and outputs: {odd}; please report this model")
 
 
-def _log(trt: Any) -> Any:
-    """A logger that remembers the last error instead of writing to the terminal."""
+def make_log(trt: Any, *, without_driver: bool = False) -> Any:
+    """A logger whose `last` is the last error, instead of writing to the terminal.
+
+    Args:
+        without_driver: forget that there is no driver: TensorRT says so in every process, and builds go on.
+    """
 
     class Log(trt.ILogger):  # type: ignore[misc]  # untyped in TensorRT
         def __init__(self) -> None:
@@ -156,8 +161,7 @@ def _log(trt: Any) -> Any:
             self.last = "no reason given"
 
         def log(self, severity: Any, message: str) -> None:
-            # Every process without a driver hears of that; builds go on.
-            if severity <= trt.ILogger.ERROR and "driver version" not in message:
+            if severity <= trt.ILogger.ERROR and not (without_driver and "driver version" in message):
                 self.last = message
 
     return Log()
