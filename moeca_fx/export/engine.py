@@ -8,13 +8,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from moeca_fx.errors import ConfigError, ExportError, MissingExtraError
-from moeca_fx.export.graph import FORCE
+from moeca_fx.export.graph import BATCH, FORCE, Port
+from moeca_fx.export.manifest import read_port
 
 EXTRA = "tensorrt"
 Backend = Literal["auto", "tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[Backend, ...] = ("auto", "tensorrt", "tensorrt-rtx")
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+
+DTYPES = {
+    torch.float32: "FLOAT",
+    torch.float16: "HALF",
+    torch.bfloat16: "BF16",
+    torch.int8: "INT8",
+    torch.uint8: "UINT8",
+    torch.int32: "INT32",
+    torch.int64: "INT64",
+    torch.bool: "BOOL",
+}
+"""TensorRT's names of dtypes."""
 
 Progress = Callable[[str, int, int], bool]
 """Called with a phase's name, its steps so far and in all; False cancels the build."""
@@ -78,7 +93,7 @@ def build_engine(
         refused = [parser.get_error(index) for index in range(parser.num_errors)]
         nodes = "; ".join(f"{e.node_name()} ({e.node_operator()}): {e.desc().splitlines()[0]}" for e in refused)
         raise ExportError(f"{name} refuses the graph: {nodes or log.last}; please report this model")
-    _check_network(network, graph)
+    _check_network(network, [[read_port(item) for item in graph[way]] for way in ("inputs", "outputs")])
     config = builder.create_builder_config()
     config.add_optimization_profile(_profile(builder, network, batch))
     _set_capabilities(trt, name, config, compute_capabilities)
@@ -138,14 +153,27 @@ def _profile(builder: Any, network: Any, batch: Sequence[int]) -> Any:
     return profile
 
 
-def _check_network(network: Any, graph: Mapping[str, Any]) -> None:
+def _check_network(network: Any, ports: Sequence[Sequence[Port]]) -> None:
     """The engine of a machine without a GPU cannot be opened again: its inputs and outputs are compared here."""
-    found = [[network.get_input(i).name for i in range(network.num_inputs)]]
-    found.append([network.get_output(i).name for i in range(network.num_outputs)])
-    named = [[item["name"] for item in graph[way]] for way in ("inputs", "outputs")]
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    found, named = ([[each.name for each in both] for both in pair] for pair in ((inputs, outputs), ports))
     if found != named:
         odd = sorted({*found[0], *found[1]} ^ {*named[0], *named[1]})
         raise ExportError(f"the network and the manifest differ in inputs and outputs: {odd}; please report this model")
+    for port, tensor in zip((*ports[0], *ports[1]), (*inputs, *outputs), strict=True):
+        check_tensor("the network", port, tensor.dtype, tensor.shape)
+
+
+def check_tensor(where: str, port: Port, dtype: Any, shape: Sequence[int]) -> None:
+    """Raise `ExportError` unless TensorRT's dtype and shape are those of a port; -1 is an open size."""
+    found, sizes = list(shape), zip(port.shape, shape, strict=False)
+    fits = len(found) == len(port.shape) and all(have == -1 or want in (have, BATCH) for want, have in sizes)
+    if dtype.name != DTYPES[port.dtype] or not fits:
+        raise ExportError(
+            f"{where}: expected {port.name} as {list(port.shape)} {DTYPES[port.dtype]}, as in the manifest, found "
+            f"{found} {dtype.name}; export again, and report this model if that does not help"
+        )
 
 
 def make_log(trt: Any, *, without_driver: bool = False) -> Any:

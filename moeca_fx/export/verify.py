@@ -80,7 +80,7 @@ def verify(
         for model in (artefact, fast):
             model.reset()
             model.reset_stats()
-        for inputs in _trajectory(plan, batch, steps):
+        for inputs in trajectory(plan, batch, steps):
             args, kwargs = pytree.tree_unflatten(inputs, structure)
             difference = _differences(artefact(*args, **kwargs), fast(*args, **kwargs), batch)
             free = ~_disturbed(artefact, fast, batch) if told else difference <= TOLERANCE
@@ -122,8 +122,8 @@ def _differences(found: Any, expected: Any, batch: int) -> Tensor:
     return worst
 
 
-def _trajectory(plan: ExportPlan, batch: int, steps: int) -> list[list[Any]]:
-    """Flat inputs of each step: floats drift at a speed of their own, the timestep advances, the rest stays."""
+def trajectory(plan: ExportPlan, batch: int, steps: int) -> list[list[Any]]:
+    """Flat inputs of every call: floats drift at a speed of their own, the timestep advances, the rest stays."""
     generator = torch.Generator().manual_seed(0)
     start = plan.call(batch)
     names = list(plan.inputs)

@@ -101,6 +101,17 @@ def test_a_network_that_is_not_the_manifests(folder: Path, manifest: Manifest) -
         _build(folder, other)
 
 
+def test_a_network_of_another_dtype_or_size(folder: Path) -> None:
+    other = read_manifest(folder)
+    other.graphs[0]["inputs"][0]["dtype"] = "float16"
+    with pytest.raises(ExportError, match=r"the network: expected grid as .* HALF, as in the manifest, found .* FLOAT"):
+        _build(folder, other)
+    other = read_manifest(folder)
+    other.graphs[0]["outputs"][-1]["shape"] = [9]
+    with pytest.raises(ExportError, match=r"expected counters as \[9\] INT64, .* found \[5\] INT64"):
+        _build(folder, other)
+
+
 def test_a_graph_that_tensorrt_refuses(tmp_path: Path, manifest: Manifest) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(ExportError, match="refuses the graph"):

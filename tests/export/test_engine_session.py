@@ -108,7 +108,7 @@ def test_the_stand_in_has_only_what_tensorrt_has(stand_in: type) -> None:
 
 def test_tensorrt_has_every_name_that_is_used() -> None:
     assert {name for name in vars(fake.FakeTensorRT) if not name.startswith("_")} <= set(dir(rtx))
-    assert set(running._DTYPES.values()) <= set(rtx.DataType.__members__)
+    assert set(building.DTYPES.values()) <= set(rtx.DataType.__members__)
     assert {"INPUT", "OUTPUT"} <= set(rtx.TensorIOMode.__members__)
     assert {"HOST", "DEVICE"} <= set(rtx.TensorLocation.__members__)
     assert "TF32" in rtx.BuilderFlag.__members__ and _parameters(rtx.Runtime.__init__.__doc__) == [["logger"]]
@@ -255,12 +255,15 @@ def test_a_step_that_tensorrt_does_not_run(session: EngineSession, monkeypatch: 
 
 def test_tf32_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cleared: list[Any] = []
-    monkeypatch.setattr(building, "_check_network", lambda network, graph: None)
+    monkeypatch.setattr(building, "_check_network", lambda network, ports: None)
     monkeypatch.setattr(building, "_profile", lambda builder, network, batch: builder.create_optimization_profile())
     monkeypatch.setattr(rtx.OnnxParser, "parse_from_file", lambda self, path: True)
     monkeypatch.setattr(rtx.IBuilderConfig, "clear_flag", lambda self, flag: cleared.append(flag))
     monkeypatch.setattr(rtx.Builder, "build_serialized_network", lambda self, network, config: b"built")
-    assert building.build_engine(tmp_path / "model.onnx", {}, (1, 2, 5), backend="tensorrt-rtx") == b"built"
+    assert (
+        building.build_engine(tmp_path / "model.onnx", {"inputs": [], "outputs": []}, (1, 2, 5), backend="tensorrt-rtx")
+        == b"built"
+    )
     assert cleared == [rtx.BuilderFlag.TF32]
 
 

@@ -13,8 +13,8 @@ import tensorrt_rtx as rtx
 import torch
 from torch import Tensor
 
+from moeca_fx.export.engine import DTYPES
 from moeca_fx.export.graph import BATCH, Port
-from moeca_fx.export.sessions.engine import _DTYPES
 
 Compute = Callable[[list[Tensor]], Sequence[Tensor]]
 
@@ -82,7 +82,7 @@ class ICudaEngine:
         return rtx.TensorLocation.HOST if name in self._recorded.hosted else rtx.TensorLocation.DEVICE
 
     def get_tensor_dtype(self, name: str) -> Any:
-        return getattr(rtx.DataType, _DTYPES[self._ports[name].dtype])
+        return getattr(rtx.DataType, DTYPES[self._ports[name].dtype])
 
     def get_tensor_shape(self, name: str) -> Any:
         return rtx.Dims([-1 if isinstance(size, str) else size for size in self._ports[name].shape])

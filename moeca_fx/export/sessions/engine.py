@@ -13,22 +13,11 @@ import torch
 from torch import Tensor
 
 from moeca_fx.errors import ExportError
-from moeca_fx.export.engine import find_backend, make_log
+from moeca_fx.export.engine import check_tensor, find_backend, make_log
 from moeca_fx.export.graph import Port
 from moeca_fx.export.sessions.base import Buffers, check_names
 
 _ALIGNMENT = 256  # bytes, of every address on a GPU
-_DTYPES = {
-    torch.float32: "FLOAT",
-    torch.float16: "HALF",
-    torch.bfloat16: "BF16",
-    torch.int8: "INT8",
-    torch.uint8: "UINT8",
-    torch.int32: "INT32",
-    torch.int64: "INT64",
-    torch.bool: "BOOL",
-}
-"""TensorRT's names of dtypes."""
 
 
 class EngineSession:
@@ -109,14 +98,8 @@ class EngineSession:
             found.append(sorted(own, key=lambda name, order=order: order.get(name, len(order))))  # type: ignore[misc]
         check_names(self.path, found, self.inputs, self.outputs)
         for port in (*self.inputs, *self.outputs):
-            dtype, shape = engine.get_tensor_dtype(port.name).name, tuple(engine.get_tensor_shape(port.name))
-            sizes = zip(port.shape, shape, strict=False)
-            fits = len(shape) == len(port.shape) and all(isinstance(h, str) or w in (h, -1) for h, w in sizes)
-            if dtype != _DTYPES[port.dtype] or not fits:
-                raise ExportError(
-                    f"{self.path.name}: expected {port.name} as {list(port.shape)} {_DTYPES[port.dtype]}, as in the "
-                    f"manifest, found {list(shape)} {dtype}; export again"
-                )
+            dtype, shape = engine.get_tensor_dtype(port.name), engine.get_tensor_shape(port.name)
+            check_tensor(self.path.name, port, dtype, tuple(shape))
 
 
 def _gpu() -> torch.device:
