@@ -531,10 +531,8 @@ def cleaned() -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def environment() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    import triton
-
+def machine() -> dict[str, Any]:
+    """The GPU and torch that the numbers were measured on."""
     asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = guarded(lambda: subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0])
     properties = torch.cuda.get_device_properties(0)
@@ -545,9 +543,15 @@ def environment() -> dict[str, Any]:
         "driver": driver,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
-        "triton": triton.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    import triton
+
+    return machine() | {"triton": triton.__version__}
 
 
 def time_kernels(name: str, batch: int, quick: bool) -> dict[str, Any]:

@@ -106,11 +106,13 @@ def _cached_runs(
     share: dict[str, float] = {}
     for fraction in FRACTIONS:
         held = [state.clone() for state in states]  # of its own: a step leaves features in the slots it chose
-        taken = {i: _without(held[i], fraction) for i, state in enumerate(graphs.states) if state.kind == "expert"}
+        taken = {
+            i: without_experts(held[i], fraction) for i, state in enumerate(graphs.states) if state.kind == "expert"
+        }
         name = f"cached {fraction:.0%}"
         runs[name] = _cached_run(program, rule.name, batch, inputs, held, taken)
         counts = runs[name]()[-1].tolist()
-        share[name] = _share(flops, dict(zip(rule.counters, counts, strict=True)))
+        share[name] = share_of_full(flops, dict(zip(rule.counters, counts, strict=True)))
     return runs, share
 
 
@@ -125,11 +127,12 @@ def _cached_run(
     return run
 
 
-def _share(flops: StepFlops, counts: dict[Any, int]) -> float:
+def share_of_full(flops: StepFlops, counts: dict[Any, int]) -> float:
+    """FLOPs of a step of the first rule over a full step's, by what it counted."""
     return flops.rules[0].executed(1, counts) / flops.full
 
 
-def _without(expert: Tensor, fraction: float) -> Tensor:
+def without_experts(expert: Tensor, fraction: float) -> Tensor:
     """Cached experts [B, T, k] of which `fraction` are gone, from as many tokens as possible."""
     top_k, tokens = expert.shape[-1], expert.shape[0] * expert.shape[1]
     each, more = divmod(round(fraction * tokens * top_k), tokens)  # of every token, and one more of some

@@ -76,7 +76,7 @@ def draw_picture(
         def advance(done: int, _: int) -> None:
             progress.update(bar, completed=done)
 
-        images = draw(velocity, noise, labels, steps, advance, sampler=sampler, seed=seed)
+        images = draw(velocity, noise, labels, steps, advance, sampler=sampler, seed=seed).cpu()
     seconds = time.perf_counter() - start
     if not torch.isfinite(images).all():
         raise InputError(

@@ -27,7 +27,7 @@ def run(
     strict_provider: Annotated[bool, typer.Option(help="Refuse to run on another provider.")] = True,
     png: Annotated[Path, typer.Option(help="The picture, a PNG file.")] = Path("out/samples.png"),
 ) -> None:
-    """Draw one sample per class from an exported model, in onnxruntime, and write them as one picture."""
+    """Draw one sample per class from an exported model, run by what it was exported for, as one picture."""
     check_drawing(steps, guidance, png)
     find_sampler(sampler)
     prepare_drawing(png)
@@ -40,9 +40,9 @@ def run(
         )
     flow = Flow(**manifest.sampler)
     velocity = guided_velocity(flow, guidance, str(folder))
-    labels = torch.tensor(parse_classes(classes, flow.num_classes))
+    labels = torch.tensor(parse_classes(classes, flow.num_classes), device=model.device)
     shape = manifest.inputs[0]["shape"][1:]
-    noise = torch.randn(len(labels), *shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(len(labels), *shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
     source = Source(str(folder), "the model that it was exported from")
     seconds = draw_picture(velocity(model), noise, labels, steps, png, source, sampler=sampler, seed=seed)
     console = stdout()

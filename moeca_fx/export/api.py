@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from moeca_fx.errors import ConfigError, ExportError, MoecaError
 from moeca_fx.export.engine import Backend, Progress, build_engine, find_backend
-from moeca_fx.export.manifest import Manifest, describe, write_manifest
+from moeca_fx.export.manifest import Manifest, describe, read_manifest, write_manifest
 from moeca_fx.export.onnx.file import OPSET, make_onnx, save_onnx
 from moeca_fx.export.package import save_package
 from moeca_fx.export.plan import ExportPlan, Form, build_plan, exportable_rule
@@ -170,7 +170,7 @@ def to_tensorrt(
     steps: Progress | None = None,
     **options: Unpack[ExportOptions],
 ) -> Manifest:
-    """Build TensorRT engines of a model with its caches; nothing runs them here.
+    """Build TensorRT engines of a model with its caches; `load` runs them on an NVIDIA GPU.
 
     Args:
         model, example_inputs, example_kwargs, policy, graphs, opset: as for `to_onnx`.
@@ -188,36 +188,74 @@ def to_tensorrt(
         ExportError: as for `to_onnx`, or TensorRT refuses the graph, cannot build it, or was cancelled.
         ConfigError, MissingExtraError, MoecaError: as for `to_onnx`.
     """
-    name, module = find_backend(backend)
+    name, _ = find_backend(backend)
     target = Path(folder)
     prepare_folder(target)
     with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as temporary:
         source, made = Path(temporary, "onnx"), Path(temporary, "engine")
-        manifest = to_onnx(model, source, example_inputs, example_kwargs, policy, graphs=graphs, opset=opset, **options)
+        to_onnx(model, source, example_inputs, example_kwargs, policy, graphs=graphs, opset=opset, **options)
         made.mkdir()
-        engines = []
-        for graph in manifest.graphs:
-            _sayer(options)(f"building {graph['name']} with {name} {module.__version__}")
-            engine = build_engine(
-                source / graph["file"],
-                graph,
-                manifest.batch,
+        try:
+            manifest = build_engines(
+                source,
+                made,
                 backend=name,  # type: ignore[arg-type]  # a backend's own name
                 compute_capabilities=compute_capabilities,
                 workspace=workspace,
-                progress=steps,
+                steps=steps,
+                progress=options.get("progress"),
             )
-            engines.append({**graph, "file": f"{graph['name']}.engine"})
-            _write(made / engines[-1]["file"], engine, target)
-        manifest = replace(
-            manifest,
-            kind=name,
-            graphs=engines,
-            compute_capabilities=list(compute_capabilities),
-            versions={**manifest.versions, name: module.__version__},
-        )
-        write_manifest(manifest, made)
+        except OSError as error:
+            raise _unwritable(target, error) from error
         _put(made, target)
+    return manifest
+
+
+def build_engines(
+    source: Path,
+    made: Path,
+    *,
+    backend: Backend = "auto",
+    compute_capabilities: Sequence[str] = (),
+    workspace: int | None = None,
+    steps: Progress | None = None,
+    progress: Say | None = None,
+) -> Manifest:
+    """Build an engine for each graph of an ONNX artefact, and write their manifest.
+
+    Args:
+        source: folder of the ONNX artefact; made: of the engines, which exists.
+        backend, compute_capabilities, workspace, steps: as for `to_tensorrt`; progress: see `ExportOptions`.
+
+    Raises:
+        ExportError, ConfigError, MissingExtraError: as for `to_tensorrt`.
+        OSError: a file cannot be written.
+    """
+    name, module = find_backend(backend)
+    manifest = read_manifest(source)
+    engines = []
+    for graph in manifest.graphs:
+        if progress is not None:
+            progress(f"building {graph['name']} with {name} {module.__version__}")
+        engine = build_engine(
+            source / graph["file"],
+            graph,
+            manifest.batch,
+            backend=name,  # type: ignore[arg-type]  # a backend's own name
+            compute_capabilities=compute_capabilities,
+            workspace=workspace,
+            progress=steps,
+        )
+        engines.append({**graph, "file": f"{graph['name']}.engine"})
+        (made / engines[-1]["file"]).write_bytes(engine)
+    manifest = replace(
+        manifest,
+        kind=name,
+        graphs=engines,
+        compute_capabilities=list(compute_capabilities),
+        versions={**manifest.versions, name: module.__version__},
+    )
+    write_manifest(manifest, made)
     return manifest
 
 
@@ -294,13 +332,6 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _sayer(options: ExportOptions) -> Say:
     return options.get("progress") or (lambda stage: None)
-
-
-def _write(path: Path, content: bytes, target: Path) -> None:
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise _unwritable(target, error) from error
 
 
 def _unwritable(target: Path, error: OSError) -> MoecaError:

@@ -1,6 +1,6 @@
 """TensorRT engines from an ONNX artefact; TensorRT-RTX builds them without a GPU, for the compute capabilities named.
 
-One path serves `tensorrt_rtx` and `tensorrt` (10 and 11). Engines are built here and never run: that takes a GPU.
+One path serves `tensorrt_rtx` and `tensorrt` (10 and 11). Engines are built here; `sessions.engine` runs them.
 """
 
 import importlib
@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from moeca_fx.errors import ConfigError, ExportError, MissingExtraError
-from moeca_fx.export.graph import FORCE
+from moeca_fx.export.graph import BATCH, FORCE, Port
+from moeca_fx.export.manifest import read_port
 
 EXTRA = "tensorrt"
 Backend = Literal["auto", "tensorrt", "tensorrt-rtx"]
@@ -20,6 +23,18 @@ _NO_DRIVER = "driver version"
 """Every process without a GPU's driver hears of that; parsing and building go on."""
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+
+DTYPES = {
+    torch.float32: "FLOAT",
+    torch.float16: "HALF",
+    torch.bfloat16: "BF16",
+    torch.int8: "INT8",
+    torch.uint8: "UINT8",
+    torch.int32: "INT32",
+    torch.int64: "INT64",
+    torch.bool: "BOOL",
+}
+"""TensorRT's names of dtypes."""
 
 Progress = Callable[[str, int, int], bool]
 """Called with a phase's name, its steps so far and in all; False cancels the build."""
@@ -101,7 +116,7 @@ def parse_onnx(path: Path, backend: Backend = "auto") -> ParsedNetwork:
         MissingExtraError: TensorRT is not installed.
     """
     name, trt = find_backend(backend)
-    log = _log(trt)
+    log = make_log(trt, without_driver=True)
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
@@ -158,10 +173,11 @@ def build_engine(
     if parsed.rejections:
         refused = "; ".join(map(str, parsed.rejections))
         raise ExportError(f"{name} refuses the graph: {refused}; please report this model")
-    _check_network(network, graph)
+    _check_network(network, [[read_port(item) for item in graph[way]] for way in ("inputs", "outputs")])
     config = builder.create_builder_config()
     config.add_optimization_profile(_profile(builder, network, batch))
     _set_capabilities(trt, name, config, compute_capabilities)
+    config.clear_flag(trt.BuilderFlag.TF32)  # products of 10 bits would let fp32 routers choose other experts
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     if user_allocation:
@@ -217,18 +233,35 @@ def _profile(builder: Any, network: Any, batch: Sequence[int]) -> Any:
     return profile
 
 
-def _check_network(network: Any, graph: Mapping[str, Any]) -> None:
+def _check_network(network: Any, ports: Sequence[Sequence[Port]]) -> None:
     """The engine of a machine without a GPU cannot be opened again: its inputs and outputs are compared here."""
-    found = [[network.get_input(i).name for i in range(network.num_inputs)]]
-    found.append([network.get_output(i).name for i in range(network.num_outputs)])
-    named = [[item["name"] for item in graph[way]] for way in ("inputs", "outputs")]
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    found, named = ([[each.name for each in both] for both in pair] for pair in ((inputs, outputs), ports))
     if found != named:
         odd = sorted({*found[0], *found[1]} ^ {*named[0], *named[1]})
         raise ExportError(f"the network and the manifest differ in inputs and outputs: {odd}; please report this model")
+    for port, tensor in zip((*ports[0], *ports[1]), (*inputs, *outputs), strict=True):
+        check_tensor("the network", port, tensor.dtype, tensor.shape)
 
 
-def _log(trt: Any) -> Any:
-    """A logger that remembers the last error instead of writing to the terminal."""
+def check_tensor(where: str, port: Port, dtype: Any, shape: Sequence[int]) -> None:
+    """Raise `ExportError` unless TensorRT's dtype and shape are those of a port; -1 is an open size."""
+    found, sizes = list(shape), zip(port.shape, shape, strict=False)
+    fits = len(found) == len(port.shape) and all(have == -1 or want in (have, BATCH) for want, have in sizes)
+    if dtype.name != DTYPES[port.dtype] or not fits:
+        raise ExportError(
+            f"{where}: expected {port.name} as {list(port.shape)} {DTYPES[port.dtype]}, as in the manifest, found "
+            f"{found} {dtype.name}; export again, and report this model if that does not help"
+        )
+
+
+def make_log(trt: Any, *, without_driver: bool = False) -> Any:
+    """A logger whose `last` is the last error, instead of writing to the terminal.
+
+    Args:
+        without_driver: forget that there is no driver: TensorRT says so in every process, and builds go on.
+    """
 
     class Log(trt.ILogger):  # type: ignore[misc]  # untyped in TensorRT
         def __init__(self) -> None:
@@ -236,7 +269,7 @@ def _log(trt: Any) -> Any:
             self.last = "no reason given"
 
         def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR and _NO_DRIVER not in message:
+            if severity <= trt.ILogger.ERROR and not (without_driver and _NO_DRIVER in message):
                 self.last = message
 
     return Log()

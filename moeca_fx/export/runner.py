@@ -46,8 +46,9 @@ def load(
         threads: CPU threads; None takes torch's.
 
     Raises:
-        ExportError: the manifest is missing, newer or not that of the files, or the provider is missing.
-        MissingExtraError: onnxruntime is not installed.
+        ExportError: the manifest is missing, newer or not that of the files; the provider is missing; or an engine
+            finds no GPU that it runs on.
+        MissingExtraError: onnxruntime or TensorRT is not installed.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -58,12 +59,18 @@ def load(
 
 
 class ExportedModel:
-    """An artefact as a model: call it as the model it was made from; `manifest` says what it is."""
+    """An artefact as a model: call it as the model it was made from.
+
+    Attributes:
+        manifest: what it is.
+        device: where its inputs must lie, and its results do.
+    """
 
     training = False
 
     def __init__(self, manifest: Manifest, loaded: "Mapping[str, _Loaded]") -> None:
         self.manifest = manifest
+        self.device = torch.device(next(iter(loaded.values())).session.device)
         self._runtime = _ArtefactRuntime(manifest, loaded)
         empty, kind = inspect.Parameter.empty, inspect.Parameter.POSITIONAL_OR_KEYWORD
         self._signature = inspect.Signature([inspect.Parameter(n, kind, default=empty) for n in manifest.parameters])

@@ -1,5 +1,6 @@
 """Run an artefact and the transformed model side by side over a short trajectory."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,18 +57,30 @@ class Verification:
 
 
 def verify(
-    artefact: "ExportedModel", fast: TransformedModel, plan: ExportPlan, sizes: tuple[int, int, int]
+    artefact: "ExportedModel",
+    fast: TransformedModel,
+    plan: ExportPlan,
+    sizes: tuple[int, int, int],
+    *,
+    batches: Sequence[int] = (),
+    steps: int = STEPS,
 ) -> Verification:
-    """Compare results over `STEPS` steps at the smallest and a larger batch."""
+    """Compare results step by step.
+
+    Args:
+        artefact, fast: on one device, where the tensors of `plan.inputs` lie.
+        sizes: least, best and most samples of a call.
+        batches: to compare at; none takes the smallest and a larger one.
+    """
     structure = pytree.tree_structure((plan.program.traced.args, plan.program.traced.kwargs))
     errors, tied, agree = [], [0.0], []
     told = any(state.kind == "norm" for state in plan.states)
-    batches = sorted({sizes[0], min(sizes[2], max(sizes[0], 5))})
+    batches = batches or sorted({sizes[0], min(sizes[2], max(sizes[0], 5))})
     for batch in batches:
         for model in (artefact, fast):
             model.reset()
             model.reset_stats()
-        for inputs in _trajectory(plan, batch):
+        for inputs in trajectory(plan, batch, steps):
             args, kwargs = pytree.tree_unflatten(inputs, structure)
             difference = _differences(artefact(*args, **kwargs), fast(*args, **kwargs), batch)
             free = ~_disturbed(artefact, fast, batch) if told else difference <= TOLERANCE
@@ -77,7 +90,7 @@ def verify(
     fast.reset()
     fast.reset_stats()
     share = sum(agree) / len(agree)
-    return Verification(max(errors, default=0.0), max(tied), share, STEPS * len(batches))
+    return Verification(max(errors, default=0.0), max(tied), share, steps * len(batches))
 
 
 def _disturbed(artefact: "ExportedModel", fast: TransformedModel, batch: int) -> Tensor:
@@ -85,7 +98,7 @@ def _disturbed(artefact: "ExportedModel", fast: TransformedModel, batch: int) ->
     found, expected = artefact.cache(), fast.cache()
     disturbed = torch.zeros(batch, dtype=torch.bool)
     for name in (name for name in expected if name.endswith(".norm")):
-        have, want = found[name].sum(-1), expected[name].sum(-1)
+        have, want = found[name].sum(-1).cpu(), expected[name].sum(-1).cpu()
         disturbed |= ((have - want).abs() > _NOISE * want.abs().clamp_min(1e-6)).any(1)
     return disturbed
 
@@ -105,18 +118,18 @@ def _differences(found: Any, expected: Any, batch: int) -> Tensor:
     for have, want in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
         if isinstance(want, Tensor):
             scale = want.abs().max().clamp_min(1e-12)
-            worst = torch.maximum(worst, (have - want).abs().reshape(batch, -1).amax(1) / scale)
+            worst = torch.maximum(worst, ((have - want).abs().reshape(batch, -1).amax(1) / scale).cpu())
     return worst
 
 
-def _trajectory(plan: ExportPlan, batch: int) -> list[list[Any]]:
-    """Flat inputs of each step: floats drift at a speed of their own, the timestep advances, the rest stays."""
+def trajectory(plan: ExportPlan, batch: int, steps: int) -> list[list[Any]]:
+    """Flat inputs of every call: floats drift at a speed of their own, the timestep advances, the rest stays."""
     generator = torch.Generator().manual_seed(0)
     start = plan.call(batch)
     names = list(plan.inputs)
     clock = names.index(plan.timestep) if plan.timestep is not None else None
     made = []
-    for number in range(STEPS):
+    for number in range(steps):
         leaves: list[Any] = []
         for index, value in enumerate(start):
             moved = value

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moeca_fx import MoECa
 from moeca_fx.errors import ConfigError, ExportError, MissingExtraError
@@ -85,7 +86,8 @@ def test_what_is_written(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     content = json.loads((made / FILE).read_text())
     assert (content["kind"], content["compute_capabilities"]) == ("tensorrt-rtx", ["8.9"])
     assert list(content["files"]) == ["model.engine"] and content["versions"]["tensorrt-rtx"] == rtx.__version__
-    with pytest.raises(ExportError, match="an engine of TensorRT-RTX"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ExportError, match=r"running an engine needs an NVIDIA GPU .* found none; take the folder"):
         load(made)
     with pytest.raises(ConfigError, match=r"knows .*89.*, found 3\.1"):
         to_tensorrt(model, tmp_path / "no", toy_inputs(), backend="tensorrt-rtx", compute_capabilities=("3.1",))
@@ -96,6 +98,17 @@ def test_a_network_that_is_not_the_manifests(folder: Path, manifest: Manifest) -
     other = read_manifest(folder)
     other.graphs[0]["inputs"][2]["name"] = "cache_in.elsewhere"
     with pytest.raises(ExportError, match=r"differ in inputs and outputs: .*cache_in\.elsewhere"):
+        _build(folder, other)
+
+
+def test_a_network_of_another_dtype_or_size(folder: Path) -> None:
+    other = read_manifest(folder)
+    other.graphs[0]["inputs"][0]["dtype"] = "float16"
+    with pytest.raises(ExportError, match=r"the network: expected grid as .* HALF, as in the manifest, found .* FLOAT"):
+        _build(folder, other)
+    other = read_manifest(folder)
+    other.graphs[0]["outputs"][-1]["shape"] = [9]
+    with pytest.raises(ExportError, match=r"expected counters as \[9\] INT64, .* found \[5\] INT64"):
         _build(folder, other)
 
 

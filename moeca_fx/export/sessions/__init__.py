@@ -7,6 +7,7 @@ from pathlib import Path
 from moeca_fx.errors import ConfigError, ExportError
 from moeca_fx.export.graph import Port
 from moeca_fx.export.sessions.base import Session
+from moeca_fx.export.sessions.engine import EngineSession
 from moeca_fx.export.sessions.onnx import CPU, OnnxSession
 from moeca_fx.export.sessions.package import PackageSession
 from moeca_fx.export.sessions.program import ProgramSession
@@ -47,6 +48,10 @@ def open_session(
         ConfigError: options of another kind.
         MissingExtraError: what runs it is not installed.
     """
+    if kind not in KINDS:
+        raise ExportError(
+            f"{path}: expected one of {', '.join(KINDS)} as the manifest's kind, found {kind!r}; export the model again"
+        )
     if kind != "onnx" and (tuple(options.providers) != (CPU,) or options.threads is not None):
         raise ConfigError(f"{path}: providers and threads are onnxruntime's, and this is {KINDS[kind]}; drop them")
     if kind == "onnx":
@@ -55,4 +60,4 @@ def open_session(
         return ProgramSession(path, inputs, outputs)
     if kind == "aotinductor":
         return PackageSession(path, inputs, outputs)
-    raise ExportError(f"{path}: holds {KINDS.get(kind, repr(kind))}, which load cannot run yet; export as ONNX")
+    return EngineSession(kind, path, inputs, outputs)

@@ -16,7 +16,7 @@ class Session(Protocol):
     """One loaded graph.
 
     Attributes:
-        device: where its tensors lie, ``"cpu"`` or ``"cuda"``.
+        device: where its tensors lie, such as ``"cpu"`` or ``"cuda"``.
     """
 
     device: str

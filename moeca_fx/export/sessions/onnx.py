@@ -82,6 +82,8 @@ class OnnxSession:
             binding.bind_input(name, *self._place(tensor))
         for name, tensor in zip(self.outputs, made, strict=True):
             binding.bind_output(name, *self._place(tensor))
+        if self.device == "cuda":  # onnxruntime has a stream of its own, and waits for that alone
+            torch.cuda.current_stream().synchronize()
         self.session.run_with_iobinding(binding)
         return made
 
