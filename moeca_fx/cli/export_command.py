@@ -1,4 +1,4 @@
-"""``moeca-fx export TARGET``: write a model with its caches as ONNX or as a TensorRT engine."""
+"""``moeca-fx export TARGET``: write a model with its caches as ONNX, an engine, a torch program or a package."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,7 +14,7 @@ from moeca_fx.cli.console import stderr, stdout
 from moeca_fx.cli.flow import find_flow
 from moeca_fx.cli.target import HELP, load_target
 from moeca_fx.errors import ConfigError
-from moeca_fx.export import Manifest, to_onnx, to_tensorrt
+from moeca_fx.export import Manifest, to_aotinductor, to_onnx, to_pt2, to_tensorrt
 from moeca_fx.export.engine import parse_capabilities
 from moeca_fx.export.manifest import FILE
 from moeca_fx.export.onnx.file import OPSET
@@ -27,6 +27,24 @@ class Format(StrEnum):
 
     ONNX = "onnx"
     TENSORRT = "tensorrt"
+    PT2 = "pt2"
+    AOTI = "aoti"
+
+
+class Graphs(StrEnum):
+    """One graph for all steps, or one a step."""
+
+    AUTO = "auto"
+    ONE = "one"
+    STEPS = "steps"
+
+
+class Dtype(StrEnum):
+    """What a copy of the model is cast to."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
 
 
 NONE = "none"
@@ -37,9 +55,13 @@ def export(
     format: Annotated[Format, typer.Option(help="What to write.")] = Format.ONNX,
     weights: Annotated[str | None, typer.Option(help="Weights: a local file or a hub id.")] = None,
     batch: Annotated[str, typer.Option(help="Samples of a call: least,best,most, or one number.")] = "1,8,32",
-    policy: Annotated[str, typer.Option(help="moeca, a YAML file of it, or none: without caches.")] = "moeca",
+    dtype: Annotated[Dtype | None, typer.Option(help="Cast the model; by default it stays as it is.")] = None,
+    policy: Annotated[str, typer.Option(help="A policy, a YAML file of one, or none: without caches.")] = "moeca",
+    graphs: Annotated[
+        Graphs, typer.Option(help="One graph for full and cached steps (weights once), or one a step.")
+    ] = Graphs.AUTO,
     opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = OPSET,
-    external_data: Annotated[bool, typer.Option(help="Weights in a file of their own.")] = True,
+    external_data: Annotated[bool, typer.Option(help="ONNX: weights in a file of their own.")] = True,
     backend: Annotated[str, typer.Option(help="Of engines: tensorrt, tensorrt-rtx, or auto.")] = "auto",
     compute_capability: Annotated[
         str, typer.Option(help="Of engines for other GPUs than the one here, e.g. 89,120 (tensorrt-rtx).")
@@ -53,21 +75,28 @@ def export(
     """Export a model with its caches as inputs and outputs; `moeca-fx run` samples from what is written."""
     sizes = _sizes(batch)
     method = None if policy == NONE else as_method(policy)
-    loaded = load_target(target, weights)
-    flow = find_flow(loaded.model)
     console = stderr()
-    write: Callable[..., Manifest] = to_onnx
+    if format is not Format.TENSORRT and (compute_capability or workspace is not None or backend != "auto"):
+        raise ConfigError("--backend, --compute-capability and --workspace belong to --format tensorrt; drop them")
+    write: Callable[..., Manifest] = to_aotinductor
     if format is Format.TENSORRT:
-        limit = None if workspace is None else _bytes(workspace)
         write = partial(
             to_tensorrt,
+            graphs=graphs.value,
+            opset=opset,
             backend=backend,  # type: ignore[arg-type]  # checked there
             compute_capabilities=parse_capabilities(compute_capability),
-            workspace=limit,
+            workspace=None if workspace is None else _bytes(workspace),
             steps=_EngineBar(console),
         )
-    elif compute_capability or workspace is not None or backend != "auto":
-        raise ConfigError("--backend, --compute-capability and --workspace belong to --format tensorrt; drop them")
+    elif format is Format.ONNX:
+        write = partial(to_onnx, graphs=graphs.value, opset=opset, external_data=external_data)
+    elif format is Format.PT2:
+        write = partial(to_pt2, graphs=graphs.value)
+    elif graphs is not Graphs.AUTO:
+        raise ConfigError("--graphs: AOTInductor's packages are a graph a step; drop it, or use another --format")
+    loaded = load_target(target, weights)
+    flow = find_flow(loaded.model)
     manifest = write(
         loaded.model,
         out,
@@ -75,8 +104,7 @@ def export(
         loaded.kwargs,
         method,
         batch=sizes,
-        opset=opset,
-        external_data=external_data,
+        dtype=None if dtype is None else dtype.value,
         check=verify,
         sampler=None if flow is None else asdict(flow),
         progress=lambda stage: console.print(f"{stage} ...", highlight=False),

@@ -1,17 +1,21 @@
 """``moeca-fx run FOLDER``: sample from an exported model."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from moeca_fx.cli.classes import parse_classes
 from moeca_fx.cli.console import stdout
 from moeca_fx.cli.drawing import Source, check_drawing, draw_picture, guided_velocity, prepare_drawing
 from moeca_fx.cli.flow import Flow
 from moeca_fx.errors import ExportError
-from moeca_fx.export import load
+from moeca_fx.export import ExportedModel, load
+from moeca_fx.export.manifest import dtype_of
 from moeca_fx.export.sessions import CPU
 from moeca_fx.zoo.sampling import find_sampler
 
@@ -44,8 +48,18 @@ def run(
     shape = manifest.inputs[0]["shape"][1:]
     noise = torch.randn(len(labels), *shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
     source = Source(str(folder), "the model that it was exported from")
-    seconds = draw_picture(velocity(model), noise, labels, steps, png, source, sampler=sampler, seed=seed)
+    seconds = draw_picture(velocity(_in_fp32(model)), noise, labels, steps, png, source, sampler=sampler, seed=seed)
     console = stdout()
     if manifest.cached:
         console.print(str(model.stats()), markup=False, highlight=False, soft_wrap=True)
     console.print(f"{len(labels)} samples, {steps} steps, {seconds:.1f} s: {png}", highlight=False, soft_wrap=True)
+
+
+def _in_fp32(model: ExportedModel) -> Callable[..., Any]:
+    """The model for a sampler whose latents are fp32, whatever those of the artefact are."""
+    dtype = dtype_of(model.manifest.inputs[0]["dtype"])
+
+    def call(x: Tensor, *rest: Tensor) -> Any:
+        return pytree.tree_map_only(Tensor, Tensor.float, model(x.to(dtype), *rest))
+
+    return call

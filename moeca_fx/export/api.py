@@ -20,6 +20,7 @@ from moeca_fx.export.onnx.file import OPSET, make_onnx, save_onnx
 from moeca_fx.export.package import save_package
 from moeca_fx.export.plan import ExportPlan, Form, build_plan, exportable_rule
 from moeca_fx.export.runner import load
+from moeca_fx.export.sessions.onnx import NO_BF16
 from moeca_fx.export.trace import trace
 from moeca_fx.export.verify import Verification, verify
 from moeca_fx.files import prepare_folder
@@ -91,6 +92,8 @@ def to_onnx(
     if graphs == "compiled":
         raise ConfigError("graphs: 'compiled' is AOTInductor's form; ONNX takes auto, one or steps")
     request = _request(model, folder, example_inputs, example_kwargs, policy, graphs, options)
+    if options.get("check", True) and next(request.model.parameters()).dtype is torch.bfloat16:
+        raise ExportError(f"export to ONNX: {NO_BF16}")
 
     def write(plan: ExportPlan, made: Path) -> None:
         request.say("tracing and translating to ONNX")

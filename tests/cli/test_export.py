@@ -47,7 +47,10 @@ def test_what_is_exported_is_sampled_from(run, refuse, project, monkeypatch):
     [
         (("--batch", "few"), "--batch: expected least,best,most"),
         (("--batch", "4,2,8"), "batch: expected one size or least, best and most"),
-        (("--policy", "fora"), "this policy has no form for export"),
+        (("--policy", "fora", "--graphs", "one"), "this policy has no form as one graph"),
+        (("--policy", "nothing"), "policy"),
+        (("--format", "aoti", "--graphs", "steps"), "--graphs: AOTInductor's packages are a graph a step"),
+        (("--dtype", "bf16"), "onnxruntime has no bf16 on a CPU"),
         (("--opset", "9"), "opset: expected 18 to 22, found 9"),
         (("--workspace", "2GB"), "belong to --format tensorrt"),
         (("--format", "tensorrt", "--workspace", "much"), "--workspace: expected a size"),

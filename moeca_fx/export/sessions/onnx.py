@@ -13,6 +13,10 @@ from moeca_fx.export.sessions.base import Buffers, check_names
 
 EXTRA = "onnx"
 CPU = "CPUExecutionProvider"
+NO_BF16 = (
+    "onnxruntime has no bf16 on a CPU: export in fp16 or fp32 (dtype, --dtype), run it on another provider, or leave "
+    "the check out (check=False, --no-verify)"
+)
 _ELEMENTS = {
     torch.float32: 1,
     torch.uint8: 2,
@@ -59,6 +63,8 @@ class OnnxSession:
                 f"onnxruntime has no {', '.join(missing)} here, only {', '.join(available)}; "
                 "install the package that brings it, or ask for another provider"
             )
+        if tuple(providers) == (CPU,) and any(port.dtype is torch.bfloat16 for port in (*inputs, *outputs)):
+            raise ExportError(f"{path}: {NO_BF16}")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         options.log_severity_level = 3
