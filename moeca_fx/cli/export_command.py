@@ -5,7 +5,7 @@ from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -39,6 +39,14 @@ class Graphs(StrEnum):
     STEPS = "steps"
 
 
+class ExpertsForm(StrEnum):
+    """How experts compute."""
+
+    PADDED = "padded"
+    UNROLLED = "unrolled"
+    DENSE = "dense"
+
+
 class Dtype(StrEnum):
     """What a copy of the model is cast to."""
 
@@ -60,6 +68,10 @@ def export(
     graphs: Annotated[
         Graphs, typer.Option(help="One graph for full and cached steps (weights once), or one a step.")
     ] = Graphs.AUTO,
+    experts: Annotated[
+        ExpertsForm,
+        typer.Option(help="One product over padded groups, one an expert (onnx alone), or every expert on every row."),
+    ] = ExpertsForm.PADDED,
     opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = OPSET,
     external_data: Annotated[bool, typer.Option(help="ONNX: weights in a file of their own.")] = True,
     backend: Annotated[str, typer.Option(help="Of engines: tensorrt, tensorrt-rtx, or auto.")] = "auto",
@@ -79,10 +91,11 @@ def export(
     if format is not Format.TENSORRT and (compute_capability or workspace is not None or backend != "auto"):
         raise ConfigError("--backend, --compute-capability and --workspace belong to --format tensorrt; drop them")
     write: Callable[..., Manifest] = to_aotinductor
+    forms: dict[str, Any] = {"graphs": graphs.value, "experts": experts.value}
     if format is Format.TENSORRT:
         write = partial(
             to_tensorrt,
-            graphs=graphs.value,
+            **forms,
             opset=opset,
             backend=backend,  # type: ignore[arg-type]  # checked there
             compute_capabilities=parse_capabilities(compute_capability),
@@ -90,11 +103,11 @@ def export(
             steps=_EngineBar(console),
         )
     elif format is Format.ONNX:
-        write = partial(to_onnx, graphs=graphs.value, opset=opset, external_data=external_data)
+        write = partial(to_onnx, **forms, opset=opset, external_data=external_data)
     elif format is Format.PT2:
-        write = partial(to_pt2, graphs=graphs.value)
-    elif graphs is not Graphs.AUTO:
-        raise ConfigError("--graphs: AOTInductor's packages are a graph a step; drop it, or use another --format")
+        write = partial(to_pt2, **forms)
+    elif graphs is not Graphs.AUTO or experts is not ExpertsForm.PADDED:
+        raise ConfigError("--graphs and --experts: AOTInductor compiles a graph a step with its kernels; drop them")
     loaded = load_target(target, weights)
     flow = find_flow(loaded.model)
     manifest = write(

@@ -1,13 +1,14 @@
 """`to_onnx`, `to_tensorrt`, `to_pt2`, `to_aotinductor`: transform, write graphs and manifest, prove them."""
 
 import copy
+import gc
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from moeca_fx.export.sessions.onnx import NO_BF16
 from moeca_fx.export.trace import trace
 from moeca_fx.export.verify import Verification, verify
 from moeca_fx.files import prepare_folder
+from moeca_fx.passes.lower_export import Experts
 from moeca_fx.policies import Method, MoECa
 from moeca_fx.policies.registry import as_method
 from moeca_fx.transform import transform
@@ -63,6 +65,7 @@ def to_onnx(
     policy: Method | str | PathLike[str] | None = _DEFAULT,
     *,
     graphs: Form = "auto",
+    experts: Experts = "padded",
     opset: int = OPSET,
     external_data: bool = True,
     **options: Unpack[ExportOptions],
@@ -76,6 +79,8 @@ def to_onnx(
         policy: a method, also by name or from a file; None exports the model without caches.
         graphs: ``"one"`` graph for full and cached steps, which holds the weights once (MoECa with held features),
             ``"steps"``: a graph a step, or ``"auto"``: one where that is possible.
+        experts: ``"padded"``: one product over a table as wide as the largest group; ``"unrolled"``: one product an
+            expert, of its rows alone, which TensorRT does not take; ``"dense"``: every expert on every row.
         opset: version of ONNX's operators.
         external_data: weights in a file beside the graphs, which those over 2 GB need.
         options: see `ExportOptions`.
@@ -91,7 +96,7 @@ def to_onnx(
     """
     if graphs == "compiled":
         raise ConfigError("graphs: 'compiled' is AOTInductor's form; ONNX takes auto, one or steps")
-    request = _request(model, folder, example_inputs, example_kwargs, policy, graphs, options)
+    request = _request(model, folder, example_inputs, example_kwargs, policy, graphs, options, experts)
     if options.get("check", True) and next(request.model.parameters()).dtype is torch.bfloat16:
         raise ExportError(f"export to ONNX: {NO_BF16}")
 
@@ -112,15 +117,17 @@ def to_pt2(
     policy: Method | str | PathLike[str] | None = _DEFAULT,
     *,
     graphs: Form = "auto",
+    experts: Experts = "padded",
     **options: Unpack[ExportOptions],
 ) -> Manifest:
-    """Export a model as torch.export's programs, ``<name>.pt2``.
+    """Export a model as torch.export's programs, ``<name>.pt2``, which need nothing but torch.
 
-    Args, returns and errors are those of `to_onnx`; a file of several graphs holds its weights again.
+    Args, returns and errors are those of `to_onnx`; experts are padded or dense, and every file holds its weights.
     """
     if graphs == "compiled":
         raise ConfigError("graphs: 'compiled' is AOTInductor's form; .pt2 takes auto, one or steps")
-    request = _request(model, folder, example_inputs, example_kwargs, policy, graphs, options)
+    _refuse_unrolled(experts, ".pt2")
+    request = _request(model, folder, example_inputs, example_kwargs, policy, graphs, options, experts)
 
     def write(plan: ExportPlan, made: Path) -> None:
         for graph in plan.graphs:
@@ -166,6 +173,7 @@ def to_tensorrt(
     policy: Method | str | PathLike[str] | None = _DEFAULT,
     *,
     graphs: Form = "auto",
+    experts: Experts = "padded",
     opset: int = OPSET,
     backend: Backend = "auto",
     compute_capabilities: Sequence[str] = (),
@@ -176,7 +184,7 @@ def to_tensorrt(
     """Build TensorRT engines of a model with its caches; `load` runs them on an NVIDIA GPU.
 
     Args:
-        model, example_inputs, example_kwargs, policy, graphs, opset: as for `to_onnx`.
+        model, example_inputs, example_kwargs, policy, graphs, opset: as for `to_onnx`; experts: padded or dense.
         folder: gets an engine for each graph and ``manifest.json``, all or none.
         backend: ``"tensorrt"``, ``"tensorrt-rtx"``, which builds without a GPU, or the first that is installed.
         compute_capabilities: such as ``"8.9"``, for TensorRT-RTX; none builds for the GPU that is there.
@@ -193,10 +201,21 @@ def to_tensorrt(
     """
     name, _ = find_backend(backend)
     target = Path(folder)
+    _refuse_unrolled(experts, "TensorRT")
     prepare_folder(target)
     with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as temporary:
         source, made = Path(temporary, "onnx"), Path(temporary, "engine")
-        to_onnx(model, source, example_inputs, example_kwargs, policy, graphs=graphs, opset=opset, **options)
+        to_onnx(
+            model,
+            source,
+            example_inputs,
+            example_kwargs,
+            policy,
+            graphs=graphs,
+            experts=experts,
+            opset=opset,
+            **options,
+        )
         made.mkdir()
         try:
             manifest = build_engines(
@@ -272,6 +291,7 @@ class _Request:
     kwargs: Mapping[str, Any] | None
     method: Method | None
     form: Form
+    experts: Experts
     sizes: tuple[int, int, int]
     options: ExportOptions
     say: Say
@@ -288,7 +308,7 @@ class _Request:
         self.say("transforming")
         timestep = self.options.get("timestep")
         fast = transform(self.model, self.inputs, self.kwargs, self.method, timestep=timestep, compile=False)
-        plan = build_plan(fast, self.form)
+        plan = build_plan(fast, self.form, self.experts)
         manifest = describe(plan, self.method, kind, ending, self.sizes, opset, self.options.get("sampler"))
         with tempfile.TemporaryDirectory(dir=self.target, prefix=".export-") as name:
             made = Path(name)
@@ -297,6 +317,7 @@ class _Request:
             except OSError as error:
                 raise _unwritable(self.target, error) from error
             write_manifest(manifest, made)
+            gc.collect()  # traces hang together in cycles and are as large as the weights
             if self.options.get("check", True):
                 self.say("running it against PyTorch")
                 _refuse(verify(load(made), fast, plan, self.sizes))
@@ -312,10 +333,13 @@ def _request(
     policy: Method | str | PathLike[str] | None,
     form: Form,
     options: ExportOptions,
+    experts: Experts = "padded",
 ) -> _Request:
     method = None if policy is None else as_method(policy)
     if method is not None and not isinstance(method, Method):
         raise ConfigError("export: expected a method, its name or its file, which a manifest can hold, found a Policy")
+    if experts not in get_args(Experts):
+        raise ConfigError(f"experts: expected one of {', '.join(get_args(Experts))}, found {experts!r}")
     if method is not None and form == "one":
         exportable_rule(method.policy())
     sizes, target = _batch(options.get("batch", (1, 8, 32))), Path(folder)
@@ -326,7 +350,12 @@ def _request(
     if dtype is not None:
         model = copy.deepcopy(model).to(DTYPES[dtype])
         inputs, kwargs = pytree.tree_map_only(Tensor, partial(_cast, dtype=DTYPES[dtype]), (inputs, dict(kwargs or {})))
-    return _Request(model, target, inputs, kwargs, method, form, sizes, options, _sayer(options))
+    return _Request(model, target, inputs, kwargs, method, form, experts, sizes, options, _sayer(options))
+
+
+def _refuse_unrolled(experts: Experts, what: str) -> None:
+    if experts == "unrolled":
+        raise ConfigError(f"experts: 'unrolled' is a form of ONNX alone; {what} takes padded or dense")
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -37,7 +37,7 @@ from moeca_fx.kernels.families import FAMILIES
 from moeca_fx.passes.cache.graphs import CachedGraphs, ProbeGraph, StepGraph
 from moeca_fx.passes.capture import batch_size
 from moeca_fx.passes.insert_cache import insert_cache, insert_forced_cache, share_copy
-from moeca_fx.passes.lower_export import lower_export
+from moeca_fx.passes.lower_export import Experts, lower_export
 from moeca_fx.passes.lower_inplace import IN_PLACE
 from moeca_fx.policies.policy import Policy
 from moeca_fx.policies.rules import BranchRule
@@ -130,11 +130,12 @@ def _resized(value: Tensor, size: int, batch: int) -> Tensor:
     return value[torch.arange(batch) % size].clone()
 
 
-def build_plan(fast: TransformedModel, form: Form = "auto") -> ExportPlan:
+def build_plan(fast: TransformedModel, form: Form = "auto", experts: Experts = "padded") -> ExportPlan:
     """The graphs of a transformed model, for the first kind of call that it was traced for.
 
     Args:
         form: see this module; ``auto`` is ``one`` where the policy allows it, else ``steps``.
+        experts: see `lower_export`; ``compiled`` graphs run the experts' kernels.
 
     Raises:
         ConfigError: no such form.
@@ -146,7 +147,7 @@ def build_plan(fast: TransformedModel, form: Form = "auto") -> ExportPlan:
     program = next(iter(runtime.programs.values()))
     if runtime.options.storage is not None:
         raise ExportError("export: caches are exported in the model's dtype; transform without cache_dtype")
-    builder = _Builder(program, runtime.policy, lowered=form != "compiled")
+    builder = _Builder(program, runtime.policy, experts if form != "compiled" else None)
     if runtime.policy is None:
         builder.add_plain()
         return builder.plan((), None)
@@ -167,11 +168,11 @@ class _Builder:
     """Collects the graphs of a plan.
 
     Args:
-        lowered: whether graphs are brought into operations that ONNX can hold.
+        experts: for graphs in operations that ONNX can hold; None for those that are compiled.
     """
 
-    def __init__(self, program: Program, policy: Policy | None, *, lowered: bool) -> None:
-        self.program, self.policy, self.lowered = program, policy, lowered
+    def __init__(self, program: Program, policy: Policy | None, experts: Experts | None) -> None:
+        self.program, self.policy, self.experts = program, policy, experts
         work = program.traced
         leaves = pytree.tree_leaves((work.args, work.kwargs))
         placeholders = program.traced_module.graph.find_nodes(op="placeholder")
@@ -204,7 +205,7 @@ class _Builder:
 
     def add_plain(self) -> None:
         """The model without caches."""
-        module = share_copy(self.program.traced_module) if self.lowered else self.program.plain
+        module = share_copy(self.program.traced_module) if self.experts else self.program.plain
         self._add("model", module, [], [], self.results)
         self.steps.append(ExportStep("", "model"))
 
@@ -256,7 +257,7 @@ class _Builder:
         extra: Sequence[tuple[Port, Tensor]],
         outputs: Sequence[Port],
     ) -> None:
-        module = lower_export(module) if self.lowered else share_copy(module)
+        module = lower_export(module, self.experts) if self.experts else share_copy(module)
         _drop_constants(module, self.constants)
         caches = [torch.full((_EXAMPLES, *s.shape), s.empty, dtype=s.dtype) for s in reads]
         self.graphs.append(
@@ -266,7 +267,7 @@ class _Builder:
                 [*self.call, *(cache_port("in", state) for state in reads), *(port for port, _ in extra)],
                 outputs,
                 [*self.examples, *caches, *(value for _, value in extra)],
-                () if self.lowered else _WRITES_IN_PLACE,
+                () if self.experts else _WRITES_IN_PLACE,
             )
         )
 

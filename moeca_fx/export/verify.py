@@ -95,7 +95,7 @@ def verify(
     bounds = max((BOUNDS.get(dtype, FP32) for dtype in dtypes), key=lambda bounds: bounds.error, default=FP32)
     slots = any(state.kind == "norm" for state in plan.states)
     told = slots and bounds == FP32
-    batches = batches or sorted({sizes[0], min(sizes[2], max(sizes[0], 5))})
+    batches = batches or sorted({sizes[0], min(sizes[2], max(sizes[0], 2))})
     for batch in batches:
         for model in (artefact, fast):
             model.reset()

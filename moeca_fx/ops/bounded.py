@@ -6,7 +6,7 @@ computed and thrown away. So every list comes with `valid`, which of its entries
 
     row   = select_rows(mask)             row, valid = select_rows(mask)
     cache = write_rows(cache, row, v)     cache = write_rows(cache, row, where(valid, v, what is there))
-    grouped_linear(sorted rows, W)        one batched product [E, C, K] @ [E, K, N], C = the largest group
+    grouped_linear(sorted rows, W)        one batched product [E, C, K] @ [E, K, N], C = the largest group or all rows
 """
 
 import math
@@ -139,6 +139,40 @@ def plan_padded(code: Tensor, slot_expert: Tensor, num_experts: int) -> tuple[Te
     return table // top_k, experts.unsqueeze(1).expand(-1, width).flatten(), place
 
 
+def plan_dense(code: Tensor, slot_expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`plan_padded` where every expert computes all R leading entries of `code`, whatever it says: C = R."""
+    leading = code.numel() // code.shape[-1]
+    entry = torch.arange(leading, device=code.device)
+    experts = torch.arange(num_experts, device=code.device)
+    place = slot_expert.reshape(leading, -1) * leading + entry.unsqueeze(1)
+    owner = experts.unsqueeze(1).expand(-1, leading).flatten()
+    return entry.repeat(num_experts), owner, place.flatten()
+
+
+def plan_grouped(code: Tensor, slot_expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`plan_padded` without padding: rows of each expert follow each other, one row at least.
+
+    Returns:
+        local [M], expert [M], place [R] as there, and offsets [E], the end row of each expert.
+    """
+    top_k, branches = code.shape[-1], code.numel()
+    picked, ids = code.flatten() > REUSED, slot_expert.flatten()
+    experts = torch.arange(num_experts, device=code.device)
+    mine = ((ids.unsqueeze(1) == experts) & picked.unsqueeze(1)).to(torch.int64)  # [R, E]
+    before = mine.cumsum(0)
+    position = before.gather(1, ids.unsqueeze(1)).squeeze(1) - 1
+    count = mine.sum(0)
+    nothing = (count.sum() == 0).to(torch.int64)  # then the last expert computes branch 0 for nobody
+    count = count + nothing * (experts == num_experts - 1)
+    offsets = count.cumsum(0)
+    rows = int(offsets[-1])
+    entry = (offsets - count).index_select(0, ids) + position
+    target = torch.where(picked, entry, rows)
+    table = torch.zeros(rows + 1, dtype=torch.int64, device=code.device)
+    table = table.scatter(0, target, torch.arange(branches, device=code.device))[:-1]
+    return table // top_k, ids.index_select(0, table), entry.clamp(min=0, max=rows - 1), offsets
+
+
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """One linear an expert over a padded table: x [E * C, K], weight [E, N, K], bias [E, N] -> [E * C, N]."""
     grouped = x.view(weight.shape[0], -1, x.shape[-1])
@@ -146,24 +180,19 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (out if bias is None else out + bias.unsqueeze(1)).flatten(0, 1)
 
 
-def write_branches(cache: Tensor, values: Tensor, code: Tensor, place: Tensor, row: Tensor | None) -> Tensor:
-    """Cache [B, T, k, rest] with the recomputed branches replaced.
-
-    Args:
-        values: [E * C, rest] results by table entry.
-        code: [.., k]; place: table entry of every branch, both from and for `plan_padded`.
-        row: [M] distinct flat tokens that the leading entries of `code` stand for; None when they are all in order.
-    """
-    return _put_branches(cache, take_branches(values, code, place), code, row)
-
-
 def take_branches(values: Tensor, code: Tensor, place: Tensor) -> Tensor:
     """Results by table entry [E * C, rest] in the order of `code` [.., k]: [R, k, rest]; any where it is 0."""
     return values.index_select(0, place).reshape(-1, code.shape[-1], *values.shape[1:])
 
 
-def _put_branches(cache: Tensor, fresh: Tensor, code: Tensor, row: Tensor | None) -> Tensor:
-    """Cache [B, T, k, rest] with `fresh` [R, k, rest] where the code is above 0; `row` as in `write_branches`."""
+def write_branches(cache: Tensor, fresh: Tensor, code: Tensor, row: Tensor | None) -> Tensor:
+    """Cache [B, T, k, rest] with the recomputed branches replaced.
+
+    Args:
+        fresh: [R, k, rest] from `take_branches`.
+        code: [.., k] of R leading entries.
+        row: [R] distinct flat tokens that the leading entries stand for; None when they are all in order.
+    """
     top_k, rest = code.shape[-1], fresh.shape[2:]
     picked = (code.reshape(-1, top_k) > REUSED).reshape(-1, top_k, *(1,) * len(rest))
     fresh = fresh.to(cache.dtype)
@@ -192,7 +221,7 @@ def restart_branches(cache: Tensor, change: Tensor, fresh: Tensor, code: Tensor,
     """
     new = (code == UNMATCHED).reshape(-1, code.shape[-1])
     corrected = _of_rows(cache, row) + change.to(cache.dtype)
-    return _put_branches(cache, torch.where(new.unsqueeze(-1), fresh.to(cache.dtype), corrected), code, row)
+    return write_branches(cache, torch.where(new.unsqueeze(-1), fresh.to(cache.dtype), corrected), code, row)
 
 
 def update_activation(activation: Tensor, expert: Tensor, beta: float) -> Tensor:

@@ -2,7 +2,7 @@
 
     row = select_rows(mask)                    row, valid = bounded.select_rows(mask)
     c   = write_rows(cache, row, v)            c   = bounded.write_rows(cache, row, v, valid)
-    plan, take_rows, experts, write_rows  -->  a padded table of branches, one batched product an expert's linear
+    plan, take_rows, experts, write_rows  -->  a table of branches, one batched product an expert's linear (`Experts`)
     attention_rows(q, k, v, row)               the same over rows padded to the fullest sample
     forecast_rows, restart_rows                the same of all branches of the tokens that the table is over
     count_rows(row)                            count_valid(valid)
@@ -13,7 +13,7 @@ Afterwards nothing has a length of zero, and no operation gives a different resu
 import copy
 import operator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -25,18 +25,21 @@ from moeca_fx.ops.attention_rows import attention_rows
 from moeca_fx.ops.grouped_linear import grouped_linear
 from moeca_fx.policies import branch
 
+Experts = Literal["padded", "unrolled", "dense"]
+"""A table padded to the largest group; rows by expert, one product each (ONNX alone); every expert on every row."""
 
-def lower_export(module: fx.GraphModule) -> fx.GraphModule:
-    """Rewrite a forced step (`insert_forced_cache`) or a vectorised graph in place.
+
+def lower_export(module: fx.GraphModule, experts: Experts = "padded") -> fx.GraphModule:
+    """Rewrite a step (`insert_forced_cache`, `insert_cache`) or a vectorised graph in place.
 
     Raises:
         ExportError: an operation with a length that depends on data has no form for export.
     """
-    lowering = _Lowering(module)
+    lowering = _Lowering(module, experts)
     for node in list(module.graph.nodes):
         lowering.lower(node)
     finished = finish(module, "lower_export")
-    _check(finished)
+    _check(finished, experts)
     return finished
 
 
@@ -50,20 +53,27 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Table:
-    """A padded table of branches: the nodes of `bounded.plan_padded`, the decision and the rows it is over."""
+    """A table of branches: the nodes of a plan (`_PLANS`), the decision and the rows it is over."""
 
     local: fx.Node
     expert: fx.Node
     place: fx.Node
+    offsets: fx.Node | None
     code: fx.Node
     row: fx.Node | None
+
+
+_PLANS = {"padded": bounded.plan_padded, "unrolled": bounded.plan_grouped, "dense": bounded.plan_dense}
 
 
 @dataclass
 class _Lowering:
     module: fx.GraphModule
+    experts: Experts
     rows: dict[fx.Node, _Rows] = field(default_factory=dict)
     tables: dict[fx.Node, _Table] = field(default_factory=dict)
+    computed: dict[fx.Node, _Table] = field(default_factory=dict)  # what experts computed, by table entry
+    taken: dict[fx.Node, fx.Node] = field(default_factory=dict)  # the same in the order of the decision
 
     def lower(self, node: fx.Node) -> None:
         rule = _RULES.get(node.target)
@@ -110,12 +120,14 @@ class _Lowering:
         self._pad(node, code, expert, num_experts, None)
 
     def _pad(self, node: fx.Node, code: fx.Node, expert: Any, num_experts: Any, row: fx.Node | None) -> None:
-        plan = self._emit(bounded.plan_padded, code, expert, num_experts, name=f"{node.name}_padded")
-        local, row_expert, place = (
-            self._emit(operator.getitem, plan, index, name=f"{node.name}_{name}")
-            for index, name in enumerate(("local", "expert", "place"))
-        )
-        self.tables |= dict.fromkeys(node.users, _Table(local, row_expert, place, code, row))
+        plan = self._emit(_PLANS[self.experts], code, expert, num_experts, name=f"{node.name}_{self.experts}")
+        names = ("local", "expert", "place", "offsets")[: 4 if self.experts == "unrolled" else 3]
+        parts = [
+            self._emit(operator.getitem, plan, index, name=f"{node.name}_{name}") for index, name in enumerate(names)
+        ]
+        local, row_expert, place, offsets = (*parts, None)[:4]
+        assert local is not None and row_expert is not None and place is not None, "every plan gives these"
+        self.tables |= dict.fromkeys(node.users, _Table(local, row_expert, place, offsets, code, row))
 
     def _only_valid(self, code: fx.Node, valid: fx.Node) -> fx.Node:
         """The decision of rows without those that fill up, for every reader of it."""
@@ -146,16 +158,19 @@ class _Lowering:
     def _run_experts(self, node: fx.Node) -> None:
         table = self._table_of(node)
         assert table is not None and isinstance(node.target, str), f"{node.name}: experts follow a plan"
-        name = f"{node.target}_padded"
-        self.module.add_submodule(name, _padded_experts(self.module.get_submodule(node.target)))
-        node.target, node.args = name, (node.args[0], table.expert, None)  # the end of each group is not needed
+        if table.offsets is None:
+            name = f"{node.target}_padded"
+            self.module.add_submodule(name, _padded_experts(self.module.get_submodule(node.target)))
+            node.target = name
+        node.args = (node.args[0], table.expert, table.offsets)
+        self.computed[node] = table
 
     def _write(self, node: fx.Node) -> None:
         cache, row, values = node.args
         assert isinstance(row, fx.Node)
         table = self.tables.get(row)
         if table is not None:
-            self._replace(node, bounded.write_branches, cache, values, table.code, table.place, table.row)
+            self._replace(node, bounded.write_branches, cache, self._taken(values), table.code, table.row)
         elif row in self.rows:
             self._replace(node, bounded.write_rows, cache, row, values, self.rows[row].valid)
 
@@ -175,15 +190,26 @@ class _Lowering:
         values, guess = node.args
         table = self.tables.get(guess)  # type: ignore[arg-type]  # a node, or not to be found
         if table is not None:
-            node.args = (self._taken(values, table), guess)
+            node.args = (self._taken(values), guess)
 
-    def _taken(self, values: Any, table: _Table) -> fx.Node:
-        return self._emit(bounded.take_branches, values, table.code, table.place, name=f"{values.name}_taken")
+    def _measure(self, node: fx.Node) -> None:
+        """Norms of branches that experts computed: of those, not of what fills up the table."""
+        node.args = (self._taken(node.args[0]),)
+
+    def _taken(self, values: Any) -> fx.Node:
+        """What experts computed in the order of the decision; all else is so already."""
+        table = self.computed.get(values)
+        if table is None:
+            return values  # type: ignore[no-any-return]  # a node
+        if values not in self.taken:
+            name = f"{values.name}_taken"
+            self.taken[values] = self._emit(bounded.take_branches, values, table.code, table.place, name=name)
+        return self.taken[values]
 
     def _restart(self, node: fx.Node) -> None:
         cache, picked, change, values, _ = node.args
         table = self.tables[picked]  # type: ignore[index]  # a node
-        self._replace(node, bounded.restart_branches, cache, change, self._taken(values, table), table.code, table.row)
+        self._replace(node, bounded.restart_branches, cache, change, self._taken(values), table.code, table.row)
 
     def _attend(self, node: fx.Node) -> None:
         query, key, value, row, scale = node.args
@@ -215,6 +241,7 @@ _RULES: dict[Any, Any] = {
     dispatch.gather_branches: _Lowering._gather,
     dispatch.ungroup_branches: _Lowering._ungroup,
     dispatch.take_rows: _Lowering._take,
+    dispatch.feature_norm: _Lowering._measure,
     attention_rows._opoverload: _Lowering._attend,
     slots.count_rows: _Lowering._count,
     slots.count_branches: _Lowering._count_branches,
@@ -254,7 +281,7 @@ _OPEN = (
 )
 
 
-def _check(module: fx.GraphModule) -> None:
+def _check(module: fx.GraphModule, experts: Experts) -> None:
     """Nothing of open length may be left.
 
     Raises:
@@ -262,7 +289,8 @@ def _check(module: fx.GraphModule) -> None:
     """
     for part in module.modules():
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
-            if node.target in _OPEN or "moeca" in str(getattr(node.target, "namespace", "")):
+            unrolled = experts == "unrolled" and node.target is grouped_linear._opoverload
+            if node.target in _OPEN or ("moeca" in str(getattr(node.target, "namespace", "")) and not unrolled):
                 raise ExportError(
                     f"export: {node.name} ({node.target}) has a length that depends on data and no form for export; "
                     "please report this policy, or use moeca_fx.MoECa(...)"

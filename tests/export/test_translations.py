@@ -20,6 +20,7 @@ from moeca_fx.ops import bounded, dispatch, rows, slots
 from moeca_fx.policies import branch
 
 TOKENS, TOP_K, EXPERTS, WIDTH, HEADS = 5, 2, 4, 6, 3
+WEIGHT = torch.randn(EXPERTS, WIDTH, WIDTH, generator=torch.Generator().manual_seed(4))
 SCALE = torch.arange(1, EXPERTS + 1, dtype=torch.float32).view(-1, 1, 1)  # what an expert does to its rows
 
 
@@ -61,7 +62,19 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 def _run_branches(x: Tensor, code: Tensor, expert: Tensor, cache: Tensor, scale: Tensor) -> Tensor:
     local, _, place = bounded.plan_padded(code, expert, EXPERTS)
     hidden = dispatch.take_rows(x, local).reshape(EXPERTS, -1, WIDTH)
-    return bounded.write_branches(cache, (hidden * scale).flatten(0, 1), code, place, None)
+    return bounded.write_branches(cache, bounded.take_branches((hidden * scale).flatten(0, 1), code, place), code, None)
+
+
+def _run_every_expert(x: Tensor, code: Tensor, expert: Tensor, cache: Tensor, scale: Tensor) -> Tensor:
+    local, _, place = bounded.plan_dense(code, expert, EXPERTS)
+    hidden = dispatch.take_rows(x, local).reshape(EXPERTS, -1, WIDTH)
+    return bounded.write_branches(cache, bounded.take_branches((hidden * scale).flatten(0, 1), code, place), code, None)
+
+
+def _run_one_by_one(x: Tensor, code: Tensor, expert: Tensor, cache: Tensor, weight: Tensor) -> Tensor:
+    local, _, place, offsets = bounded.plan_grouped(code, expert, EXPERTS)
+    hidden = torch.ops.moeca.grouped_linear(dispatch.take_rows(x, local), weight, None, offsets)
+    return bounded.write_branches(cache, bounded.take_branches(hidden, code, place), code, None)
 
 
 def _run_branches_of_rows(x: Tensor, mask: Tensor, code: Tensor, expert: Tensor, cache: Tensor) -> Tensor:
@@ -70,7 +83,7 @@ def _run_branches_of_rows(x: Tensor, mask: Tensor, code: Tensor, expert: Tensor,
     code = bounded.valid_code(code, valid)
     local, _, place = bounded.plan_padded(code, expert, EXPERTS)
     hidden = dispatch.take_rows(dispatch.take_rows(x, row), local).reshape(EXPERTS, -1, WIDTH) * 3
-    return bounded.write_branches(cache, hidden.flatten(0, 1), code, place, row)
+    return bounded.write_branches(cache, bounded.take_branches(hidden.flatten(0, 1), code, place), code, row)
 
 
 def _gather(x: Tensor, mask: Tensor, table: Tensor, sample: Tensor) -> Tensor:
@@ -136,6 +149,26 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[int], list[tuple[Tensor, ..
         lambda b: [
             (_random(1, b, TOKENS, WIDTH), code, _experts(2, b), _random(3, b, TOKENS, TOP_K, WIDTH), SCALE)
             for code in _codes(b)
+        ],
+    ),
+    "branches of every expert": (
+        _run_every_expert,
+        lambda b: [
+            (_random(1, b, TOKENS, WIDTH), code, _experts(2, b), _random(3, b, TOKENS, TOP_K, WIDTH), SCALE)
+            for code in _codes(b)
+        ],
+    ),
+    "branches of one expert after another": (
+        _run_one_by_one,
+        lambda b: [
+            (
+                _random(1, b, TOKENS, WIDTH),
+                c,
+                _experts(2, b),
+                _random(3, b, TOKENS, TOP_K, WIDTH),
+                _random(4, EXPERTS, WIDTH, WIDTH),
+            )
+            for c in _codes(b)
         ],
     ),
     "branches of rows": (

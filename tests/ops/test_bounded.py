@@ -76,7 +76,9 @@ def test_padded_experts_write_what_grouped_ones_do(name: str, bias: bool) -> Non
     local, row_expert, place = bounded.plan_padded(code, slot_expert, EXPERTS)
     padded = bounded.grouped_linear(x.index_select(0, local), weight, shift)
     assert torch.equal(row_expert, torch.arange(EXPERTS).repeat_interleave(len(padded) // EXPERTS))
-    torch.testing.assert_close(bounded.write_branches(cache, padded, code, place, row), expected)
+    torch.testing.assert_close(
+        bounded.write_branches(cache, bounded.take_branches(padded, code, place), code, row), expected
+    )
 
 
 def test_padded_experts_of_all_tokens_in_order() -> None:
@@ -85,7 +87,7 @@ def test_padded_experts_of_all_tokens_in_order() -> None:
     code = torch.ones_like(expert)
     code[1] = 0
     local, row_expert, place = bounded.plan_padded(code, expert, EXPERTS)
-    found = bounded.write_branches(cache, values[: len(local)], code, place, None)
+    found = bounded.write_branches(cache, bounded.take_branches(values[: len(local)], code, place), code, None)
     entry = (found[code > 0] - 1).long()  # which table entry each recomputed branch was written from
     assert torch.equal(row_expert[entry], expert[code > 0])
     tokens = torch.arange(BATCH * TOKENS).view(BATCH, TOKENS, 1).expand_as(code)[code > 0]

@@ -15,6 +15,7 @@ from onnxscript import opset18
 
 from moeca_fx.export.onnx.whole import WHOLE
 from moeca_fx.ops import bounded, dispatch, rows, slots
+from moeca_fx.ops.grouped_linear import grouped_linear
 from moeca_fx.ops.slots import RECOMPUTED, REUSED, UNMATCHED
 from moeca_fx.policies import branch
 from moeca_fx.policies.branch import ALIKE_ENTROPIES
@@ -102,15 +103,18 @@ def _tokens(cache: Value) -> int:
     return tokens
 
 
-def _write_branches(cache: Value, values: Value, code: Value, place: Value, row: Value | None) -> Value:
-    sizes = _sizes(cache)
-    tokens, top_k, *rest = (size or -1 for size in sizes[1:])
-    fresh = op.Gather(_as(values, cache.dtype), place)
-    picked = op.Greater(code, _number(REUSED))
+def _take_branches(values: Value, code: Value, place: Value) -> Value:
+    top_k, rest = _sizes(code)[-1], _sizes(values)[1:]
+    assert top_k is not None and None not in rest, "k and widths are fixed"
+    return op.Reshape(op.Gather(values, place), _numbers(-1, top_k, *(size or 0 for size in rest)))
+
+
+def _write_branches(cache: Value, fresh: Value, code: Value, row: Value | None) -> Value:
+    tokens, top_k, *rest = (size or -1 for size in _sizes(cache)[1:])
+    fresh, picked = _as(fresh, cache.dtype), op.Greater(code, _number(REUSED))
     if row is None:
         fresh = op.Reshape(fresh, _numbers(-1, tokens, top_k, *rest))
         return op.Where(op.Reshape(picked, _numbers(-1, tokens, top_k, *(1 for _ in rest))), fresh, cache)
-    fresh = op.Reshape(fresh, _numbers(-1, top_k, *rest))
     picked = op.Reshape(picked, _numbers(-1, top_k, *(1 for _ in rest)))
     where = _places(row, tokens)
     return op.ScatterND(cache, where, op.Where(picked, fresh, op.GatherND(cache, where)))
@@ -148,28 +152,82 @@ def _for_every_head(x: Value, heads: int) -> Value:
     return op.Reshape(repeated, _numbers(-1, tokens, heads, width))
 
 
-def _plan_padded(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, Value, Value]:
-    top_k = _sizes(code)[-1]
-    assert top_k is not None, "k is fixed"
+def _positions(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, ...]:
+    """[R]: what is recomputed, its expert, its position among the rows of that; [R, E]: how many until then."""
     flat, experts = _numbers(-1), _numbers(*range(num_experts))
     picked = op.Greater(op.Reshape(code, flat), _number(REUSED))
     ids = op.Reshape(slot_expert, flat)
     column = op.Unsqueeze(ids, _numbers(1))
     mine = op.And(op.Equal(column, experts), op.Unsqueeze(picked, _numbers(1)))
-    before = op.CumSum(op.Cast(mine, to=_INT64), _number(0))  # [R, E]
+    before = op.CumSum(op.Cast(mine, to=_INT64), _number(0))
     position = op.Sub(op.Squeeze(op.GatherElements(before, column, axis=1), _numbers(1)), _number(1))
+    return picked, ids, position, before
+
+
+def _table(target: Value, size: Value, branches: Value) -> Value:
+    """Branch of each of `size` entries; `target` [R] of what has none is `size`."""
+    nothing = op.Expand(_number(0), op.Reshape(op.Add(size, _number(1)), _numbers(1)))
+    table = op.ScatterElements(nothing, target, op.Range(_number(0), branches, _number(1)), axis=0)
+    return op.Slice(table, _numbers(0), _numbers(-1), _numbers(0))
+
+
+def _top_k(code: Value) -> Value:
+    top_k = _sizes(code)[-1]
+    assert top_k is not None, "k is fixed"
+    return _number(top_k)
+
+
+def _plan_grouped(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, ...]:
+    picked, ids, position, before = _positions(code, slot_expert, num_experts)
+    count = op.ReduceMax(before, _numbers(0), keepdims=0)
+    total = op.ReduceSum(count, keepdims=0)
+    nothing = op.Cast(op.Equal(total, _number(0)), to=_INT64)
+    last = _numbers(*(int(index == num_experts - 1) for index in range(num_experts)))
+    count = op.Add(count, op.Mul(nothing, last))
+    offsets = op.CumSum(count, _number(0))
+    size = op.Add(total, nothing)
+    entry = op.Add(op.Gather(op.Sub(offsets, count), ids), position)
+    table = _table(op.Where(picked, entry, size), size, op.Size(ids))
+    place = op.Min(op.Max(entry, _number(0)), op.Sub(size, _number(1)))
+    return op.Div(table, _top_k(code)), op.Gather(ids, table), place, offsets
+
+
+def _plan_dense(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, ...]:
+    top_k, end, flat = _sizes(code)[-1], _numbers(1), _numbers(-1)
+    assert top_k is not None, "k is fixed"
+    ids = op.Reshape(slot_expert, _numbers(-1, top_k))
+    entry = op.Range(_number(0), op.Squeeze(op.Shape(ids, start=0, end=1)), _number(1))
+    place = op.Reshape(op.Add(op.Mul(ids, op.Size(entry)), op.Unsqueeze(entry, end)), flat)
+    experts = op.Unsqueeze(_numbers(*range(num_experts)), end)
+    every, owner = (op.Add(op.Mul(a, _number(0)), b) for a, b in ((experts, entry), (entry, experts)))
+    return op.Reshape(every, flat), op.Reshape(owner, flat), place
+
+
+def _grouped_linear(x: Value, weight: Value, bias: Value | None, offsets: Value) -> Value:
+    """One product an expert, of the rows that it has."""
+    experts = _sizes(weight)[0]
+    assert experts is not None, "the number of experts is fixed"
+    ends = op.Split(offsets, axis=0, num_outputs=experts) if experts > 1 else [offsets]
+    parts, start = [], _numbers(0)
+    for index, end in enumerate(ends):
+        own = [op.Gather(part, _number(index), axis=0) for part in (weight, bias) if part is not None]
+        parts.append(op.Gemm(op.Slice(x, start, end, _numbers(0)), *own, transB=1))
+        start = end
+    return op.Concat(*parts, axis=0)
+
+
+def _plan_padded(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, Value, Value]:
+    flat, experts = _numbers(-1), _numbers(*range(num_experts))
+    picked, ids, position, before = _positions(code, slot_expert, num_experts)
     branches = op.Size(ids)
     index = _count(branches, op.ReduceMax(before, keepdims=0))
     width = op.Size(index)
     size = op.Mul(width, _number(num_experts))
     entry = op.Add(op.Mul(ids, width), position)
     place = op.Min(op.Max(entry, _number(0)), op.Sub(size, _number(1)))
-    target = op.Where(picked, entry, size)  # what is not recomputed goes to one entry behind the table
-    nothing = op.Expand(_number(0), op.Reshape(op.Add(size, _number(1)), _numbers(1)))
-    table = op.ScatterElements(nothing, target, op.Range(_number(0), branches, _number(1)), axis=0)
-    table = op.Slice(table, _numbers(0), _numbers(-1), _numbers(0))
+    table = _table(op.Where(picked, entry, size), size, branches)
     owner = op.Reshape(op.Add(op.Unsqueeze(experts, _numbers(1)), op.Mul(index, _number(0))), flat)
-    return op.Div(table, _number(top_k)), owner, place
+    return op.Div(table, _top_k(code)), owner, place
 
 
 def _update_activation(activation: Value, expert: Value, beta: float) -> Value:
@@ -300,7 +358,10 @@ _OF_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     bounded.write_rows: _write_rows,
     bounded.write_branches: _write_branches,
     bounded.attention_rows: _attention_rows,
+    bounded.take_branches: _take_branches,
     bounded.plan_padded: _plan_padded,
+    bounded.plan_grouped: _plan_grouped,
+    bounded.plan_dense: _plan_dense,
     bounded.update_activation: _update_activation,
     branch.expert_threshold: _expert_threshold,
     branch.decide: _decide,
@@ -316,4 +377,4 @@ _OF_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 def translations() -> dict[Any, Callable[..., Any]]:
     """Operation -> its translation, for `torch.onnx.export`."""
     whole = {WHOLE[function]: translation for function, translation in _OF_FUNCTIONS.items()}
-    return whole | {torch.ops.aten.sort.stable: _stable_sort}
+    return whole | {torch.ops.aten.sort.stable: _stable_sort, grouped_linear._opoverload: _grouped_linear}

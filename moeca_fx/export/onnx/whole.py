@@ -55,7 +55,12 @@ def _(cache: Tensor, row: Tensor, values: Tensor, valid: Tensor) -> Any:
     return cache.new_empty(cache.shape)
 
 
-@_whole(bounded.write_branches, "(Tensor cache, Tensor values, Tensor code, Tensor place, Tensor? row) -> Tensor")
+@_whole(bounded.take_branches, "(Tensor values, Tensor code, Tensor place) -> Tensor")
+def _(values: Tensor, code: Tensor, place: Tensor) -> Any:
+    return values.new_empty(code.numel() // code.shape[-1], code.shape[-1], *values.shape[1:])
+
+
+@_whole(bounded.write_branches, "(Tensor cache, Tensor fresh, Tensor code, Tensor? row) -> Tensor")
 def _(cache: Tensor, *_: Any) -> Any:
     return cache.new_empty(cache.shape)
 
@@ -72,6 +77,19 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Any:
 def _(code: Tensor, slot_expert: Tensor, num_experts: int) -> Any:
     entries = num_experts * _length(code.numel())
     return tuple(code.new_empty(size, dtype=torch.int64) for size in (entries, entries, code.numel()))
+
+
+@_whole(bounded.plan_dense, "(Tensor code, Tensor slot_expert, int num_experts) -> (Tensor, Tensor, Tensor)")
+def _(code: Tensor, slot_expert: Tensor, num_experts: int) -> Any:
+    entries = num_experts * (code.numel() // code.shape[-1])
+    return tuple(code.new_empty(size, dtype=torch.int64) for size in (entries, entries, code.numel()))
+
+
+@_whole(bounded.plan_grouped, "(Tensor code, Tensor slot_expert, int num_experts) -> (Tensor, Tensor, Tensor, Tensor)")
+def _(code: Tensor, slot_expert: Tensor, num_experts: int) -> Any:
+    length = _length(code.numel())  # of one row too, but sizes from 2 on trace without questions
+    sizes = (length, length, code.numel(), num_experts)
+    return tuple(code.new_empty(size, dtype=torch.int64) for size in sizes)
 
 
 @_whole(bounded.update_activation, "(Tensor activation, Tensor expert, float beta) -> Tensor")
