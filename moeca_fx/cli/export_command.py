@@ -42,6 +42,7 @@ class Graphs(StrEnum):
 class ExpertsForm(StrEnum):
     """How experts compute."""
 
+    AUTO = "auto"
     PADDED = "padded"
     UNROLLED = "unrolled"
     DENSE = "dense"
@@ -70,8 +71,8 @@ def export(
     ] = Graphs.AUTO,
     experts: Annotated[
         ExpertsForm,
-        typer.Option(help="One product over padded groups, one an expert (onnx alone), or every expert on every row."),
-    ] = ExpertsForm.PADDED,
+        typer.Option(help="One product over padded groups, one an expert (onnx, its default), or all on every row."),
+    ] = ExpertsForm.AUTO,
     opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = OPSET,
     external_data: Annotated[bool, typer.Option(help="ONNX: weights in a file of their own.")] = True,
     backend: Annotated[str, typer.Option(help="Of engines: tensorrt, tensorrt-rtx, or auto.")] = "auto",
@@ -91,7 +92,9 @@ def export(
     if format is not Format.TENSORRT and (compute_capability or workspace is not None or backend != "auto"):
         raise ConfigError("--backend, --compute-capability and --workspace belong to --format tensorrt; drop them")
     write: Callable[..., Manifest] = to_aotinductor
-    forms: dict[str, Any] = {"graphs": graphs.value, "experts": experts.value}
+    forms: dict[str, Any] = {"graphs": graphs.value}
+    if experts is not ExpertsForm.AUTO:
+        forms["experts"] = experts.value
     if format is Format.TENSORRT:
         write = partial(
             to_tensorrt,
@@ -106,7 +109,7 @@ def export(
         write = partial(to_onnx, **forms, opset=opset, external_data=external_data)
     elif format is Format.PT2:
         write = partial(to_pt2, **forms)
-    elif graphs is not Graphs.AUTO or experts is not ExpertsForm.PADDED:
+    elif graphs is not Graphs.AUTO or experts is not ExpertsForm.AUTO:
         raise ConfigError("--graphs and --experts: AOTInductor compiles a graph a step with its kernels; drop them")
     loaded = load_target(target, weights)
     flow = find_flow(loaded.model)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, get_args
+from typing import Any, Literal, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from moeca_fx.transform import transform
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _DEFAULT = MoECa()
+_UNROLLED: Experts = "unrolled"
 Say = Callable[[str], object]
 
 
@@ -65,7 +66,7 @@ def to_onnx(
     policy: Method | str | PathLike[str] | None = _DEFAULT,
     *,
     graphs: Form = "auto",
-    experts: Experts = "padded",
+    experts: Experts | Literal["auto"] = "auto",
     opset: int = OPSET,
     external_data: bool = True,
     **options: Unpack[ExportOptions],
@@ -79,8 +80,8 @@ def to_onnx(
         policy: a method, also by name or from a file; None exports the model without caches.
         graphs: ``"one"`` graph for full and cached steps, which holds the weights once (MoECa with held features),
             ``"steps"``: a graph a step, or ``"auto"``: one where that is possible.
-        experts: ``"padded"``: one product over a table as wide as the largest group; ``"unrolled"``: one product an
-            expert, of its rows alone, which TensorRT does not take; ``"dense"``: every expert on every row.
+        experts: ``"unrolled"``, which ``"auto"`` is: one product an expert, of its rows alone; ``"padded"``: one over a
+            table as wide as the largest group, for GPUs and TensorRT; ``"dense"``: every expert on every row.
         opset: version of ONNX's operators.
         external_data: weights in a file beside the graphs, which those over 2 GB need.
         options: see `ExportOptions`.
@@ -96,13 +97,22 @@ def to_onnx(
     """
     if graphs == "compiled":
         raise ConfigError("graphs: 'compiled' is AOTInductor's form; ONNX takes auto, one or steps")
-    request = _request(model, folder, example_inputs, example_kwargs, policy, graphs, options, experts)
+    request = _request(
+        model,
+        folder,
+        example_inputs,
+        example_kwargs,
+        policy,
+        graphs,
+        options,
+        _UNROLLED if experts == "auto" else experts,
+    )
     if options.get("check", True) and next(request.model.parameters()).dtype is torch.bfloat16:
         raise ExportError(f"export to ONNX: {NO_BF16}")
 
     def write(plan: ExportPlan, made: Path) -> None:
         request.say("tracing and translating to ONNX")
-        models = {graph.name: make_onnx(graph, request.sizes[2], opset) for graph in plan.graphs}
+        models = {graph.name: make_onnx(graph, request.sizes[2], opset, plan.program.sites) for graph in plan.graphs}
         request.say("writing")
         save_onnx(models, made, external_data)
 

@@ -30,7 +30,9 @@ SIZES = (1, 2, 5)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy as ONNX, a graph a step; do not change it."""
     made = tmp_path_factory.mktemp("toy") / "artefact"
-    to_onnx(toy_pair(None)[0], made, toy_inputs(), policy=POLICY, graphs="steps", batch=SIZES, check=False)
+    to_onnx(
+        toy_pair(None)[0], made, toy_inputs(), policy=POLICY, graphs="steps", experts="padded", batch=SIZES, check=False
+    )
     return made
 
 

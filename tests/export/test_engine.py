@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy with its caches as ONNX."""
     made = tmp_path_factory.mktemp("toy") / "onnx"
     model, _ = toy_pair(None)
-    to_onnx(model, made, toy_inputs(), policy=POLICY, batch=(1, 2, 5))
+    to_onnx(model, made, toy_inputs(), policy=POLICY, batch=(1, 2, 5), experts="padded")
     return made
 
 

@@ -119,6 +119,48 @@ def test_graphs_a_step_share_their_weights_in_onnx(name: str, tmp_path: Path) ->
     _compare(tmp_path, plain.with_policy(policy), _toy_steps(5), 1e-4)
 
 
+@pytest.mark.parametrize("experts", ["dense", pytest.param("padded", marks=pytest.mark.slow)])
+def test_every_form_of_experts(experts: Any, tmp_path: Path) -> None:
+    """The default of each format is what every other test runs."""
+    model, fast = toy_pair(POLICY)
+    to_onnx(model, tmp_path, toy_inputs(), policy=POLICY, batch=SIZES, experts=experts)
+    for batch in (1, 5):
+        _compare(tmp_path, fast, _toy_steps(batch), 1e-4)
+    for write, wrong in ((to_pt2, "unrolled"), (to_onnx, "sparse")):
+        with pytest.raises(ConfigError, match="experts: "):
+            write(model, tmp_path, toy_inputs(), policy=POLICY, experts=wrong)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_fewer_bits(dtype: str, tmp_path: Path) -> None:
+    model = zoo_models.tiny_dsmoe(depth=2)
+    write = to_onnx if dtype == "fp16" else to_pt2
+    manifest = write(model, tmp_path, zoo_models.inputs(), policy=SOME, batch=SIZES, dtype=dtype)
+    assert next(model.parameters()).dtype is torch.float32  # a copy was cast
+    kinds = {cache["kind"]: cache["dtype"] for cache in manifest.caches}
+    assert kinds["feature"] == manifest.dtype == {"fp16": "float16", "bf16": "bfloat16"}[dtype]
+    assert kinds["activation"] == kinds["norm"] == kinds["weight"] == "float32"
+    assert [item["dtype"] for item in manifest.inputs[:2]] == [manifest.dtype, "float32"]  # the timestep keeps its bits
+    artefact = load(tmp_path)
+    fast = moeca_fx.transform(model, zoo_models.inputs(), policy=SOME, compile=False)
+    for x, *rest in zoo_models.trajectory(2, 6):
+        with torch.no_grad():
+            found = zoo_models.prediction(artefact(x.to(getattr(torch, manifest.dtype)), *rest)).float()
+            expected = zoo_models.prediction(fast(x, *rest))
+        assert zoo_models.relative_error(found, expected) < 0.1
+
+
+def test_dtypes_that_cannot_be(tmp_path: Path) -> None:
+    model = zoo_models.tiny_dsmoe(depth=2)
+    with pytest.raises(ConfigError, match="dtype: expected one of fp32, fp16, bf16, found 'int8'"):
+        to_onnx(model, tmp_path, zoo_models.inputs(), dtype="int8")
+    with pytest.raises(ExportError, match="onnxruntime has no bf16 on a CPU"):
+        to_onnx(model, tmp_path, zoo_models.inputs(), dtype="bf16")
+    to_onnx(model, tmp_path, zoo_models.inputs(), policy=None, dtype="bf16", check=False)
+    with pytest.raises(ExportError, match="onnxruntime has no bf16 on a CPU"):
+        load(tmp_path)
+
+
 @pytest.mark.slow
 def test_a_package_of_aotinductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MOECA_FX_COMPILE", raising=False)

@@ -12,8 +12,10 @@ import torch
 
 from moeca_fx.errors import ExportError, require
 from moeca_fx.export.graph import ExportGraph
+from moeca_fx.export.onnx.names import label, name_nodes
 from moeca_fx.export.onnx.whole import keep_whole
 from moeca_fx.export.trace import trace, untraceable
+from moeca_fx.graph.sites import Sites
 
 EXTRA = "onnx"
 OPSET = 20
@@ -22,15 +24,17 @@ OPSET = 20
 OLDEST_OPSET = 18
 NEWEST_OPSET = 22
 WEIGHTS = "weights.data"
+_NO_SITES = Sites(())
 _SMALL = 256  # bytes; smaller constants stay in the graph
 
 
-def make_onnx(graph: ExportGraph, most: int, opset: int = OPSET) -> Any:
+def make_onnx(graph: ExportGraph, most: int, opset: int = OPSET, sites: Sites = _NO_SITES) -> Any:
     """Trace a graph and translate it.
 
     Args:
         most: largest batch.
         opset: version of ONNX's operators.
+        sites: whose names the nodes shall have.
 
     Returns:
         An `onnx_ir.Model`.
@@ -47,7 +51,7 @@ def make_onnx(graph: ExportGraph, most: int, opset: int = OPSET) -> Any:
         )
     from moeca_fx.export.onnx.translations import translations
 
-    program = trace(replace(graph, module=keep_whole(graph.module)), most)
+    program = trace(replace(graph, module=label(keep_whole(graph.module), sites)), most)
     with torch.no_grad(), _quiet():
         try:
             made = torch.onnx.export(
@@ -65,6 +69,7 @@ def make_onnx(graph: ExportGraph, most: int, opset: int = OPSET) -> Any:
         assert made is not None, "torch translates, or raises"
         model = made.model
         _tidy(model)
+        name_nodes(model)
     return model
 
 
