@@ -2,7 +2,8 @@
 
     python docs/update_performance.py out/bench-cpu.json
 
-The numbers are copied to docs/bench-cpu.json; the text around the markers stays.
+The numbers are copied to docs/bench-cpu.json, or, if they are those of `--only export`, to docs/bench-export.json; the
+text around the markers stays.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGE, NUMBERS = HERE / "performance.md", HERE / "bench-cpu.json"
+PAGE, NUMBERS, EXPORT = HERE / "performance.md", HERE / "bench-cpu.json", HERE / "bench-export.json"
 
 
 def table(heading: str, rows: list[list[str]]) -> str:
@@ -135,12 +136,44 @@ def memory(found: dict[str, Any]) -> str:
     return f"Cache of {numbers['model']}, batch {numbers['batch']}: {held}."
 
 
+def export_machine(found: dict[str, Any]) -> str:
+    """Where the numbers of exported steps come from."""
+    return machine(found)
+
+
+def exported(found: dict[str, Any]) -> str:
+    """Steps in onnxruntime: of each form's own full step, and that of the plain model's."""
+    rows = []
+    for part in (name for name in found["export"] if name.startswith("onnx")):
+        for experts, numbers in found["export"][part].items():
+            for form, over in numbers["full_over_plain"].items():
+                cells = [f"{numbers['of_full_step'][f'{form}: {key}']:.3f}" for key in numbers["flops_of_full_step"]]
+                rows.append([f"{part.removeprefix('onnx ')}, {experts}, {form}", f"{over:.2f}", *cells])
+        allowed = [f"{share + 0.25:.3f}" for share in numbers["flops_of_full_step"].values()]
+        rows.append([f"{part.removeprefix('onnx ')}: asked for, at most", "1.25", *allowed])
+    return table("model, experts, graphs | full over plain | 0 % | 10 % | 50 %", rows)
+
+
+def packaged(found: dict[str, Any]) -> str:
+    """Packages of AOTInductor over the compiled model."""
+    rows = []
+    for part in (name for name in found["export"] if name.startswith("aoti")):
+        numbers = found["export"][part]
+        for key, value in numbers["of_compiled"].items():
+            name = f"{part.removeprefix('aoti ')}: {key}"
+            rows.append(
+                [name, *(f"{numbers['ms'][f'{how}: {key}']:.1f}" for how in ("compiled", "package")), f"{value:.3f}"]
+            )
+    return table("step | compiled, ms | package, ms | package over compiled", rows)
+
+
 PARTS = (machine, uncached, cached, trajectories, layers, linearity, transforming, memory)
+EXPORT_PARTS = (export_machine, exported, packaged)
 
 
 def render(page: str, found: dict[str, Any]) -> str:
-    """The page with every marked part renewed."""
-    for part in PARTS:
+    """The page with every part that the numbers are of renewed."""
+    for part in EXPORT_PARTS if "export" in found else PARTS:
         begin, end = f"<!-- {part.__name__}:begin -->\n", f"<!-- {part.__name__}:end -->"
         before, _, rest = page.partition(begin)
         _, _, after = rest.partition(end)
@@ -152,8 +185,9 @@ def main() -> None:
     """Copy the numbers and renew the page."""
     source = Path(sys.argv[1]) if len(sys.argv) > 1 else NUMBERS
     found = json.loads(source.read_text())
-    if source != NUMBERS:
-        shutil.copyfile(source, NUMBERS)
+    kept = EXPORT if "export" in found else NUMBERS
+    if source != kept:
+        shutil.copyfile(source, kept)
     PAGE.write_text(render(PAGE.read_text(), found))
 
 

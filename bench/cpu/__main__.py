@@ -1,6 +1,7 @@
 """The CPU benchmark, in one process: ratios of interleaved repeats, first a table, then all numbers as JSON.
 
     python -m bench.cpu                        steps, layers, trajectories, transform; 19 minutes at first
+    python -m bench.cpu --only export          exported steps; 15 minutes, most of them exporting
     python -m bench.cpu --only steps           one section
     python -m bench.cpu --all                  every policy in the trajectories; half an hour
     python -m bench.cpu --out FILE.json        where the numbers go (default out/bench-cpu.json)
@@ -58,12 +59,23 @@ def transform(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     yield LARGE, bench_transform(LARGE)
 
 
+def export(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """Exported steps: ONNX in onnxruntime, packages of AOTInductor."""
+    from bench.cpu.artefacts import bench_aotinductor, bench_onnx  # of an extra
+
+    for name, batch in (("digits", 8), (MODEL, BATCH)):
+        yield f"onnx {name} batch {batch}", bench_onnx(name, batch, options.rounds)
+        yield f"aoti {name} batch {batch}", bench_aotinductor(name, batch, options.rounds)
+
+
 SECTIONS: dict[str, Section] = {
     "steps": steps,
     "layers": layers,
     "trajectories": trajectories,
     "transform": transform,
+    "export": export,
 }
+USUALLY = ("steps", "layers", "trajectories", "transform")
 
 
 def main() -> None:
@@ -79,7 +91,7 @@ def main() -> None:
     start = time.perf_counter()
     found: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "machine": describe()}
     _say(f"{found['machine']}")
-    for section in options.only or SECTIONS:
+    for section in options.only or USUALLY:
         found[section] = {}
         for part, numbers in SECTIONS[section](options):
             found[section][part] = numbers

@@ -7,6 +7,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import jsonschema
+import onnx
 import pytest
 import torch
 from torch import Tensor
@@ -136,6 +137,16 @@ def test_the_schema_in_the_docs_describes_it(folder: Path) -> None:
     ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(content | {name: wrong}, schema)
+
+
+def test_nodes_say_where_in_the_model_they_come_from(folder: Path) -> None:
+    content = (folder / "model.onnx").read_bytes()
+    names = [node.name for node in onnx.load_from_string(content).graph.node]
+    assert len(set(names)) == len(names)
+    assert {"storeys.0.layer/decision/Greater", "storeys.0.mixing/attended_1/Softmax"} <= set(names)
+    of_sites = [name for name in names if name.startswith(("storeys.0.layer/", "storeys.0.mixing/"))]
+    assert len(of_sites) > 0.9 * len(names)
+    assert str(DOCS.parent).encode() not in content and b"site-packages" not in content
 
 
 REFUSED_CALLS = {

@@ -26,7 +26,6 @@ class PackageSession:
                 f"{path}: torch cannot load it: {str(error).splitlines()[0]}; packages run with the version of torch "
                 "that made them, export again"
             ) from error
-        self.outputs = len(outputs)
         metadata = self.model.get_metadata()
         self.device = str(metadata.get("AOTI_DEVICE_KEY", "cpu"))
 
