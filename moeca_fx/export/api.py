@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,10 +29,12 @@ from moeca_fx.files import prepare_folder
 from moeca_fx.passes.lower_export import Experts
 from moeca_fx.policies import Method, MoECa
 from moeca_fx.policies.registry import as_method
+from moeca_fx.sizes import readable_bytes
 from moeca_fx.transform import transform
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _DEFAULT = MoECa()
+_ROOM = 2**20  # bytes of graphs and manifest
 _UNROLLED: Experts = "unrolled"
 Say = Callable[[str], object]
 
@@ -320,6 +323,7 @@ class _Request:
         fast = transform(self.model, self.inputs, self.kwargs, self.method, timestep=timestep, compile=False)
         plan = build_plan(fast, self.form, self.experts)
         manifest = describe(plan, self.method, kind, ending, self.sizes, opset, self.options.get("sampler"))
+        _check_space(self.target, plan)
         with tempfile.TemporaryDirectory(dir=self.target, prefix=".export-") as name:
             made = Path(name)
             try:
@@ -374,6 +378,17 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _sayer(options: ExportOptions) -> Say:
     return options.get("progress") or (lambda stage: None)
+
+
+def _check_space(target: Path, plan: ExportPlan) -> None:
+    """Raise before long work where the weights will not fit; torch ends the process when a disk fills under it."""
+    weights = sum(tensor.nbytes for tensor in plan.program.traced.model.state_dict().values())
+    free = shutil.disk_usage(target).free
+    if free < weights + _ROOM:
+        raise MoecaError(
+            f"cannot write into {target}: {readable_bytes(free)} are free, at least {readable_bytes(weights + _ROOM)} "
+            "are needed; make room, or choose another folder"
+        )
 
 
 def _unwritable(target: Path, error: OSError) -> MoecaError:

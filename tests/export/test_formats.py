@@ -1,8 +1,10 @@
 """to_pt2, to_aotinductor and a graph a step: every form of an artefact runs the model, whatever its policy."""
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 import moeca_fx
 from moeca_fx import MoECa
-from moeca_fx.errors import ConfigError, ExportError
+from moeca_fx.errors import ConfigError, ExportError, MoecaError
 from moeca_fx.export import ExportedModel, load, to_aotinductor, to_onnx, to_pt2
 from moeca_fx.export.manifest import FILE, sha256
 from moeca_fx.policies import Method
@@ -169,6 +171,15 @@ def test_a_package_of_aotinductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     plain = moeca_fx.transform(model, zoo_models.inputs(), policy=SOME, compile=False)
     for batch in (1, 2, 5):
         _compare(tmp_path, plain, zoo_models.trajectory(batch, 12), 1e-5)
+
+
+@pytest.mark.parametrize("write", [to_onnx, to_pt2])
+def test_a_full_disk(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=40_000))
+    model, _ = toy_pair(None)
+    with pytest.raises(MoecaError, match=r"40 kB are free, at least 1\.06 MB are needed; make room"):
+        write(model, tmp_path, toy_inputs(), policy=None, batch=SIZES)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_compiler_for_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
