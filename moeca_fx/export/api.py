@@ -1,64 +1,30 @@
 """`to_onnx`, `to_tensorrt`, `to_pt2`, `to_aotinductor`: transform, write graphs and manifest, prove them."""
 
-import copy
-import gc
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, get_args
+from typing import Any, Literal, Unpack
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from moeca_fx.errors import ConfigError, ExportError, MoecaError
+from moeca_fx.errors import ConfigError, ExportError
 from moeca_fx.export.engine import Backend, Progress, build_engine, find_backend
-from moeca_fx.export.manifest import Manifest, describe, read_manifest, write_manifest
+from moeca_fx.export.manifest import Manifest, read_manifest, write_manifest
 from moeca_fx.export.onnx.file import OPSET, make_onnx, save_onnx
 from moeca_fx.export.package import save_package
-from moeca_fx.export.plan import ExportPlan, Form, build_plan, exportable_rule
-from moeca_fx.export.runner import load
+from moeca_fx.export.plan import ExportPlan, Form
+from moeca_fx.export.request import ExportOptions, Say, make_request, put, refuse_unrolled, unwritable
 from moeca_fx.export.sessions.onnx import NO_BF16
 from moeca_fx.export.trace import trace
-from moeca_fx.export.verify import Verification, verify
 from moeca_fx.files import prepare_folder
 from moeca_fx.passes.lower_export import Experts
 from moeca_fx.policies import Method, MoECa
-from moeca_fx.policies.registry import as_method
-from moeca_fx.sizes import readable_bytes
-from moeca_fx.transform import transform
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _DEFAULT = MoECa()
-_ROOM = 2**20  # bytes of graphs and manifest
 _UNROLLED: Experts = "unrolled"
-Say = Callable[[str], object]
-
-
-class ExportOptions(TypedDict, total=False):
-    """What every export takes beside its own options.
-
-    Attributes:
-        batch: least, best and most samples of a call, or one number for all three; (1, 8, 32) by default.
-        timestep: as for `moeca_fx.transform`.
-        dtype: ``"fp32"``, ``"fp16"`` or ``"bf16"``: a copy of the model is cast to it, and inputs of more than one axis
-            (latents; a timestep keeps its precision). Scores, thresholds and activation maps stay in fp32, the router
-            in what the model computes it in. None leaves the model as it is.
-        check: run the artefact against PyTorch over a few steps before it is done; on by default.
-        sampler: what the manifest shall say of the model's sampler; `moeca-fx run` reads it.
-        progress: called with a word or two before each stage.
-    """
-
-    batch: int | Sequence[int]
-    timestep: str | int | None
-    dtype: str | None
-    check: bool
-    sampler: dict[str, Any] | None
-    progress: Say | None
 
 
 def to_onnx(
@@ -100,7 +66,7 @@ def to_onnx(
     """
     if graphs == "compiled":
         raise ConfigError("graphs: 'compiled' is AOTInductor's form; ONNX takes auto, one or steps")
-    request = _request(
+    request = make_request(
         model,
         folder,
         example_inputs,
@@ -139,8 +105,8 @@ def to_pt2(
     """
     if graphs == "compiled":
         raise ConfigError("graphs: 'compiled' is AOTInductor's form; .pt2 takes auto, one or steps")
-    _refuse_unrolled(experts, ".pt2")
-    request = _request(model, folder, example_inputs, example_kwargs, policy, graphs, options, experts)
+    refuse_unrolled(experts, ".pt2")
+    request = make_request(model, folder, example_inputs, example_kwargs, policy, graphs, options, experts)
 
     def write(plan: ExportPlan, made: Path) -> None:
         for graph in plan.graphs:
@@ -168,7 +134,7 @@ def to_aotinductor(
     Raises:
         ExportError: there is no compiler, or it fails.
     """
-    request = _request(model, folder, example_inputs, example_kwargs, policy, "compiled", options)
+    request = make_request(model, folder, example_inputs, example_kwargs, policy, "compiled", options)
 
     def write(plan: ExportPlan, made: Path) -> None:
         for graph in plan.graphs:
@@ -214,7 +180,7 @@ def to_tensorrt(
     """
     name, _ = find_backend(backend)
     target = Path(folder)
-    _refuse_unrolled(experts, "TensorRT")
+    refuse_unrolled(experts, "TensorRT")
     prepare_folder(target)
     with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as temporary:
         source, made = Path(temporary, "onnx"), Path(temporary, "engine")
@@ -241,8 +207,8 @@ def to_tensorrt(
                 progress=options.get("progress"),
             )
         except OSError as error:
-            raise _unwritable(target, error) from error
-        _put(made, target)
+            raise unwritable(target, error) from error
+        put(made, target)
     return manifest
 
 
@@ -292,125 +258,3 @@ def build_engines(
     )
     write_manifest(manifest, made)
     return manifest
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One export, checked before anything is traced."""
-
-    model: nn.Module
-    target: Path
-    inputs: tuple[Any, ...]
-    kwargs: Mapping[str, Any] | None
-    method: Method | None
-    form: Form
-    experts: Experts
-    sizes: tuple[int, int, int]
-    options: ExportOptions
-    say: Say
-
-    def export(
-        self, kind: str, ending: str, write: Callable[[ExportPlan, Path], None], opset: int | None = None
-    ) -> Manifest:
-        """Transform, write, check, and put everything in place.
-
-        Args:
-            kind: as in the manifest; ending: of its files.
-            write: writes the graphs of a plan into a folder.
-        """
-        self.say("transforming")
-        timestep = self.options.get("timestep")
-        fast = transform(self.model, self.inputs, self.kwargs, self.method, timestep=timestep, compile=False)
-        plan = build_plan(fast, self.form, self.experts)
-        manifest = describe(plan, self.method, kind, ending, self.sizes, opset, self.options.get("sampler"))
-        _check_space(self.target, plan)
-        with tempfile.TemporaryDirectory(dir=self.target, prefix=".export-") as name:
-            made = Path(name)
-            try:
-                write(plan, made)
-            except OSError as error:
-                raise _unwritable(self.target, error) from error
-            write_manifest(manifest, made)
-            gc.collect()  # traces hang together in cycles and are as large as the weights
-            if self.options.get("check", True):
-                self.say("running it against PyTorch")
-                _refuse(verify(load(made), fast, plan, self.sizes))
-            _put(made, self.target)
-        return manifest
-
-
-def _request(
-    model: nn.Module,
-    folder: str | PathLike[str],
-    inputs: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
-    policy: Method | str | PathLike[str] | None,
-    form: Form,
-    options: ExportOptions,
-    experts: Experts = "padded",
-) -> _Request:
-    method = None if policy is None else as_method(policy)
-    if method is not None and not isinstance(method, Method):
-        raise ConfigError("export: expected a method, its name or its file, which a manifest can hold, found a Policy")
-    if experts not in get_args(Experts):
-        raise ConfigError(f"experts: expected one of {', '.join(get_args(Experts))}, found {experts!r}")
-    if method is not None and form == "one":
-        exportable_rule(method.policy())
-    sizes, target = _batch(options.get("batch", (1, 8, 32))), Path(folder)
-    dtype = options.get("dtype")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
-    prepare_folder(target)
-    if dtype is not None:
-        model = copy.deepcopy(model).to(DTYPES[dtype])
-        inputs, kwargs = pytree.tree_map_only(Tensor, partial(_cast, dtype=DTYPES[dtype]), (inputs, dict(kwargs or {})))
-    return _Request(model, target, inputs, kwargs, method, form, experts, sizes, options, _sayer(options))
-
-
-def _refuse_unrolled(experts: Experts, what: str) -> None:
-    if experts == "unrolled":
-        raise ConfigError(f"experts: 'unrolled' is a form of ONNX alone; {what} takes padded or dense")
-
-
-def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    return value.to(dtype) if value.is_floating_point() and value.dim() > 1 else value
-
-
-def _sayer(options: ExportOptions) -> Say:
-    return options.get("progress") or (lambda stage: None)
-
-
-def _check_space(target: Path, plan: ExportPlan) -> None:
-    """Raise before long work where the weights will not fit; torch ends the process when a disk fills under it."""
-    weights = sum(tensor.nbytes for tensor in plan.program.traced.model.state_dict().values())
-    free = shutil.disk_usage(target).free
-    if free < weights + _ROOM:
-        raise MoecaError(
-            f"cannot write into {target}: {readable_bytes(free)} are free, at least {readable_bytes(weights + _ROOM)} "
-            "are needed; make room, or choose another folder"
-        )
-
-
-def _unwritable(target: Path, error: OSError) -> MoecaError:
-    return MoecaError(f"cannot write into {target}: {error.strerror or error}; choose another folder")
-
-
-def _put(made: Path, target: Path) -> None:
-    """Move the files into place, the manifest last."""
-    for file in sorted(made.iterdir(), key=lambda file: file.suffix == ".json"):
-        file.replace(target / file.name)
-
-
-def _batch(batch: int | Sequence[int]) -> tuple[int, int, int]:
-    given = (batch, batch, batch) if isinstance(batch, int) else tuple(batch)
-    whole = all(isinstance(size, int) and not isinstance(size, bool) for size in given)
-    if len(given) != 3 or not whole or not 1 <= given[0] <= given[1] <= given[2]:
-        raise ConfigError(f"batch: expected one size or least, best and most, ascending from 1, found {batch!r}")
-    return given[0], given[1], given[2]
-
-
-def _refuse(found: Verification) -> None:
-    if not found.passed:
-        raise ExportError(
-            f"export: the artefact differs from PyTorch: {found}; nothing was written; please report this"
-        )

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from moeca_fx import MoECa
 from moeca_fx.errors import ConfigError, ExportError, InputError, MoecaError
-from moeca_fx.export import ExportedModel, api, load, to_onnx
+from moeca_fx.export import ExportedModel, load, request, to_onnx
 from moeca_fx.export import manifest as manifest_module
 from moeca_fx.export.manifest import FILE, Manifest
 from moeca_fx.export.sessions import onnx as onnx_session
@@ -259,7 +259,7 @@ def test_options_out_of_range(tmp_path: Path) -> None:
 
 
 def test_an_artefact_that_differs_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "verify", lambda *args: Verification(0.5, 0.0, 1.0, 6))
+    monkeypatch.setattr(request, "verify", lambda *args: Verification(0.5, 0.0, 1.0, 6))
     model, _ = toy_pair(None)
     with pytest.raises(ExportError, match=r"differs from PyTorch: results by 5\.0e-01"):
         to_onnx(model, tmp_path, toy_inputs(), policy=None)
