@@ -267,7 +267,7 @@ def test_tf32_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cleared == [rtx.BuilderFlag.TF32]
 
 
-@pytest.mark.parametrize("form", ["one", "steps"])
+@pytest.mark.parametrize("form", ["one", pytest.param("steps", marks=pytest.mark.slow)])
 def test_an_artefact_runs_as_the_model_does(
     form: Any, tmp_path: Path, module: fake.FakeTensorRT, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import moeca_fx
 from moeca_fx import MoECa
 from moeca_fx.errors import ConfigError, ExportError, MoecaError
-from moeca_fx.export import ExportedModel, load, to_aotinductor, to_onnx, to_pt2
+from moeca_fx.export import ExportedModel, load, to_aotinductor, to_onnx, to_pt2, to_tensorrt
 from moeca_fx.export.manifest import FILE, sha256
 from moeca_fx.policies import Method
 from moeca_fx.policies.registry import build
@@ -39,7 +39,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "sublayer_forecast": {},
     "forecast": {},
 }
-FAST = ("fora", "dbcache")
+FAST = ("fora",)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,8 @@ def test_every_policy_in_onnxruntime(deep: tuple[nn.Module, TransformedModel], n
         _compare(tmp_path, plain.with_policy(method), zoo_models.trajectory(batch, STEPS), 1e-4)
 
 
-@pytest.mark.parametrize("graphs", ["one", pytest.param("steps", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("graphs", ["one", "steps"])
 def test_a_program_of_torch_is_bit_equal_to_its_graph(graphs: Any, tmp_path: Path) -> None:
     model, fast = toy_pair(POLICY)
     to_pt2(model, tmp_path, toy_inputs(), policy=POLICY, batch=SIZES, graphs=graphs)
@@ -121,16 +122,22 @@ def test_graphs_a_step_share_their_weights_in_onnx(name: str, tmp_path: Path) ->
     _compare(tmp_path, plain.with_policy(policy), _toy_steps(5), 1e-4)
 
 
-@pytest.mark.parametrize("experts", ["dense", pytest.param("padded", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ["dense", "padded"])
 def test_every_form_of_experts(experts: Any, tmp_path: Path) -> None:
     """The default of each format is what every other test runs."""
     model, fast = toy_pair(POLICY)
     to_onnx(model, tmp_path, toy_inputs(), policy=POLICY, batch=SIZES, experts=experts)
     for batch in (1, 5):
         _compare(tmp_path, fast, _toy_steps(batch), 1e-4)
-    for write, wrong in ((to_pt2, "unrolled"), (to_onnx, "sparse")):
+
+
+def test_experts_that_cannot_be(tmp_path: Path) -> None:
+    model, _ = toy_pair(None)
+    for write, wrong in ((to_pt2, "unrolled"), (to_tensorrt, "unrolled"), (to_onnx, "sparse")):
         with pytest.raises(ConfigError, match="experts: "):
-            write(model, tmp_path, toy_inputs(), policy=POLICY, experts=wrong)
+            write(model, tmp_path, toy_inputs(), policy=POLICY, experts=wrong)  # type: ignore[operator]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("dtype", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
