@@ -1,13 +1,12 @@
 """A graph as a package of AOTInductor."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from moeca_fx.errors import ExportError
 from moeca_fx.export.graph import ExportGraph
-from moeca_fx.export.trace import trace, untraceable
+from moeca_fx.export.trace import quiet, trace, untraceable
 from moeca_fx.runtime.compiler import why_not_compiled
 
 
@@ -25,9 +24,9 @@ def save_package(graph: ExportGraph, most: int, path: Path) -> None:
     if reason is not None:
         raise ExportError(f"export to AOTInductor: {reason}; export as ONNX or .pt2 instead")
     program = trace(graph, most)
-    options: dict[str, Any] = {}
     try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+        with quiet():
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except OSError:
         raise
     except Exception as error:  # Inductor raises many unrelated types; each becomes one clear error

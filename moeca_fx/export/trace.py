@@ -1,5 +1,9 @@
 """torch.export of a graph whose batch is open."""
 
+import contextlib
+import warnings
+from collections.abc import Iterator
+
 import torch
 from torch.export import Dim, ExportedProgram
 
@@ -18,11 +22,20 @@ def trace(graph: ExportGraph, most: int) -> ExportedProgram:
     """
     batch = Dim("batch", min=1, max=max(most, 2))
     shapes = tuple({0: batch} if port.batched else None for port in graph.inputs)
-    with torch.no_grad():
+    with torch.no_grad(), quiet():
         try:
             return torch.export.export(graph.module, graph.examples, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # it raises many unrelated types; each becomes one clear error
             raise untraceable(graph, "torch.export", error) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """torch's tools warn of their own deprecations; users can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 def untraceable(graph: ExportGraph, what: str, error: BaseException) -> ExportError:

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from moeca_fx.errors import ExportError, require
 from moeca_fx.export.graph import ExportGraph
 from moeca_fx.export.onnx.names import label, name_nodes
 from moeca_fx.export.onnx.whole import keep_whole
-from moeca_fx.export.trace import trace, untraceable
+from moeca_fx.export.trace import quiet, trace, untraceable
 from moeca_fx.graph.sites import Sites
 
 EXTRA = "onnx"
@@ -153,9 +152,7 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
+        with quiet():
             yield
     finally:
         for logger, level in zip(loggers, before, strict=True):
