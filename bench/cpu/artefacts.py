@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import moeca_fx
-from bench.cpu.steps import KEEP_MATCHED, share_of_full, without_experts
+from bench.cpu.steps import KEEP_MATCHED, cached_runs
 from bench.cpu.timing import interleave, milliseconds, ratio
 from moeca_fx.export import load, to_aotinductor, to_onnx
 from moeca_fx.passes.lower_export import Experts
@@ -90,29 +90,8 @@ def _runs(program: Program, batch: int, inputs: tuple[Tensor, ...]) -> tuple[dic
     assert graphs is not None
     empty = [torch.full((batch, *state.shape), state.empty, dtype=state.dtype) for state in graphs.states]
     carried = [tensor for tensor, state in zip(empty, graphs.states, strict=True) if state.carried]
-    rule, count = graphs.rules[0], len(graphs.states)
+    count = len(graphs.states)
     states = list(program.run("full", batch, *inputs, *carried)[program.outputs : program.outputs + count])
-    runs: dict[str, Run] = {FULL: lambda: program.run("full", batch, *inputs, *carried)}
-    shares: dict[str, float] = {}
     flops = program.step_flops(list(inputs), batch)
-    for fraction in FRACTIONS:
-        held = [state.clone() for state in states]
-        taken = {
-            i: without_experts(held[i], fraction) for i, state in enumerate(graphs.states) if state.kind == "expert"
-        }
-        key = f"cached {fraction:.0%}"
-        runs[key] = _cached(program, rule.name, batch, inputs, held, taken)
-        counts = runs[key]()[-1].tolist()
-        shares[key] = share_of_full(flops, dict(zip(rule.counters, counts, strict=True)))
-    return runs, shares
-
-
-def _cached(
-    program: Program, rule: str, batch: int, inputs: tuple[Tensor, ...], held: list[Tensor], taken: dict[int, Tensor]
-) -> Run:
-    def run() -> Any:
-        for index, experts in taken.items():  # a step may write the experts that it found
-            held[index].copy_(experts)
-        return program.run(rule, batch, *inputs, *held)
-
-    return run
+    runs, shares = cached_runs(program, states, flops, inputs, batch, FRACTIONS)
+    return {FULL: lambda: program.run("full", batch, *inputs, *carried)} | runs, shares

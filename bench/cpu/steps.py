@@ -94,17 +94,32 @@ def _full(fast: TransformedModel, inputs: tuple[Tensor, ...]) -> Any:
 def _cached_runs(
     fast: TransformedModel, inputs: tuple[Tensor, ...], batch: int
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
-    """A run for each fraction, and its FLOPs over a full step's."""
+    """`cached_runs` after the full step of a transformed model."""
     program = next(iter(fast._moeca.programs.values()))
+    states = fast._moeca.trajectories["default"].states
+    flops = fast._moeca.accounting.tally(program, list(inputs), batch).step_flops()
+    return cached_runs(program, states, flops, inputs, batch, FRACTIONS)
+
+
+def cached_runs(
+    program: Program,
+    states: list[Tensor],
+    flops: StepFlops,
+    inputs: tuple[Tensor, ...],
+    batch: int,
+    fractions: tuple[float, ...],
+) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
+    """A run of the first rule's step for each fraction, and its FLOPs over a full step's.
+
+    Args:
+        states: caches after a full step, which stay as they are.
+    """
     graphs = program.graphs
     assert graphs is not None
-    states = fast._moeca.trajectories["default"].states
     rule = graphs.rules[0]
-    tally = fast._moeca.accounting.tally(program, list(inputs), batch)
-    flops = tally.step_flops()
     runs: dict[str, Callable[[], Any]] = {}
     share: dict[str, float] = {}
-    for fraction in FRACTIONS:
+    for fraction in fractions:
         held = [state.clone() for state in states]  # of its own: a step leaves features in the slots it chose
         taken = {
             i: without_experts(held[i], fraction) for i, state in enumerate(graphs.states) if state.kind == "expert"

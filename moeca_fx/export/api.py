@@ -10,13 +10,13 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import nn
 
-from moeca_fx.errors import ConfigError, ExportError
+from moeca_fx.errors import ExportError
 from moeca_fx.export.engine import Backend, Progress, build_engine, find_backend
 from moeca_fx.export.manifest import Manifest, read_manifest, write_manifest
 from moeca_fx.export.onnx.file import OPSET, make_onnx, save_onnx
 from moeca_fx.export.package import save_package
 from moeca_fx.export.plan import ExportPlan, Form
-from moeca_fx.export.request import ExportOptions, Say, make_request, put, refuse_unrolled, unwritable
+from moeca_fx.export.request import ExportOptions, Say, make_request, put, refuse_compiled, refuse_unrolled, unwritable
 from moeca_fx.export.sessions.onnx import NO_BF16
 from moeca_fx.export.trace import trace
 from moeca_fx.files import prepare_folder
@@ -64,8 +64,7 @@ def to_onnx(
         MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
         MoecaError: what `transform` raises, or the folder cannot be written.
     """
-    if graphs == "compiled":
-        raise ConfigError("graphs: 'compiled' is AOTInductor's form; ONNX takes auto, one or steps")
+    refuse_compiled(graphs, "ONNX")
     request = make_request(
         model,
         folder,
@@ -103,8 +102,7 @@ def to_pt2(
 
     Args, returns and errors are those of `to_onnx`; experts are padded or dense, and every file holds its weights.
     """
-    if graphs == "compiled":
-        raise ConfigError("graphs: 'compiled' is AOTInductor's form; .pt2 takes auto, one or steps")
+    refuse_compiled(graphs, ".pt2")
     refuse_unrolled(experts, ".pt2")
     request = make_request(model, folder, example_inputs, example_kwargs, policy, graphs, options, experts)
 

@@ -11,14 +11,13 @@ import torch
 
 from moeca_fx.errors import ExportError, MissingExtraError, require
 from moeca_fx.export.engine import Rejection, find_backend, parse_onnx
-from moeca_fx.export.graph import Port
+from moeca_fx.export.graph import CACHE_IN, CACHE_OUT, Port
 from moeca_fx.export.manifest import FILE, Manifest, describe_port, read_manifest, read_port, reading_fields
 from moeca_fx.export.onnx.file import EXTRA
 from moeca_fx.export.plan import FULL, PROBE
 from moeca_fx.export.sessions import KINDS
+from moeca_fx.export.sessions.program import open_program
 from moeca_fx.runtime.memory import MemoryReport, report
-
-CACHE_IN, CACHE_OUT = "cache_in.", "cache_out."
 
 
 @dataclass(frozen=True)
@@ -294,10 +293,7 @@ def _onnx_contents(path: Path) -> Contents:
 
 
 def _program_contents(path: Path) -> Contents:
-    try:
-        program = torch.export.load(path)
-    except Exception as error:  # torch raises what zip files, pickles and its own schema raise
-        raise ExportError(f"{path}: torch cannot load it: {str(error).splitlines()[0]}; export again") from error
+    program = open_program(path)
     calls = Counter(_operator(node.target) for node in program.graph.nodes if node.op == "call_function")
     tensors = [*program.state_dict.values(), *program.constants.values()]
     places = {(t.data_ptr(), t.shape, t.stride()): t for t in tensors if isinstance(t, torch.Tensor)}

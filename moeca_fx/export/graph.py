@@ -17,6 +17,7 @@ FORCE = "force"
 CLOCK = "clock"
 STREAM = "stream"
 COUNTERS = "counters"
+CACHE_IN, CACHE_OUT = "cache_in.", "cache_out."
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ def tensor_port(name: str, value: Tensor, batched: bool) -> Port:
     return Port(name, (BATCH, *value.shape[1:]) if batched else tuple(value.shape), value.dtype)
 
 
-def cache_port(way: str, state: StateSpec) -> Port:
-    """Of a cache; `way` is ``in`` or ``out``."""
-    return Port(f"cache_{way}.{state.name}", (BATCH, *state.shape), state.dtype)
+def cache_port(prefix: str, state: StateSpec) -> Port:
+    """Of a cache; `prefix` is `CACHE_IN` or `CACHE_OUT`."""
+    return Port(f"{prefix}{state.name}", (BATCH, *state.shape), state.dtype)
 
 
 def make_graph(
@@ -99,7 +100,7 @@ def make_graph(
             returns.append(("value", value))
             continue
         written = _written(value, in_place)
-        if written in place and inputs[place[written]].name.startswith("cache_in."):
+        if written in place and inputs[place[written]].name.startswith(CACHE_IN):
             returns.append(("input", place[written]))
             continue
         if value.op == "placeholder" or value in kept:

@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 
 from moeca_fx.errors import ConfigError, ExportError
 from moeca_fx.export.graph import (
+    CACHE_IN,
+    CACHE_OUT,
     CLOCK,
     COUNTERS,
     FORCE,
@@ -232,7 +234,7 @@ class _Builder:
     def _add_probe(self, probe: ProbeGraph) -> list[tuple[Port, Tensor]]:
         """The probe, and the stream that its graph hands on, if any."""
         state = probe.state
-        value = cache_port("out", state)
+        value = cache_port(CACHE_OUT, state)
         outputs = [Port("change", (), torch.float32), value]
         if len(probe.module.graph.output_node().args[0]) > len(outputs):  # type: ignore[arg-type]  # a tuple
             outputs.append(Port(STREAM, value.shape, value.dtype))
@@ -247,7 +249,7 @@ class _Builder:
 
     def _outputs(self, states: Sequence[StateSpec], counters: Sequence[Counter]) -> list[Port]:
         counted = [Port(COUNTERS, (len(counters),), torch.int64)] if counters else []
-        return [*self.results, *(cache_port("out", state) for state in states), *counted]
+        return [*self.results, *(cache_port(CACHE_OUT, state) for state in states), *counted]
 
     def _add(
         self,
@@ -264,7 +266,7 @@ class _Builder:
             make_graph(
                 name,
                 module,
-                [*self.call, *(cache_port("in", state) for state in reads), *(port for port, _ in extra)],
+                [*self.call, *(cache_port(CACHE_IN, state) for state in reads), *(port for port, _ in extra)],
                 outputs,
                 [*self.examples, *caches, *(value for _, value in extra)],
                 () if self.experts else _WRITES_IN_PLACE,

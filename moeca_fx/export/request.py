@@ -134,6 +134,12 @@ def make_request(
     return Request(model, target, inputs, kwargs, method, form, experts, sizes, options, sayer(options))
 
 
+def refuse_compiled(form: Form, what: str) -> None:
+    """Raise `ConfigError` for the form that only AOTInductor takes."""
+    if form == "compiled":
+        raise ConfigError(f"graphs: 'compiled' is AOTInductor's form; {what} takes auto, one or steps")
+
+
 def refuse_unrolled(experts: Experts, what: str) -> None:
     """Raise `ConfigError` for what only ONNX can hold."""
     if experts == "unrolled":

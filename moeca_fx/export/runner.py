@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from moeca_fx.errors import InputError
+from moeca_fx.export.graph import CACHE_IN, CACHE_OUT
 from moeca_fx.export.manifest import Manifest, dtype_of, read_manifest, read_port, reading_fields
 from moeca_fx.export.sessions import CPU, RunOptions, open_session
 from moeca_fx.passes import Compilation
@@ -125,7 +126,7 @@ class _Loaded:
         self.replaced = []
         """For each output the position of the input whose buffer is free afterwards, or None."""
         for port in self.outputs:
-            name = port.name.replace("cache_out.", "cache_in.")
+            name = port.name.replace(CACHE_OUT, CACHE_IN)
             place = names.index(name) if name != port.name and name in names else None
             self.replaced.append(None if place in handed_on else place)
         # new value of a cache -> the buffer of its last one

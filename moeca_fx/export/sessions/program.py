@@ -12,14 +12,23 @@ from moeca_fx.export.graph import Port
 from moeca_fx.export.sessions.base import Buffers, check_names
 
 
+def open_program(path: Path) -> torch.export.ExportedProgram:
+    """Read a ``.pt2`` file.
+
+    Raises:
+        ExportError: torch cannot.
+    """
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # torch raises what zip files, pickles and its own schema raise
+        raise ExportError(f"{path}: torch cannot load it: {str(error).splitlines()[0]}; export again") from error
+
+
 class ProgramSession:
     """One loaded program."""
 
     def __init__(self, path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
-        try:
-            program = torch.export.load(path)
-        except Exception as error:  # torch raises what zip files, pickles and its own schema raise
-            raise ExportError(f"{path}: torch cannot load it: {str(error).splitlines()[0]}; export again") from error
+        program = open_program(path)
         signature = program.graph_signature
         taken = [spec for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT]
         given = [spec for spec in signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
