@@ -44,7 +44,7 @@ def _indented(statements: list[str], depth: int = 1) -> list[str]:
 
 
 def _copied(structure: Structure) -> list[str]:
-    """What identity experts add that are arithmetic: ids from E on; the id after the last one marks a dropped branch."""
+    """What identity experts add that are arithmetic: ids from E on; the one after the last is a dropped branch."""
     if structure.special != "identity" or structure.as_modules == structure.choices:
         return []
     copied = f"(ids >= {structure.num_experts}) & (ids < {structure.choices})"

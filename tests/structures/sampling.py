@@ -1,4 +1,4 @@
-"""A fixed sample of structures in which every pair of values that can go together does, and a small one for each value."""
+"""A fixed sample of structures with every pair of values that can go together, and a small one with every value."""
 
 import random
 from collections.abc import Iterable
@@ -56,7 +56,7 @@ def sample() -> tuple[Structure, ...]:
 
 @cache
 def fast_sample() -> tuple[int, ...]:
-    """Indices into `sample()` of `FAST_SIZE` structures that hold every single value, the commonest forms among them."""
+    """Indices into `sample()` of `FAST_SIZE` structures that hold every single value."""
     structures = sample()
     missing: set[Value] = {(axis, value) for axis, values in AXES.items() for value in values}
     indices: list[int] = []

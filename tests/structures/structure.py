@@ -49,7 +49,7 @@ class Structure:
         gate: what makes the logits.
         scores: what becomes of them; ``both`` selects by softmax and weighs by sigmoid.
         selection: what else decides: a correction bias, a group limit, or noise that is off in eval mode.
-        top_k: experts of a token; for expert choice, mean experts of a token; 1 for a threshold, where it means nothing.
+        top_k: experts of a token; for expert choice the mean; 1 for a threshold, where it means nothing.
         weights: what becomes of the chosen scores.
         shared: experts of every token; ``gated`` weighs one by a sigmoid of its own.
         expert: form of one expert; ``two_slices`` multiplies its matrices in slices and sums.
