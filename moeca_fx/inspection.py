@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from moeca_fx.batch import at_least_two, batch_size
 from moeca_fx.discover import Refusal, discover
 from moeca_fx.graph.rewrite import module_path
 from moeca_fx.graph.sites import MoESite, Site, kind_of
@@ -15,7 +16,6 @@ from moeca_fx.graph.slicing import between
 from moeca_fx.graph.storage import CacheDtype, find_storage
 from moeca_fx.model_checks import check_inputs, check_model, resolve_policy
 from moeca_fx.passes import Compilation, run_pipeline
-from moeca_fx.passes.capture import at_least_two, batch_size
 from moeca_fx.policies import Method, MoECa, Policy, as_method
 from moeca_fx.runtime.flops import node_flops
 from moeca_fx.runtime.module import share_weights

@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from moeca_fx.discover import MoERegion
+from moeca_fx.discover.experts import expert_modules
 from moeca_fx.errors import PassError
 from moeca_fx.graph.expert_program import build_expert_program
 from moeca_fx.graph.rewrite import call, copy_meta, example_value, finish
@@ -61,9 +62,9 @@ def _vectorize(
     assert isinstance(x, fx.Node) and isinstance(weight, fx.Node), f"{marker.name}: operands are nodes"
     region = regions[str(key)]
     value = example_value(x)
-    parameter = next(iter(model.get_submodule(region.experts[0]).parameters()))
+    experts = expert_modules(model, region)
+    parameter = next(iter(experts[0].parameters()))
     example = torch.zeros(4, value.shape[-1], dtype=value.dtype, device=parameter.device)
-    experts = [model.get_submodule(path) for path in region.experts]
     base = site.path.replace(".", "_")
     program_name = f"{base}_experts"
     module.add_submodule(program_name, build_expert_program(region.path, experts, example))

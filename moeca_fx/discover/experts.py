@@ -1,0 +1,33 @@
+"""The experts of a region as modules of one kind: ``rows [M, H] -> rows [M, H]``, however the model holds them."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from moeca_fx.discover.inline.stacked import stacked_modules
+from moeca_fx.discover.records import MoERegion
+
+
+class KeywordExpert(nn.Module):
+    """An expert that takes its rows by keyword."""
+
+    def __init__(self, expert: nn.Module, keyword: str) -> None:
+        super().__init__()
+        self.expert, self.keyword = expert, keyword
+        self.eval()
+
+    def forward(self, x: Tensor) -> Any:
+        """Rows [M, H] -> [M, H]."""
+        return self.expert(**{self.keyword: x})
+
+
+def expert_modules(model: nn.Module, region: MoERegion) -> list[nn.Module]:
+    """One module an expert that is rewritten, over the model's own weights, in order of expert id."""
+    if region.form is not None:
+        return stacked_modules(model.get_submodule(region.container), region.form)
+    return [as_expert(model.get_submodule(path), region.keyword) for path in region.experts]
+
+
+def as_expert(module: nn.Module, keyword: str | None) -> nn.Module:
+    """A module that takes its rows by position."""
+    return module if keyword is None else KeywordExpert(module, keyword)
