@@ -8,6 +8,8 @@ from torch import nn
 
 from moeca_fx.batch import batch_size
 from moeca_fx.discover import Discovery, discover
+from moeca_fx.discover.behaviour import check_behaviour
+from moeca_fx.discover.state import State, first_output
 from moeca_fx.errors import ConfigError, NoMoEFoundError, UnprovenRegionError
 from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.graph.storage import CacheDtype, find_storage, stored_states
@@ -59,7 +61,8 @@ def transform(
         `TransformedModel` for contexts, statistics and memory.
 
     Raises:
-        UnsupportedModelError: training mode, hooks, quantised experts, or a layer that cannot be rewritten.
+        UnsupportedModelError: training mode, hooks, quantised experts, a layer that cannot be rewritten, or a model
+            that no cache can serve: samples that depend on each other, random numbers, state, a language model.
         NoMoEFoundError: no mixture-of-experts layer was found.
         UnprovenRegionError: a layer was found whose routing could not be proven.
         InputError: the example inputs do not fit the model.
@@ -116,8 +119,12 @@ def find_regions(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     """
     check_model(model)
     check_inputs(model, args, kwargs)
-    found = discover(model, args, kwargs)
+    before = State(model)
+    with first_output(model) as output:
+        found = discover(model, args, kwargs)
     unproven = [refusal for refusal in found.refused if refusal.is_moe]
+    if found.regions or unproven:
+        check_behaviour(model, args, kwargs, output[0], before)
     if unproven:
         reasons = "; ".join(f"{refusal.path}: {refusal.reason}" for refusal in unproven)
         raise UnprovenRegionError(

@@ -1,7 +1,7 @@
 """`build`: a tiny diffusion transformer of a structure, in eval mode, with its inputs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -67,9 +67,9 @@ class SubBlockFeedForward(FeedForward):
 class Transformer(nn.Module):
     """What the models of every structure share: embeddings of time and condition, blocks, a modulated last layer."""
 
-    def __init__(self, structure: Structure) -> None:
+    def __init__(self, structure: Structure, layer: Callable[[int], nn.Module] | None = None) -> None:
         super().__init__()
-        layer = layer_class(structure)
+        layer = layer or layer_class(structure)
         dense = SubBlockFeedForward if structure.place == "sub_block" else FeedForward
         layers = [dense(WIDTH) if structure.depth == "first_dense" else layer(WIDTH), layer(WIDTH)]
         self.blocks = nn.ModuleList(Block(structure.attention, inner, structure.place) for inner in layers)
@@ -79,7 +79,7 @@ class Transformer(nn.Module):
     def encode_time(self, t: Tensor) -> Tensor:
         frequencies = torch.exp(-math.log(100) * torch.arange(WIDTH // 2, device=t.device) / (WIDTH // 2))
         angles = t[:, None].float() * frequencies
-        return self.time(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        return self.time(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.last.weight.dtype))
 
     def denoise(self, x: Tensor, condition: Tensor, text: Tensor | None) -> Tensor:
         for block in self.blocks:
@@ -90,8 +90,8 @@ class Transformer(nn.Module):
 class LatentTransformer(Transformer):
     """(x [B, C, h, w], t [B], y [B] or [B, S, H]) -> [B, C, h, w]."""
 
-    def __init__(self, structure: Structure) -> None:
-        super().__init__(structure)
+    def __init__(self, structure: Structure, layer: Callable[[int], nn.Module] | None = None) -> None:
+        super().__init__(structure, layer)
         self.patchify = nn.Conv2d(CHANNELS, WIDTH, PATCH, stride=PATCH)
         self.position = nn.Parameter(torch.randn(1, TOKENS, WIDTH))
         self.label = nn.Linear(WIDTH, WIDTH) if structure.attention in _TEXTUAL else nn.Embedding(CLASSES, WIDTH)
@@ -108,8 +108,8 @@ class LatentTransformer(Transformer):
 class TokenTransformer(Transformer):
     """(hidden_states [B, T, C'], timestep [B], encoder_hidden_states [B, S, H]) -> ([B, T, C'],), called by keyword."""
 
-    def __init__(self, structure: Structure) -> None:
-        super().__init__(structure)
+    def __init__(self, structure: Structure, layer: Callable[[int], nn.Module] | None = None) -> None:
+        super().__init__(structure, layer)
         self.textual = structure.attention in _TEXTUAL
         self.embed = nn.Linear(PATCH * PATCH * CHANNELS, WIDTH)
         self.pos_embed = nn.Parameter(torch.randn(TOKENS, WIDTH))
@@ -122,11 +122,13 @@ class TokenTransformer(Transformer):
         return (self.denoise(tokens, condition, text if self.textual else None),)
 
 
-def build(structure: Structure, seed: int = 0, batch: int = 2) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """A seeded model of a structure in eval mode, and arguments of one call."""
+def build(
+    structure: Structure, seed: int = 0, batch: int = 2, layer: Callable[[int], nn.Module] | None = None
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A seeded model of a structure in eval mode, and arguments of one call; `layer(width)` replaces its MoE layer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LatentTransformer(structure) if structure.data == "latents" else TokenTransformer(structure)
+        model = (LatentTransformer if structure.data == "latents" else TokenTransformer)(structure, layer)
         for block in model.blocks:
             nn.init.normal_(block.modulation[1].weight, std=0.3)  # a gate of zero would hide every mistake behind it
     args, kwargs = inputs(structure, batch, seed)
