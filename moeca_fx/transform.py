@@ -10,6 +10,7 @@ from moeca_fx.batch import batch_size
 from moeca_fx.discover import Discovery, discover
 from moeca_fx.discover.behaviour import check_behaviour
 from moeca_fx.discover.state import State, first_output
+from moeca_fx.discover.unlike import unlike_experts
 from moeca_fx.errors import ConfigError, NoMoEFoundError, UnprovenRegionError
 from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.graph.storage import CacheDtype, find_storage, stored_states
@@ -131,7 +132,8 @@ def find_regions(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
             f"{type(model).__name__}: a mixture-of-experts region could not be proven, nothing was changed. {reasons}"
         )
     if not found.regions:
-        looked = "; ".join(f"{refusal.path}: {refusal.reason}" for refusal in found.refused) or "no candidates"
+        seen = [*(f"{refusal.path}: {refusal.reason}" for refusal in found.refused), *unlike_experts(model)]
+        looked = "; ".join(seen) or "no candidates"
         raise NoMoEFoundError(
             f"{type(model).__name__}: found no mixture-of-experts layer (expected a list of identical experts under a "
             f"top-k router). Looked at: {looked}. For a dense model use another cache"
