@@ -7,7 +7,7 @@
 Children without parameters (identity, zero) may stand among them. What routes to them is not looked at here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,10 +52,7 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
     inside = [candidate.path for candidate in found if not candidate.attributes]
     kept = [c for c in found if not (c.attributes and any(_holds(c, other) for other in inside))]
     return [
-        Candidate(c.path, c.experts, any(_is_inside(other, c.path) for other in inside), c.stacked, c.attributes)
-        if not c.attributes
-        else c
-        for c in kept
+        replace(c, nested=any(_is_inside(other, expert) for other in inside for expert, _ in c.experts)) for c in kept
     ]
 
 

@@ -1,7 +1,10 @@
 """The experts of a region as modules of one kind: ``rows [M, H] -> rows [M, H]``, however the model holds them."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moeca_fx.discover.inline.stacked import stacked_modules
@@ -19,6 +22,26 @@ class KeywordExpert(nn.Module):
     def forward(self, x: Tensor) -> Any:
         """Rows [M, H] -> [M, H]."""
         return self.expert(**{self.keyword: x})
+
+
+@dataclass(frozen=True)
+class ModuleExperts:
+    """Modules run on the same rows."""
+
+    modules: Sequence[nn.Module]
+
+    @property
+    def count(self) -> int:
+        """E."""
+        return len(self.modules)
+
+    def outputs(self, rows: Tensor) -> Tensor | None:
+        """[J, H] -> [J, E, H]; None when they cannot take such rows."""
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            try:
+                return torch.stack([module(rows) for module in self.modules], 1)
+            except (RuntimeError, TypeError, ValueError):
+                return None
 
 
 def expert_modules(model: nn.Module, region: MoERegion) -> list[nn.Module]:

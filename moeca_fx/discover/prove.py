@@ -12,9 +12,15 @@ from typing import Any
 from torch import nn
 
 from moeca_fx.discover.candidates import Candidate
-from moeca_fx.discover.experts import as_expert
+from moeca_fx.discover.experts import ModuleExperts, as_expert
 from moeca_fx.discover.inline.block import Block, Call, prove_block, record_block
-from moeca_fx.discover.inline.stacked import StackedForm, stacked_forms, stacked_modules, stacked_parameters
+from moeca_fx.discover.inline.stacked import (
+    StackedExperts,
+    StackedForm,
+    stacked_forms,
+    stacked_modules,
+    stacked_parameters,
+)
 from moeca_fx.discover.inline.tape import NotReplayable
 from moeca_fx.discover.method import MethodCall, Spied, TracedMethod, prove_method, spied
 from moeca_fx.discover.probe import Probe, enclosing, enclosing_router, innermost_method, key_of, run_again
@@ -191,7 +197,8 @@ def prove_modules(
     """
     modules = [as_expert(model.get_submodule(name), keyword) for name in experts]
     below = [_below(name, path) for name in experts]
-    return prove_block(record_block(model.get_submodule(path), _opened(below), small, large), modules, below)
+    recorded = record_block(model.get_submodule(path), _opened(below), small, large, below)
+    return prove_block(recorded, modules, ModuleExperts(modules))
 
 
 def prove_stacked(
@@ -219,7 +226,7 @@ def prove_stacked(
     for chosen in forms:
         experts = stacked_modules(holder, chosen)
         try:
-            return prove_block(recorded, experts), chosen
+            return prove_block(recorded, experts, StackedExperts(holder, chosen, count)), chosen
         except NotReplayable as problem:
             reason = str(problem)
     raise NotReplayable(reason)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moeca_fx.batch import other_values
-from moeca_fx.discover.inline.branches import branches_of
-from moeca_fx.discover.inline.match import Match, matches
+from moeca_fx.discover.inline.branches import COPY, Branches, branches_of, may_be_empty
+from moeca_fx.discover.inline.match import Experts, Match, Search
 from moeca_fx.discover.inline.recipe import Recipe, make_recipe
 from moeca_fx.discover.inline.tape import NotReplayable, Tape, record
 from moeca_fx.discover.reference import TOLERANCE, branch_sum, choice_as_tokens
@@ -65,7 +65,16 @@ class Block:
     @property
     def empty_slots(self) -> bool:
         """Whether a token may have fewer branches than slots."""
-        return bool(self.free) or self.match.routing.kind == "dense"
+        return may_be_empty(self.match.routing, self.free)
+
+    def branches(self, values: Sequence[Tensor]) -> Branches:
+        """Branches of a call, from the token rows and the values of the routing."""
+        return branches_of(self.match.routing, values[0], values[1:], self.free, self.count)
+
+    def free_part(self, x: Tensor, branches: Branches, experts: Sequence[nn.Module]) -> Tensor | None:
+        """What experts without parameters add to the sum; None when there are none."""
+        parts = [(x if index == COPY else experts[index](x)) * share for index, share in branches.free]
+        return None if not parts else torch.stack(parts).sum(0)
 
     def run(
         self, owner: nn.Module, experts: Sequence[nn.Module], marker: Marker, args: tuple[Any, ...], kwargs: Any
@@ -73,12 +82,11 @@ class Block:
         """The call's result, the experts with parameters computed by `marker` (rows, ids or tokens, weights)."""
 
         def routed(*values: Tensor) -> Tensor:
-            x, weight, *more = values
-            rest = more.pop() if self.match.rest is not None else None
-            branches = branches_of(self.match.routing, x, weight, more, self.free, self.count)
-            total = marker(x, branches.chosen, branches.weight)
-            for index, share in branches.free:
-                total = total + (experts[index](x) * share).to(total.dtype)
+            rest = values[-1] if self.match.rest is not None else None
+            branches = self.branches(values if rest is None else values[:-1])
+            total = marker(values[0], branches.chosen, branches.weight)
+            free = self.free_part(values[0], branches, experts)
+            total = total if free is None else total + free.to(total.dtype)
             total = total.reshape(-1, *self.shape)
             return total.to(self.dtype) if rest is None else (rest + total.to(rest.dtype)).to(self.dtype)
 
@@ -93,6 +101,7 @@ class Recorded:
         owner: module of the calls.
         small, large: their arguments.
         short, long: their tapes.
+        search: over the first tape.
     """
 
     owner: nn.Module
@@ -100,38 +109,42 @@ class Recorded:
     large: Call
     short: Tape
     long: Tape
+    search: Search
 
 
-def record_block(owner: nn.Module, opened: frozenset[str], small: Call, large: Call) -> Recorded:
+def record_block(
+    owner: nn.Module, opened: frozenset[str], small: Call, large: Call, paths: Sequence[str] = ()
+) -> Recorded:
     """Run a block on both calls.
 
     Args:
         owner: module of the calls.
         opened: paths of its submodules on the way to the experts, and of none else.
         small, large: arguments.
+        paths: of the experts below the owner; none for stacked ones.
 
     Raises:
         NotReplayable: it cannot be recorded.
     """
-    tapes = (record(owner, opened, call.args, call.kwargs) for call in (small, large))
-    return Recorded(owner, small, large, *tapes)
+    short, long = (record(owner, opened, call.args, call.kwargs) for call in (small, large))
+    search = Search(short, small.samples, _rows_seen(short, paths))
+    return Recorded(owner, small, large, short, long, search)
 
 
-def prove_block(recorded: Recorded, experts: Sequence[nn.Module], paths: Sequence[str] = ()) -> Block:
+def prove_block(recorded: Recorded, experts: Sequence[nn.Module], together: Experts) -> Block:
     """Find and prove the routed experts of a block.
 
     Args:
         recorded: its calls.
         experts: one module an expert, in order of expert id, those without parameters too.
-        paths: of the experts below the owner; none for stacked ones.
+        together: the same experts.
 
     Raises:
         NotReplayable: with the reason.
     """
     short, small = recorded.short, recorded.small
-    seen = _rows_seen(short, paths)
     problem = "no values of its run are token rows, a routing over its experts, and their weighted sum"
-    for match in islice(matches(short, experts, small.samples, seen), _TRIED):
+    for match in islice(recorded.search.matches(together), _TRIED):
         try:
             block = _block(match, short, recorded.long, experts)
             calls = (small, recorded.large, _changed(small))
@@ -148,8 +161,7 @@ def prove_block(recorded: Recorded, experts: Sequence[nn.Module], paths: Sequenc
 
 def _block(match: Match, short: Tape, long: Tape, experts: Sequence[nn.Module]) -> Block:
     routing = match.routing
-    wanted = [match.x, routing.weight, *([routing.expert] if routing.expert is not None else [])]
-    wanted += [match.rest] if match.rest is not None else []
+    wanted = [match.x, *routing.values, *([match.rest] if match.rest is not None else [])]
     recipe = make_recipe(short, long, wanted, match.total)
     value = short.values[match.total]
     free = tuple(index for index, expert in enumerate(experts) if next(expert.parameters(), None) is None)
@@ -216,8 +228,7 @@ def _check_scales(block: Block, tape: Tape, experts: Sequence[nn.Module]) -> Non
     """
     match, values = block.match, tape.values
     x, total = values[match.x], values[match.total]
-    chosen = [] if match.routing.expert is None else [values[match.routing.expert]]
-    branches = branches_of(match.routing, x, values[match.routing.weight], chosen, block.free, block.count)
+    branches = block.branches([x, *(values[number] for number in match.routing.values)])
     ids, weight = branches.chosen, branches.weight
     if match.routing.kind == "choice":
         ids, weight = choice_as_tokens(x, ids, weight)
@@ -225,8 +236,8 @@ def _check_scales(block: Block, tape: Tape, experts: Sequence[nn.Module]) -> Non
     if match.rest is not None:
         routed = routed - values[match.rest].double().reshape(routed.shape)
     with torch.no_grad():
-        for index, share in branches.free:
-            routed = routed - (experts[index](x).double() * share.double()).reshape(routed.shape)
+        free = block.free_part(x, branches, experts)
+        routed = routed if free is None else routed - free.double().reshape(routed.shape)
     real = [expert for index, expert in enumerate(experts) if index not in block.free]
     problem = off_scale(real, x, ids, weight, routed, total)
     if problem is not None:

@@ -1,49 +1,37 @@
 """Find on a tape what the experts read, how tokens are routed, and where the routed sum enters the result.
 
-    x [N, H], expert ids [N, k] and weights [N, k]    or dense weights [N, E], zero where an expert is not chosen
-                                                      or tokens [B, E, C] chosen by experts, and their weights
-    F = sum over branches of weight * expert(x)
-    some value V of the tape equals F, or F + U for another value U (a shared expert, the residual)
+    F = sum over experts of weight * expert(x)       for every value x of token rows and every routing
+    V = F, or V = F + U                              for values V and U of the tape (a shared expert, the residual)
 
-All pairs of such values are tried on a few rows; names and the way the model dispatches play no part. What is found is
-only a hypothesis: `prove` runs the recipe made from it.
+All combinations are compared on a few tokens and channels; names and the way the model dispatches play no part. What is
+found is only a hypothesis: `block` runs the recipe made from it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moeca_fx.discover.inline.tape import Ref, Tape
+from moeca_fx.discover.inline.routings import Routing, Shares, find_routings
+from moeca_fx.discover.inline.tape import Tape
 
-Kind = Literal["ids", "dense", "choice"]
-_ROWS = 12  # tokens that hypotheses are compared on
-# Largest difference on those rows, relative to the value compared with: only to sort out, the proof comes later.
+_TOKENS, _CHANNELS = 12, 24  # that hypotheses are compared on
+_PROJECTIONS = 8
+# Largest difference on those, relative to the routed sum: only to sort out, the proof comes later.
 _NEAR = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-@dataclass(frozen=True)
-class Routing:
-    """Values of the tape that say which expert takes which token, and with which weight.
+class Experts(Protocol):
+    """Something that runs every expert on the same rows."""
 
-    Attributes:
-        kind: ``ids`` (expert of each branch, k a token), ``dense`` (a weight for every token and expert) or ``choice``
-            (token of each branch, C an expert of a sample).
-        expert: value of the expert ids, or of the chosen tokens; None for ``dense``.
-        weight: value of the weights.
-        slots: k, or C; for ``dense`` the most experts that a token can have.
-        reduced: whether dense weights have a last axis to sum over (places in a capacity buffer).
-        expert_first: whether weights of ``choice`` run over experts before samples.
-    """
+    @property
+    def count(self) -> int:
+        """E."""
 
-    kind: Kind
-    expert: int | None
-    weight: int
-    slots: int
-    reduced: bool = False
-    expert_first: bool = False
+    def outputs(self, rows: Tensor) -> Tensor | None:
+        """[J, H] -> [J, E, H]; None when the experts cannot take such rows."""
 
 
 @dataclass(frozen=True)
@@ -63,41 +51,66 @@ class Match:
     rest: int | None
 
 
-def matches(tape: Tape, experts: Sequence[nn.Module], samples: int, seen: Sequence[Tensor] = ()) -> Iterator[Match]:
-    """Every hypothesis that holds on a few rows, simplest first.
+@dataclass
+class Search:
+    """The values of one tape, prepared for many hypotheses.
 
-    Args:
+    Attributes:
         tape: of a call of the block.
-        experts: one module an expert, in order; those without parameters (identity, zero) too.
         samples: batch size of the call.
         seen: rows that experts were called with; only token rows among which they are come into question.
     """
-    count = len(experts)
-    for x, rows in _token_rows(tape, seen):
-        number = rows.shape[0]
-        sample = _spread(number)
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            try:
-                outputs = torch.stack([expert(rows[sample]) for expert in experts], 1).double()  # [J, E, H]
-            except (RuntimeError, TypeError, ValueError):
-                continue
-        sums = _Sums(tape, number, outputs.shape[-1], sample, x)
-        found = [(routing, part) for routing, part in _routed(tape, rows, outputs, sample, samples, count)]
-        for routing, part in found:
-            for total, rest in sums.containing(part):
-                yield Match(x, routing, total, rest)
+
+    tape: Tape
+    samples: int
+    seen: Sequence[Tensor] = ()
+    shares: dict[tuple[int, int, bool], Shares] = field(default_factory=dict)
+    sums: dict[tuple[int, int], "_Sums"] = field(default_factory=dict)
+    rows: list[tuple[int, Tensor]] | None = None
+
+    def matches(self, experts: Experts) -> Iterator[Match]:
+        """Every hypothesis that holds on the compared tokens, simplest first."""
+        if self.rows is None:
+            self.rows = list(_token_rows(self.tape, self.seen))
+        known = []
+        for x, rows in self.rows:
+            chosen = _some(len(rows), _TOKENS)
+            outputs = experts.outputs(rows[chosen])
+            if outputs is not None:
+                known.append((x, rows, chosen, outputs.double()))
+        for dropped in (False, True):
+            for x, rows, chosen, outputs in known:
+                yield from self._with(experts.count, x, rows, chosen, outputs, dropped)
+
+    def _with(
+        self, count: int, x: int, rows: Tensor, chosen: Tensor, outputs: Tensor, dropped: bool
+    ) -> Iterator[Match]:
+        tokens, width = len(rows), outputs.shape[-1]
+        if (tokens, count, dropped) not in self.shares:
+            found = find_routings(self.tape, count, tokens, self.samples, chosen, dropped)
+            self.shares[tokens, count, dropped] = found
+        if (tokens, width) not in self.sums:
+            self.sums[tokens, width] = _Sums(self.tape, tokens, width, chosen)
+        shares = self.shares[tokens, count, dropped]
+        channels = _some(width, _CHANNELS)
+        own = rows[chosen].double() if rows.shape[-1] == width else torch.zeros(len(chosen), width, dtype=torch.float64)
+        parts = torch.cat([outputs, own[:, None]], 1)[..., channels]  # [J, E + 1, c]
+        routed = torch.einsum("rje,jec->rjc", shares.weights, parts)
+        limit = _NEAR.get(rows.dtype, 0.0)
+        for index, total, rest in self.sums[tokens, width].holding(routed, limit):
+            yield Match(x, shares.routings[index], total, rest)
 
 
 def _token_rows(tape: Tape, seen: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Different values that may be the experts' input [N, H], in the order of the tape."""
     known: list[Tensor] = []
-    wanted = [part[0] for part in seen if part.dim() == 2 and part.shape[0]]
+    wanted = [part[0] for part in seen if part.dim() == 2 and part.shape[0] and bool((part[0] != 0).any())]
     for number in sorted(tape.values):
         value = tape.values[number]
         if not _floats(value) or value.dim() < 2:
             continue
         rows = value.reshape(-1, value.shape[-1])
-        if wanted and not all(_holds(rows, row) for row in wanted[:4]):
+        if not all(_holds(rows, row) for row in wanted[:4]):
             continue
         if any(rows.shape == other.shape and torch.equal(rows, other) for other in known):
             continue
@@ -113,143 +126,55 @@ def _holds(rows: Tensor, row: Tensor) -> bool:
     return rows.shape[-1] == row.shape[-1] and bool((rows == row).all(-1).any())
 
 
-def _spread(number: int) -> Tensor:
-    """Numbers of some rows, far apart."""
-    count = min(number, _ROWS)
+def _some(number: int, most: int) -> Tensor:
+    """Some numbers below `number`, far apart."""
+    count = min(number, most)
     return torch.arange(count) * number // count
 
 
-# -- routing ------------------------------------------------------------------------------------------------------
-
-
-def _routed(
-    tape: Tape, rows: Tensor, outputs: Tensor, sample: Tensor, samples: int, count: int
-) -> Iterator[tuple[Routing, Tensor]]:
-    """Every routing on the tape, with the sum [J, H] that it gives on the sampled tokens."""
-    number = rows.shape[0]
-    values = {n: v for n, v in sorted(tape.values.items()) if v.numel() and not v.is_inference()}
-    weights = {n: v for n, v in values.items() if v.is_floating_point()}
-    for n, ids in values.items():
-        if ids.is_floating_point() or ids.dtype == torch.bool or ids.numel() % number or not ids.dim():
-            continue
-        slots = ids.numel() // number
-        if slots > count or int(ids.min()) < 0 or int(ids.max()) >= count:
-            continue
-        chosen = ids.reshape(number, slots)[sample]  # [J, k]
-        if slots > 1 and bool((chosen.sort(-1).values.diff() == 0).any()):
-            continue
-        features = outputs.gather(1, chosen[..., None].expand(-1, -1, outputs.shape[-1]))
-        for m, weight in weights.items():
-            if weight.numel() == ids.numel():
-                share = weight.reshape(number, slots)[sample].double()
-                yield Routing("ids", n, m, slots), (share[..., None] * features).sum(1)
-    for m, weight in weights.items():
-        for reduced in (False, True):
-            dense = weight.sum(-1) if reduced and weight.dim() > 2 else weight
-            if (reduced and weight.dim() <= 2) or dense.dim() < 2:
-                continue
-            if dense.numel() != number * count or dense.shape[-1] != count:
-                continue
-            share = dense.reshape(number, count)
-            bound = _most_chosen(tape, m, share)
-            part = (share[sample].double()[..., None] * outputs).sum(1)
-            yield Routing("dense", None, m, bound, reduced=reduced), part
-    yield from _chosen(values, weights, number, outputs, sample, samples, count)
-
-
-def _chosen(
-    values: Mapping[int, Tensor],
-    weights: Mapping[int, Tensor],
-    number: int,
-    outputs: Tensor,
-    sample: Tensor,
-    samples: int,
-    count: int,
-) -> Iterator[tuple[Routing, Tensor]]:
-    """Experts that choose tokens: ids [B, E, C] within a sample."""
-    tokens = number // samples
-    for n, ids in values.items():
-        if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() != 3 or ids.shape[:2] != (samples, count):
-            continue
-        if int(ids.min()) < 0 or int(ids.max()) >= tokens:
-            continue
-        place = ids + torch.arange(samples, device=ids.device)[:, None, None] * tokens
-        for m, weight in weights.items():
-            if weight.numel() != ids.numel():
-                continue
-            for expert_first in (False, True):
-                share = _by_sample(weight, ids, expert_first)
-                dense = torch.zeros(count, number, dtype=torch.float64, device=ids.device)
-                for expert in range(count):
-                    dense[expert].index_add_(0, place[:, expert].reshape(-1), share[:, expert].reshape(-1).double())
-                part = (dense[:, sample].T[..., None] * outputs).sum(1)
-                yield Routing("choice", n, m, ids.shape[-1], expert_first=expert_first), part
-
-
-def _by_sample(weight: Tensor, ids: Tensor, expert_first: bool) -> Tensor:
-    samples, count, slots = ids.shape
-    if expert_first:
-        return weight.reshape(count, samples, slots).transpose(0, 1)
-    return weight.reshape(samples, count, slots)
-
-
-def _most_chosen(tape: Tape, weight: int, dense: Tensor) -> int:
-    """How many experts a token can have: k of a top-k over all experts that the weights follow from; E without one."""
-    count = dense.shape[-1]
-    found = int((dense != 0).sum(-1).max())
-    makers = {number: entry for entry in tape.entries for number in entry.outputs if number is not None}
-    stack, seen, bounds = [weight], set(), []
-    while stack:
-        number = stack.pop()
-        if number in seen or number not in makers:
-            continue
-        seen.add(number)
-        entry = makers[number]
-        stack += entry.reads()
-        source = entry.args[0] if entry.args else None
-        if not isinstance(source, Ref) or source.number not in tape.values:
-            continue
-        value = tape.values[source.number]
-        if value.dim() and value.shape[-1] == count:
-            if entry.target is torch.ops.aten.topk.default:
-                bounds.append(int(entry.args[1]))
-            elif entry.target in (torch.ops.aten.argmax.default, torch.ops.aten.max.dim):
-                bounds.append(1)
-    fitting = [bound for bound in bounds if bound >= found]
-    return max(fitting) if fitting else count
-
-
-# -- the sum ------------------------------------------------------------------------------------------------------
-
-
 class _Sums:
-    """Values of the tape that may hold the routed sum."""
+    """Values of the tape that may hold the routed sum [N, H]."""
 
-    def __init__(self, tape: Tape, number: int, width: int, sample: Tensor, x: int) -> None:
+    def __init__(self, tape: Tape, tokens: int, width: int, chosen: Tensor) -> None:
         self.numbers: list[int] = []
         parts = []
-        for n in sorted(tape.values):
-            value = tape.values[n]
-            if _floats(value) and value.shape[-1] == width and value.numel() == number * width:
-                self.numbers.append(n)
-                parts.append(value.reshape(-1, width)[sample].double())
-        none = torch.zeros(0, len(sample), width, dtype=torch.float64)
-        self.parts = torch.stack(parts) if parts else none  # [C, J, H]
-        self.limit = _NEAR.get(tape.values[x].dtype, 0.0)
+        channels = _some(width, _CHANNELS)
+        for number in sorted(tape.values):
+            value = tape.values[number]
+            if _floats(value) and value.dim() > 1 and value.shape[-1] == width and value.numel() == tokens * width:
+                self.numbers.append(number)
+                parts.append(value.reshape(-1, width)[chosen][:, channels].double())
+        none = torch.zeros(0, len(chosen), len(channels), dtype=torch.float64)
+        self.parts = torch.stack(parts) if parts else none  # [C, J, c]
+        generator = torch.Generator().manual_seed(0)
+        shape = (len(chosen) * len(channels), _PROJECTIONS)
+        self.directions = torch.randn(shape, generator=generator, dtype=torch.float64) / shape[0] ** 0.5
 
-    def containing(self, part: Tensor) -> Iterator[tuple[int, int | None]]:
-        """(value, None) for values equal to `part` [J, H]; then (value, other) for those equal to their sum."""
-        size = float(part.abs().max())
-        if not self.numbers or not size > 0 or size != size:
+    def holding(self, routed: Tensor, limit: float) -> Iterator[tuple[int, int, int | None]]:
+        """(index of a sum, value, other): value equals the sum, or the sum and the other value together.
+
+        Args:
+            routed: sums [R, J, c].
+            limit: largest difference relative to the sum.
+        """
+        if not self.numbers or not len(routed):
             return
-        left = self.parts - part
-        error = left.abs().amax((1, 2))
-        for index in torch.nonzero(error <= self.limit * size).flatten().tolist():
-            yield self.numbers[index], None
+        size = routed.abs().amax((1, 2))  # [R]
+        usable = torch.nonzero((size > 0) & torch.isfinite(size)).flatten().tolist()
+        for index in usable:
+            error = (self.parts - routed[index]).abs().amax((1, 2))
+            for value in torch.nonzero(error <= limit * size[index]).flatten().tolist():
+                yield index, self.numbers[value], None
         scale = self.parts.abs().amax((1, 2))
-        for index in range(len(self.numbers)):
-            if not size > 1e-3 * float(scale[index]):
-                continue  # too small a part of that value to be told from rounding
-            difference = (self.parts[:index] - left[index]).abs().amax((1, 2))
-            for other in torch.nonzero(difference <= self.limit * size).flatten().tolist():
-                yield self.numbers[index], self.numbers[other]
+        seen_at = self.parts.flatten(1) @ self.directions  # [C, p]
+        for index in usable:
+            near = limit * float(size[index])
+            left = seen_at - (routed[index].flatten() @ self.directions)  # [C, p]
+            apart = (seen_at[None] - left[:, None]).abs().amax(-1)  # [C value, C other]
+            pairs = torch.nonzero((apart <= 4 * near).tril(-1))
+            for value, other in pairs.tolist():
+                if not float(size[index]) > 1e-3 * float(scale[value]):
+                    continue  # too small a part of that value to be told from rounding
+                difference = self.parts[value] - routed[index] - self.parts[other]
+                if float(difference.abs().max()) <= near:
+                    yield index, self.numbers[value], self.numbers[other]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import permutations, product
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -75,21 +76,47 @@ class StackedExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows [M, H] -> [M, H]."""
-        act = ACTIVATIONS[self.form.activation]
-        inner = [self._times(x, matrix) for matrix in self.form.up]
-        if len(inner) == 2:
-            hidden = act(inner[0]) * inner[1]
-        elif self.form.halves is None:
-            hidden = act(inner[0])
-        else:
-            gate, up = _halves(inner[0], self.form.halves)
-            hidden = act(gate) * up
-        return self._times(hidden, self.form.down)
+        return _forward(self.form, x, self._times)
 
     def _times(self, x: Tensor, matrix: Matrix) -> Tensor:
         weight = self.get_parameter(matrix.weight)
         bias = self.get_parameter(matrix.bias) if matrix.bias is not None else None
         return functional.linear(x, weight.transpose(0, 1) if matrix.transposed else weight, bias)
+
+
+@dataclass(frozen=True)
+class StackedExperts:
+    """All experts of one form, run on the same rows."""
+
+    owner: nn.Module
+    form: StackedForm
+    count: int
+
+    def outputs(self, rows: Tensor) -> Tensor | None:
+        """[J, H] -> [J, E, H]; None when the rows are of another width or type."""
+        first, weight = self.form.up[0], self.owner.get_parameter(self.form.up[0].weight)
+        if rows.shape[-1] != weight.shape[1 if first.transposed else 2] or rows.dtype != weight.dtype:
+            return None
+        with torch.no_grad():
+            return _forward(self.form, rows, self._times).transpose(0, 1)
+
+    def _times(self, x: Tensor, matrix: Matrix) -> Tensor:
+        weight = self.owner.get_parameter(matrix.weight)
+        product = x @ (weight if matrix.transposed else weight.transpose(1, 2))  # [E, J, out]
+        if matrix.bias is None:
+            return product
+        return product + self.owner.get_parameter(matrix.bias).reshape(self.count, 1, -1)
+
+
+def _forward(form: StackedForm, x: Tensor, times: Callable[[Tensor, Matrix], Tensor]) -> Tensor:
+    act = ACTIVATIONS[form.activation]
+    inner = [times(x, matrix) for matrix in form.up]
+    if len(inner) == 2:
+        return times(act(inner[0]) * inner[1], form.down)
+    if form.halves is None:
+        return times(act(inner[0]), form.down)
+    gate, up = _halves(inner[0], form.halves)
+    return times(act(gate) * up, form.down)
 
 
 def _halves(x: Tensor, order: str) -> tuple[Tensor, Tensor]:
@@ -105,7 +132,7 @@ def stacked_forms(parameters: Mapping[str, Tensor], width: int) -> Iterator[Stac
         width: H of the token rows.
     """
     matrices = [name for name, tensor in parameters.items() if tensor.dim() == 3 and 1 not in tensor.shape[1:]]
-    biases = [name for name in parameters if name not in matrices]
+    biases = [name for name in parameters if name not in matrices]  # or tables that have nothing to do with experts
     if not 2 <= len(matrices) <= 3:
         return
     for order in permutations(matrices):
@@ -122,7 +149,7 @@ def stacked_forms(parameters: Mapping[str, Tensor], width: int) -> Iterator[Stac
         layouts.append(_matrices(down, parameters, width, reads=False, biases=biases))
         for chosen in product(*layouts):
             named = [matrix.bias for matrix in chosen if matrix.bias is not None]
-            if sorted(named) != sorted(biases):
+            if len(set(named)) != len(named) or len(named) not in (0, len(chosen)):
                 continue
             for activation, halves in product(ACTIVATIONS, orders):
                 yield StackedForm(tuple(chosen[:-1]), chosen[-1], activation, halves)
