@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from moeca_fx.discover import Refusal, discover
+from moeca_fx.discover import Layout, Refusal, discover
 from moeca_fx.graph.rewrite import module_path
 from moeca_fx.graph.sites import MoESite, Site, kind_of
 from moeca_fx.graph.slicing import between
@@ -30,7 +30,10 @@ class SiteReport:
     Attributes:
         path, kind: module path, and ``"moe"``, ``"attention"`` or ``"dense_ffn"``.
         action: what it does on a cached step; see `passes/cache/plan.py`.
-        experts, top_k: E and k of a MoE site, else None.
+        experts, top_k: E and k of a MoE site, else None; where experts choose their tokens, `top_k` is how many each
+            takes.
+        layout: ``"token"`` where tokens choose their experts, ``"expert"`` where experts choose their tokens; None
+            but for a MoE site.
         router: form of its router, else None.
         shared_expert: module path of its shared expert, else None.
         flops: FLOPs of a full step at the example's batch size; flops_share: of the whole model's.
@@ -47,6 +50,7 @@ class SiteReport:
     flops: int
     flops_share: float
     cache_bytes: int
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class InspectionReport:
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.sites)} sites, {self.flops:.3e} FLOPs a full step at batch {self.batch}"]
         for site in self.sites:
-            experts = f"E{site.experts} top-{site.top_k}, {site.router}" if site.kind == "moe" else ""
+            experts = f"{_routing(site)}, {site.router}" if site.kind == "moe" else ""
             shared = f", shared {site.shared_expert}" if site.shared_expert else ""
             lines.append(
                 f"  {site.path:<28}{site.kind:<11}{site.action:<14}{site.flops_share:>6.1%}"
@@ -97,6 +101,12 @@ class InspectionReport:
         lines += [f"  left alone: {path or '(model)'}: {reason}" for path, reason in self.refused]
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+
+def _routing(site: SiteReport) -> str:
+    """E.g. ``"E8 top-2"``, or ``"E8 taking 64 tokens each"``."""
+    taken = f"top-{site.top_k}" if site.layout == "token" else f"taking {site.top_k} tokens each"
+    return f"E{site.experts} {taken}"
 
 
 def inspect(
@@ -213,12 +223,18 @@ def _site_report(site: Site, action: str, spent: int, total: int, held: int) -> 
         flops=spent,
         flops_share=spent / total,
         cache_bytes=held,
+        layout=moe.layout if moe else None,
     )
 
 
 def _warnings(sites: tuple[Site, ...]) -> list[str]:
-    lonely = [site.path for site in sites if isinstance(site, MoESite) and site.attention is None]
-    return [f"{path}: no attention directly before it; its attention is not synchronized" for path in lonely]
+    moe = [site for site in sites if isinstance(site, MoESite)]
+    lonely = [site.path for site in moe if site.attention is None]
+    apart = [site for site in moe if site.attention is not None and site.not_synchronized is not None]
+    return [
+        *(f"{path}: no attention directly before it; its attention is not synchronized" for path in lonely),
+        *(f"{site.path}: {site.attention} before it is not synchronized: {site.not_synchronized}" for site in apart),
+    ]
 
 
 def _why_not(unproven: list[Refusal]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeca_fx.discover import expert_choice
 from moeca_fx.discover.probe import TracedRegion
 from moeca_fx.discover.records import MoERegion, Refusal
 
@@ -86,6 +87,8 @@ def _prove_region(region: TracedRegion, calls: list[Call]) -> MoERegion | Refusa
     rows = [k for k, v in tensors.items() if v.is_floating_point() and v.shape == output.shape]
     ids = [k for k, v in tensors.items() if not v.is_floating_point() and v.dtype != torch.bool and v.dim() >= 1]
     weights = [k for k, v in tensors.items() if v.is_floating_point()]
+    if (found := _by_expert_choice(region, tensors, output)) is not None:
+        return found
     nearest, reason = float("inf"), "no arguments have the shapes of token rows, expert ids and routing weights"
     for x, expert, weight in product(rows, ids, weights):
         if weight == x or tensors[weight].numel() != tensors[expert].numel():
@@ -112,6 +115,32 @@ def _prove_region(region: TracedRegion, calls: list[Call]) -> MoERegion | Refusa
         limit = TOLERANCE.get(output.dtype, 0.0)
         reason = f"sum_k weight_k * expert_k(x) differs from its output by {nearest:.1e} relative (allowed {limit:.0e})"
     return refuse(reason)
+
+
+def _by_expert_choice(region: TracedRegion, tensors: Mapping[str, Tensor], output: Tensor) -> MoERegion | None:
+    """The region whose experts chose their tokens, if its arguments and its result prove that."""
+    experts = [module for _, module in region.candidate.experts]
+    for x, token, weight in expert_choice.candidate_roles(tensors, len(experts)):
+        if tensors[x].shape != output.shape:
+            continue
+        try:
+            error = expert_choice.error_of(experts, tensors[x], tensors[token], tensors[weight], output)
+        except (RuntimeError, TypeError, ValueError):  # its experts take something else than these rows
+            continue
+        if error <= TOLERANCE.get(output.dtype, 0.0):
+            return MoERegion(
+                path=region.owner,
+                method=region.method,
+                block=region.block,
+                experts=tuple(path for path, _ in region.candidate.experts),
+                top_k=tensors[token].shape[-1],
+                x=x,
+                expert=token,
+                weight=weight,
+                error=error,
+                layout="expert",
+            )
+    return None
 
 
 def _error(region: TracedRegion, x: Tensor, expert: Tensor, weight: Tensor, output: Tensor) -> float:

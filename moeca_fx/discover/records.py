@@ -1,6 +1,10 @@
 """What discovery returns."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Layout = Literal["token", "expert"]
+"""Who chooses: each token its k experts (token choice), or each expert its C tokens (expert choice)."""
 
 
 @dataclass(frozen=True)
@@ -12,9 +16,12 @@ class MoERegion:
         method: the method that dispatches to the experts, e.g. ``forward``.
         block: smallest enclosing module that also holds the router's top-k, e.g. ``blocks.1.mlp``.
         experts: module path of each expert, in order of expert id.
-        top_k: branches a token.
+        top_k: branches a token; tokens that an expert takes (its capacity C) under layout ``"expert"``.
         x, expert, weight: parameter names of the method that carry the token rows, expert ids and routing weights.
         error: largest absolute difference of the proof, relative to the largest output.
+        layout: ``"token"``: ids and weights are [.., k] of the experts that each token chose. ``"expert"``: they are
+            [B, E, C], and `expert` names the chosen *tokens*: int64, 0 <= token < T within the sample, distinct in a
+            row; x is [B, T, H] or [B*T, H].
     """
 
     path: str
@@ -26,6 +33,7 @@ class MoERegion:
     expert: str
     weight: str
     error: float
+    layout: Layout = "token"
 
     @property
     def num_experts(self) -> int:

@@ -35,8 +35,8 @@ class StateSpec:
 
     @property
     def empty(self) -> int:
-        """What it holds before the first full step: zero, and no expert's id."""
-        return -1 if self.kind == "expert" else 0
+        """What it holds before the first full step: zero, and no expert's or token's id."""
+        return -1 if self.kind in ("expert", "token") else 0
 
     @property
     def node_name(self) -> str:

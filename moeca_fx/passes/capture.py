@@ -4,7 +4,7 @@
       blocks.1.mlp.experts(x, ids, w)    -->   experts = moeca.experts(view, ids, w, 'blocks.1.mlp.experts')
         (a Python loop that cannot be traced)  ...
 
-Each proven region is swapped, on the instance and only for the time of tracing, for the marker op `moeca::experts`.
+Each proven region is swapped, on the instance and only for the time of tracing, for a marker op (`ops.experts`).
 `torch.fx.symbolic_trace` fails on every DiT-MoE; `make_fx` on real tensors bakes one input's routing in without a word.
 Non-strict `torch.export` does neither, and the result is compared with the model bit for bit, on a second input too.
 """
@@ -26,7 +26,7 @@ from moeca_fx.discover.prove import replaced_method
 from moeca_fx.errors import CaptureError, InputError
 from moeca_fx.graph.functional import functional_module
 from moeca_fx.model_checks import run_once
-from moeca_fx.ops.experts import live_regions
+from moeca_fx.ops.experts import MARKERS, live_regions
 
 _unique = itertools.count()
 
@@ -159,11 +159,11 @@ def _regions_as_markers(model: nn.Module, keyed: Mapping[str, MoERegion]) -> Ite
 
 
 def _marker(owner: nn.Module, region: MoERegion, key: str) -> Any:
-    signature = inspect.signature(getattr(owner, region.method))
+    signature, marker = inspect.signature(getattr(owner, region.method)), MARKERS[region.layout]
 
     def call_marker(*args: Any, **kwargs: Any) -> Tensor:
         given = signature.bind(*args, **kwargs).arguments
-        marked: Tensor = torch.ops.moeca.experts(given[region.x], given[region.expert], given[region.weight], key)
+        marked: Tensor = marker(given[region.x], given[region.expert], given[region.weight], key)
         return marked
 
     return call_marker

@@ -70,6 +70,11 @@ def branch_score(weight_now: Tensor, weight_then: Tensor, norm: Tensor, lambda1:
     """
     total = norm.sum(-1, keepdim=True)
     contribution = torch.where(total == 0, torch.zeros_like(norm), norm / torch.where(total == 0, 1.0, total))
+    return score_of(weight_now, weight_then, contribution, lambda1, lambda2)
+
+
+def score_of(weight_now: Tensor, weight_then: Tensor, contribution: Tensor, lambda1: float, lambda2: float) -> Tensor:
+    """The sum of Eq. 9 from its parts, all of one shape."""
     return weight_now + lambda1 * (weight_now - weight_then).abs() + lambda2 * contribution
 
 

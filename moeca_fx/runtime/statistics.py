@@ -168,7 +168,7 @@ def site_statistics(
         shared_in_full: whether a MoE site runs its shared expert on every row although it reuses branches.
     """
     rows = samples * site.tokens
-    branches = rows * site.top_k if isinstance(site, MoESite) else 0
+    branches = samples * site.branches if isinstance(site, MoESite) else 0
     in_full = action == "full"
     recomputed_rows = counts.get(Counter(site.path, _ROW_KINDS[kind]), 0)
     if in_full or shared_in_full:

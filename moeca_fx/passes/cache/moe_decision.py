@@ -21,7 +21,7 @@ from moeca_fx.graph.state import Counter
 from moeca_fx.ops import dispatch, rows, slots
 from moeca_fx.passes.cache.attention_step import AttentionPrograms, refresh_attention
 from moeca_fx.passes.cache.builder import StepBuilder
-from moeca_fx.passes.cache.full_step import score_weight_of
+from moeca_fx.passes.cache.moe_full import score_weight_of
 from moeca_fx.policies import branch
 from moeca_fx.policies.rules import BranchRule
 from moeca_fx.policies.selector import BranchPicker, BranchSignal, ScoreThreshold
