@@ -18,7 +18,7 @@ def match_tokens(token: Tensor, cached: Tensor, tokens: int) -> tuple[Tensor, Te
 
     Args:
         token: [B, E, C] token of each branch now, distinct in a row.
-        cached: [B, E, C] token held by each slot, distinct in a row.
+        cached: [B, E, C] token held by each slot, distinct in a row; -1 before the first full step.
         tokens: T.
 
     Returns:
@@ -27,7 +27,8 @@ def match_tokens(token: Tensor, cached: Tensor, tokens: int) -> tuple[Tensor, Te
     """
     capacity = token.shape[-1]
     place = torch.arange(capacity, device=token.device).expand_as(token)
-    table = torch.full((*token.shape[:2], tokens), -1, dtype=torch.int64, device=token.device)  # [B, E, T]
+    cached = torch.where(cached < 0, tokens, cached)  # a column of its own, which no branch looks up
+    table = torch.full((*token.shape[:2], tokens + 1), -1, dtype=torch.int64, device=token.device)  # [B, E, T + 1]
     own = table.scatter(2, cached, place).gather(2, token)
     matched = own >= 0
     wanted = torch.zeros(table.shape, dtype=torch.bool, device=token.device).scatter(2, token, True)

@@ -79,7 +79,8 @@ class Tally:
                 action = dict(graphs.rules[rule].actions)[site.path]
                 kept = {state.name for state in graphs.states}
                 caches_branches = isinstance(site, MoESite) and f"{site.path}.feature" in kept
-                shared_in_full = caches_branches and f"{site.path}.shared" not in kept
+                has_shared = isinstance(site, MoESite) and site.shared is not None
+                shared_in_full = caches_branches and has_shared and f"{site.path}.shared" not in kept
                 rule_counts = self.counts(rule)
                 samples = steps * self.batch
                 parts.append(site_statistics(site, kind_of(site), action, samples, rule_counts, shared_in_full))

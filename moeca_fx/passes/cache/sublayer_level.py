@@ -172,7 +172,7 @@ def _check_rows(sites: Sites, rule: SublayerRule) -> None:
     for site in sites.moe:
         if rule.selector is not None and site.layout == "expert":
             raise UnsupportedModelError(
-                f"{site.path}: its experts choose among all tokens of a sample, so single tokens cannot be routed anew; "
+                f"{site.path}: its experts choose among all tokens of a sample, so one token cannot be routed alone; "
                 f"expected a rule without a token selector, found {type(rule.selector).__name__}; use MoECa or another "
                 "branch rule, or hold or forecast whole sublayers (FORA, TaylorSeer)"
             )
