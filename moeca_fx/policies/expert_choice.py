@@ -27,7 +27,7 @@ def match_tokens(token: Tensor, cached: Tensor, tokens: int) -> tuple[Tensor, Te
     """
     capacity = token.shape[-1]
     place = torch.arange(capacity, device=token.device).expand_as(token)
-    cached = torch.where(cached < 0, tokens, cached)  # a column of its own, which no branch looks up
+    cached = _columns(cached, tokens)
     table = torch.full((*token.shape[:2], tokens + 1), -1, dtype=torch.int64, device=token.device)  # [B, E, T + 1]
     own = table.scatter(2, cached, place).gather(2, token)
     matched = own >= 0
@@ -41,11 +41,16 @@ def match_tokens(token: Tensor, cached: Tensor, tokens: int) -> tuple[Tensor, Te
     return torch.where(matched, own, offered.gather(2, rank.clamp(min=0))), matched
 
 
+def _columns(token: Tensor, tokens: int) -> Tensor:
+    """Columns of a table [.., T + 1] in which each slot is entered; the last is of no token, and nobody looks it up."""
+    return torch.where(token < 0, tokens, token)
+
+
 def token_share(value: Tensor, token: Tensor, tokens: int) -> Tensor:
     """Each branch's share of its token's total over all experts, [B, E, C] in at least fp32; 0 where that is 0."""
     value = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
-    where = token.flatten(1)
-    sums = torch.zeros(token.shape[0], tokens, dtype=value.dtype, device=token.device)
+    where = _columns(token, tokens).flatten(1)
+    sums = torch.zeros(token.shape[0], tokens + 1, dtype=value.dtype, device=token.device)
     total = sums.scatter_add(1, where, value.flatten(1)).gather(1, where).view_as(value)
     return torch.where(total == 0, torch.zeros_like(value), value / torch.where(total == 0, 1.0, total))
 
