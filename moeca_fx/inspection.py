@@ -12,12 +12,13 @@ from moeca_fx.discover import Layout, Refusal, discover
 from moeca_fx.graph.rewrite import module_path
 from moeca_fx.graph.sites import MoESite, Site, kind_of
 from moeca_fx.graph.slicing import between
+from moeca_fx.graph.state import Counter
 from moeca_fx.graph.storage import CacheDtype, find_storage
 from moeca_fx.model_checks import check_inputs, check_model, resolve_policy
 from moeca_fx.passes import Compilation, run_pipeline
 from moeca_fx.passes.capture import at_least_two, batch_size
 from moeca_fx.policies import Method, MoECa, Policy, as_method
-from moeca_fx.runtime.flops import node_flops
+from moeca_fx.runtime.flops import full_flops
 from moeca_fx.runtime.module import share_weights
 
 _DEFAULT = MoECa()
@@ -34,6 +35,7 @@ class SiteReport:
             takes.
         layout: ``"token"`` where tokens choose their experts, ``"expert"`` where experts choose their tokens; None
             but for a MoE site.
+        empty_slots: whether tokens may have fewer experts than `top_k`; `flops` are those without empty slots.
         router: form of its router, else None.
         shared_expert: module path of its shared expert, else None.
         flops: FLOPs of a full step at the example's batch size; flops_share: of the whole model's.
@@ -51,6 +53,7 @@ class SiteReport:
     flops_share: float
     cache_bytes: int
     layout: Layout | None = None
+    empty_slots: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ class InspectionReport:
 
 def _routing(site: SiteReport) -> str:
     """E.g. ``"E8 top-2"``, or ``"E8 taking 64 tokens each"``."""
-    taken = f"top-{site.top_k}" if site.layout == "token" else f"taking {site.top_k} tokens each"
+    most = "up to " if site.empty_slots else ""
+    taken = f"{most}top-{site.top_k}" if site.layout == "token" else f"taking {site.top_k} tokens each"
     return f"E{site.experts} {taken}"
 
 
@@ -146,7 +150,8 @@ def inspect(
     assert done.sites is not None and done.module is not None and done.graphs is not None
     leaves = pytree.tree_leaves(at_least_two(example_inputs, kwargs))
     traced = batch_size(*at_least_two(example_inputs, kwargs))
-    flops = {name: count * batch // traced for name, count in node_flops(done.module, leaves).items()}
+    filled = {Counter(site.path, "present"): site.branches * traced for site in done.sites.moe}
+    flops = {name: count * batch // traced for name, count in full_flops(done.module, leaves, filled).items()}
     total = sum(flops.values())
     actions = dict(done.graphs.actions)
     nodes = {node.name: node for node in done.module.graph.nodes}
@@ -224,6 +229,7 @@ def _site_report(site: Site, action: str, spent: int, total: int, held: int) -> 
         flops_share=spent / total,
         cache_bytes=held,
         layout=moe.layout if moe else None,
+        empty_slots=moe is not None and moe.empty_slots,
     )
 
 

@@ -111,6 +111,7 @@ def _prove_region(region: TracedRegion, calls: list[Call]) -> MoERegion | Refusa
                 expert=expert,
                 weight=weight,
                 error=error,
+                empty_slots=bool((tensors[expert] == len(region.candidate.experts)).any()),
             )
         limit = TOLERANCE.get(output.dtype, 0.0)
         reason = f"sum_k weight_k * expert_k(x) differs from its output by {nearest:.1e} relative (allowed {limit:.0e})"

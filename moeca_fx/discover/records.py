@@ -22,6 +22,8 @@ class MoERegion:
         layout: ``"token"``: ids and weights are [.., k] of the experts that each token chose. ``"expert"``: they are
             [B, E, C], and `expert` names the chosen *tokens*: int64, 0 <= token < T within the sample, distinct in a
             row; x is [B, T, H] or [B*T, H].
+        empty_slots: whether an id may be E, which means no expert (threshold routing, dropped tokens, experts that
+            compute nothing); of token layout alone.
     """
 
     path: str
@@ -34,6 +36,10 @@ class MoERegion:
     weight: str
     error: float
     layout: Layout = "token"
+    empty_slots: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.layout == "token" or not self.empty_slots, f"{self.path}: experts that choose fill their slots"
 
     @property
     def num_experts(self) -> int:

@@ -179,6 +179,11 @@ def _check_layouts(program: Program) -> None:
                 f"export: {site.path} routes by expert choice (each expert takes its tokens), which has no form for "
                 "export; expected token choice; run this model through moeca_fx.transform"
             )
+        if site.empty_slots:
+            raise ExportError(
+                f"export: tokens of {site.path} may have fewer than {site.top_k} experts, and empty slots have no form "
+                "for export; expected an expert in every slot; run this model through moeca_fx.transform"
+            )
 
 
 class _Builder:

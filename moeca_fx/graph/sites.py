@@ -4,9 +4,12 @@ Nodes are held by name, so that a record stays valid in every copy of the graph 
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from moeca_fx.discover.records import Layout
+
+Form = Literal["token", "empty", "expert"]
+"""Tokens chose their experts; or so, and some slots are empty; or experts chose their tokens."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class MoESite:
         feature: node with every branch's output [B*T*k, H], or [B*E*C, H]; empty before `vectorize_experts`.
         layout: who chooses; slots of a cache are [B, T, k] under ``"token"`` and hold experts, [B, E, C] under
             ``"expert"`` and hold tokens: then the operand `expert` is tokens too.
+        empty_slots: whether an expert id may be E, no expert; weights of such slots are 0 after `vectorize_experts`.
     """
 
     path: str
@@ -80,6 +84,12 @@ class MoESite:
     not_synchronized: str | None = None
     feature: str = ""
     layout: Layout = "token"
+    empty_slots: bool = False
+
+    @property
+    def form(self) -> Form:
+        """Which operations serve the site."""
+        return "empty" if self.empty_slots else self.layout
 
     @property
     def slots(self) -> tuple[int, int]:

@@ -70,8 +70,9 @@ def with_older(state: StateSpec, terms: int, all_carried: bool = False) -> tuple
 class Counter:
     """One number that a cached step counts: (`site`, `kind`), e.g. (``blocks.1.mlp``, ``recomputed``).
 
-    Kinds: ``matched`` and ``recomputed`` branches, ``shared_rows``, ``ffn_rows``, ``moe_rows``, ``attention_rows``, and
-    ``attention_padded`` (query rows that row attention executes, padding included).
+    Kinds: ``matched`` and ``recomputed`` branches, ``present`` ones (where slots may be empty), ``shared_rows``,
+    ``ffn_rows``, ``moe_rows``, ``attention_rows``, and ``attention_padded`` (query rows that row attention executes,
+    padding included).
     """
 
     site: str

@@ -160,6 +160,7 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
         tokens=tokens,
         not_synchronized=_WHY_NOT_BY_ROWS[region.layout](marker, companion, region.top_k) if companion else None,
         layout=region.layout,
+        empty_slots=region.empty_slots,
     )
 
 

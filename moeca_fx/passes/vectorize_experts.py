@@ -16,6 +16,8 @@ Where experts chose their tokens (`ops.chosen`), groups are equal and known befo
                                                      feature = ungroup_chosen(h, token)          [B*E*C, H]
                                                      y       = combine_chosen(feature, token, w, x)
 
+Where slots may be empty (`ops.present`), their weights become 0, and only the others are gathered and computed.
+
 Worth having without any cache: no Python loop over experts, no host round trip a layer, exportable.
 """
 
@@ -26,13 +28,16 @@ from dataclasses import replace
 import torch
 from torch import fx, nn
 
-from moeca_fx.discover import Layout, MoERegion
-from moeca_fx.errors import PassError
+from moeca_fx.discover import MoERegion
+from moeca_fx.errors import PassError, UnsupportedModelError
 from moeca_fx.graph.expert_program import build_expert_program
 from moeca_fx.graph.rewrite import call, copy_meta, example_value, finish
-from moeca_fx.graph.sites import MoESite, Sites
-from moeca_fx.ops import chosen, dispatch, slots
+from moeca_fx.graph.sites import Form, MoESite, Sites
+from moeca_fx.graph.state import SCALES_WITH, Counter
+from moeca_fx.ops import chosen, dispatch, present, slots
 from moeca_fx.ops.experts import is_marker
+
+aten = torch.ops.aten
 
 
 def vectorize_experts(
@@ -74,8 +79,12 @@ def _vectorize(
     experts = [model.get_submodule(path) for path in region.experts]
     base = site.path.replace(".", "_")
     module.add_submodule(f"{base}_experts", build_expert_program(region.path, experts, example))
+    weight = site.weight
     with module.graph.inserting_before(marker):
-        made = _RUNS[site.layout](module.graph, site, marker, base)
+        if site.empty_slots:
+            marker.update_arg(2, _zero_empty(module.graph, site, marker, base))
+            weight = str(marker.args[2])
+        made = _RUNS[site.form](module.graph, site, marker, base)
     *inner, feature, combined = made
     for node in (*inner, feature):
         node.meta["nn_module_stack"] = marker.meta.get("nn_module_stack", {})
@@ -84,7 +93,7 @@ def _vectorize(
     marker.replace_all_uses_with(combined)
     module.graph.erase_node(marker)
     output = combined.name if site.output == name else site.output
-    return replace(site, experts=combined.name, feature=feature.name, output=output)
+    return replace(site, experts=combined.name, feature=feature.name, weight=weight, output=output)
 
 
 def _run_by_token(graph: fx.Graph, site: MoESite, marker: fx.Node, base: str) -> tuple[fx.Node, ...]:
@@ -97,6 +106,37 @@ def _run_by_token(graph: fx.Graph, site: MoESite, marker: fx.Node, base: str) ->
     feature = call(graph, dispatch.ungroup_branches, hidden, branch, name=f"{base}_feature")
     combined = call(graph, dispatch.combine_branches, feature, weight, x, name=f"{base}_combined")
     return plan, branch, row_expert, offsets, rows, hidden, feature, combined
+
+
+def _run_present(graph: fx.Graph, site: MoESite, marker: fx.Node, base: str) -> tuple[fx.Node, ...]:
+    """`_run_by_token` of the slots that have an expert."""
+    x, expert, weight, _ = marker.args
+    code = call(graph, present.present_code, expert, site.num_experts, site.top_k, name=f"{base}_present")
+    ids = call(graph, slots.slots, expert, 1, site.top_k, name=f"{base}_ids")
+    plan = call(graph, dispatch.plan_recomputed, code, ids, None, site.num_experts, name=f"{base}_plan")
+    branch, local, row_expert, offsets = _items(graph, plan, base, ("branch", "local", "row_expert", "offsets"))
+    rows = call(graph, dispatch.take_rows, x, local, name=f"{base}_rows")
+    hidden = _hidden(graph, base, rows, row_expert, offsets)
+    hidden.meta[SCALES_WITH] = Counter(site.path, "present")
+    feature = call(graph, present.spread, hidden, branch, code, name=f"{base}_feature")
+    combined = call(graph, dispatch.combine_branches, feature, weight, x, name=f"{base}_combined")
+    return code, ids, plan, branch, local, row_expert, offsets, rows, hidden, feature, combined
+
+
+def _zero_empty(graph: fx.Graph, site: MoESite, marker: fx.Node, base: str) -> fx.Node:
+    """The weights, 0 where the id is E, in operations that every router has; all that reads weights reads these."""
+    _, expert, weight, _ = marker.args
+    assert isinstance(expert, fx.Node) and isinstance(weight, fx.Node), f"{marker.name}: operands are nodes"
+    ids, value = example_value(expert), example_value(weight)
+    if ids.shape != value.shape:
+        raise UnsupportedModelError(
+            f"{site.path}: expected expert ids and weights of one shape where slots may be empty, found "
+            f"{tuple(ids.shape)} and {tuple(value.shape)}; reshape one of them before the experts"
+        )
+    there = call(graph, aten.eq.Scalar, expert, site.num_experts, name=f"{base}_absent")
+    zeroed = call(graph, aten.masked_fill.Scalar, weight, there, 0.0, name=f"{base}_weight", like=weight)
+    there.meta |= {"val": ids == site.num_experts, "nn_module_stack": marker.meta.get("nn_module_stack", {})}
+    return zeroed
 
 
 def _run_by_expert(graph: fx.Graph, site: MoESite, marker: fx.Node, base: str) -> tuple[fx.Node, ...]:
@@ -120,7 +160,8 @@ def _hidden(graph: fx.Graph, base: str, rows: fx.Node, row_expert: fx.Node, offs
     return graph.create_node("call_module", f"{base}_experts", (rows, row_expert, offsets), name=f"{base}_hidden")
 
 
-_RUNS: dict[Layout, Callable[[fx.Graph, MoESite, fx.Node, str], tuple[fx.Node, ...]]] = {
+_RUNS: dict[Form, Callable[[fx.Graph, MoESite, fx.Node, str], tuple[fx.Node, ...]]] = {
     "token": _run_by_token,
+    "empty": _run_present,
     "expert": _run_by_expert,
 }

@@ -29,7 +29,11 @@ def match_branches(expert: Tensor, cached: Tensor) -> tuple[Tensor, Tensor]:
         slot [B, T, k], the slot that branch p occupies after the update: its own when matched, else the i-th slot
         whose expert left for the i-th unmatched branch; and matched [B, T, k].
     """
-    same = expert.unsqueeze(-1) == cached.unsqueeze(-2)  # [B, T, k branch, k slot]
+    return place_branches(expert.unsqueeze(-1) == cached.unsqueeze(-2))
+
+
+def place_branches(same: Tensor) -> tuple[Tensor, Tensor]:
+    """`match_branches` from what matches: same [B, T, k branch, k slot], at most once in a row and a column."""
     matched = same.any(-1)
     own_slot = same.to(torch.int64).argmax(-1)
     free = ~same.any(-2)  # [B, T, k slot]

@@ -15,7 +15,7 @@ from moeca_fx.graph.state import older
 from moeca_fx.ops import dispatch, forecast, rows, slots
 from moeca_fx.passes.cache.builder import StepBuilder
 from moeca_fx.passes.cache.plan import SitePlan, needs_error, shared_axes
-from moeca_fx.policies import branch
+from moeca_fx.policies import branch, empty_slots
 from moeca_fx.policies.branch import ScoreWeight
 from moeca_fx.policies.rules import BranchRule
 from moeca_fx.policies.selector import ScoreThreshold
@@ -50,7 +50,11 @@ def store_moe(step: StepBuilder, plan: SitePlan, site: MoESite, rule: BranchRule
     if "activation" in kinds:
         assert isinstance(rule.selector, ScoreThreshold)
         before, expert = step.cache[f"{site.path}.activation"], step.updated[f"{site.path}.expert"]
-        store("activation", branch.update_activation, before, expert, rule.selector.beta)
+        updating = (before, expert, rule.selector.beta)
+        if site.empty_slots:
+            store("activation", empty_slots.update_activation, *updating, site.num_experts)
+        else:
+            store("activation", branch.update_activation, *updating)
     store_shared(step, plan, site)
 
 

@@ -8,7 +8,7 @@ from torch import fx
 
 from moeca_fx.graph.sites import AttentionSite, MoESite
 from moeca_fx.graph.state import SCALES_WITH, Counter
-from moeca_fx.ops import dispatch, forecast, rows, slots
+from moeca_fx.ops import dispatch, forecast, present, rows, slots
 from moeca_fx.passes.cache.attention_step import AttentionPrograms
 from moeca_fx.passes.cache.builder import StepBuilder
 from moeca_fx.passes.cache.moe_decision import Decision, decide_all, decide_synchronized
@@ -34,7 +34,12 @@ def rewrite_moe(
     if programs.shared is not None:
         mask = _shared_mask(step, site, rule, decision.code)
         run_shared(step, site, rule, decision.x, mask, programs, decision.row)
-    step.count(site.path, "matched", slots.count_matched, decision.code, step.cache[f"{site.path}.expert"])
+    if site.empty_slots:
+        counted = (decision.expert, site.num_experts)
+        step.count(site.path, "present", present.count_present, *counted)
+        step.count(site.path, "matched", present.count_matched_present, decision.code, *counted)
+    else:
+        step.count(site.path, "matched", slots.count_matched, decision.code, step.cache[f"{site.path}.expert"])
     step.count(site.path, "recomputed", slots.count_recomputed, decision.code)
 
 
