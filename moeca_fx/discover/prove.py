@@ -7,6 +7,7 @@ router and dispatch together (`inline`).
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import product
 from typing import Any
 
 from torch import nn
@@ -200,7 +201,10 @@ def prove_modules(
     modules = [as_expert(model.get_submodule(name), keyword) for name in experts]
     below = [_below(name, path) for name in experts]
     recorded = record_block(model.get_submodule(path), _opened(below), small, large, below)
-    return prove_block(recorded, modules, ModuleExperts(modules))
+    try:
+        return prove_block(recorded, modules, ModuleExperts(modules), dropped=False)
+    except NotReplayable:
+        return prove_block(recorded, modules, ModuleExperts(modules), dropped=True)
 
 
 def prove_stacked(
@@ -223,12 +227,14 @@ def prove_stacked(
     inner = _below(container, path)
     opened = _opened([f"{inner}.expert"] if inner else ["expert"])
     forms = [form] if form is not None else list(_forms(holder, count))
-    recorded = record_block(model.get_submodule(path), opened, small, large)
+    own = [name for name, tensor in stacked_parameters(holder, count).items() if tensor.dim() == 3]
+    states = [f"{inner}.{name}" if inner else name for name in own]
+    recorded = record_block(model.get_submodule(path), opened, small, large, states=states)
     reason = "its stacked parameters have no known form of an expert (docs/structures.md lists them)"
-    for chosen in forms:
+    for dropped, chosen in product((False, True), forms):
         experts = stacked_modules(holder, chosen)
         try:
-            return prove_block(recorded, experts, StackedExperts(holder, chosen, count)), chosen
+            return prove_block(recorded, experts, StackedExperts(holder, chosen, count), dropped), chosen
         except NotReplayable as problem:
             reason = str(problem)
     raise NotReplayable(reason)

@@ -22,7 +22,7 @@ from moeca_fx.batch import other_values
 from moeca_fx.discover.inline.branches import COPY, Branches, branches_of, may_be_empty
 from moeca_fx.discover.inline.match import Experts, Match, Search
 from moeca_fx.discover.inline.recipe import Recipe, make_recipe
-from moeca_fx.discover.inline.tape import NotReplayable, Tape, record
+from moeca_fx.discover.inline.tape import NotReplayable, Tape, depends_on, record
 from moeca_fx.discover.reference import TOLERANCE, branch_sum, choice_as_tokens
 from moeca_fx.discover.scales import off_scale
 
@@ -113,7 +113,12 @@ class Recorded:
 
 
 def record_block(
-    owner: nn.Module, opened: frozenset[str], small: Call, large: Call, paths: Sequence[str] = ()
+    owner: nn.Module,
+    opened: frozenset[str],
+    small: Call,
+    large: Call,
+    paths: Sequence[str] = (),
+    states: Sequence[str] = (),
 ) -> Recorded:
     """Run a block on both calls.
 
@@ -122,29 +127,32 @@ def record_block(
         opened: paths of its submodules on the way to the experts, and of none else.
         small, large: arguments.
         paths: of the experts below the owner; none for stacked ones.
+        states: paths below the owner of the parameters that stack experts.
 
     Raises:
         NotReplayable: it cannot be recorded.
     """
     short, long = (record(owner, opened, call.args, call.kwargs) for call in (small, large))
-    search = Search(short, small.samples, _rows_seen(short, paths))
+    after = depends_on(short, frozenset(paths), frozenset(states))
+    search = Search(short, small.samples, _rows_seen(short, paths), after)
     return Recorded(owner, small, large, short, long, search)
 
 
-def prove_block(recorded: Recorded, experts: Sequence[nn.Module], together: Experts) -> Block:
+def prove_block(recorded: Recorded, experts: Sequence[nn.Module], together: Experts, dropped: bool) -> Block:
     """Find and prove the routed experts of a block.
 
     Args:
         recorded: its calls.
         experts: one module an expert, in order of expert id, those without parameters too.
         together: the same experts.
+        dropped: whether to look for branches that are dropped beyond a capacity; they are not found otherwise.
 
     Raises:
         NotReplayable: with the reason.
     """
     short, small = recorded.short, recorded.small
     problem = "no values of its run are token rows, a routing over its experts, and their weighted sum"
-    for match in islice(recorded.search.matches(together), _TRIED):
+    for match in islice(recorded.search.matches(together, dropped), _TRIED):
         try:
             block = _block(match, short, recorded.long, experts)
             calls = (small, recorded.large, _changed(small))

@@ -7,7 +7,7 @@ All combinations are compared on a few tokens and channels; names and the way th
 found is only a hypothesis: `block` runs the recipe made from it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from moeca_fx.discover.inline.routings import Routing, Shares, find_routings
 from moeca_fx.discover.inline.tape import Tape
 
 _TOKENS, _CHANNELS = 12, 24  # that hypotheses are compared on
-_PROJECTIONS = 8
+_PROJECTIONS, _AT_ONCE = 8, 4_000_000
 # Largest difference on those, relative to the routed sum: only to sort out, the proof comes later.
 _NEAR = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -59,38 +59,46 @@ class Search:
         tape: of a call of the block.
         samples: batch size of the call.
         seen: rows that experts were called with; only token rows among which they are come into question.
+        after: values that the experts have a part in: the routed sum is one of them, nothing else that is looked for.
     """
 
     tape: Tape
     samples: int
-    seen: Sequence[Tensor] = ()
+    seen: Sequence[Tensor]
+    after: frozenset[int]
     shares: dict[tuple[int, int, bool], Shares] = field(default_factory=dict)
     sums: dict[tuple[int, int], "_Sums"] = field(default_factory=dict)
     rows: list[tuple[int, Tensor]] | None = None
 
-    def matches(self, experts: Experts) -> Iterator[Match]:
-        """Every hypothesis that holds on the compared tokens, simplest first."""
+    @property
+    def before(self) -> dict[int, Tensor]:
+        """Values that do not depend on the experts."""
+        return {n: value for n, value in sorted(self.tape.values.items()) if n not in self.after}
+
+    def matches(self, experts: Experts, dropped: bool) -> Iterator[Match]:
+        """Every hypothesis that holds on the compared tokens, simplest first.
+
+        Args:
+            experts: what may be routed to.
+            dropped: only with branches that are dropped beyond a capacity, else only without.
+        """
         if self.rows is None:
-            self.rows = list(_token_rows(self.tape, self.seen))
-        known = []
+            self.rows = list(_token_rows(self.before, self.seen))
         for x, rows in self.rows:
             chosen = _some(len(rows), _TOKENS)
             outputs = experts.outputs(rows[chosen])
             if outputs is not None:
-                known.append((x, rows, chosen, outputs.double()))
-        for dropped in (False, True):
-            for x, rows, chosen, outputs in known:
-                yield from self._with(experts.count, x, rows, chosen, outputs, dropped)
+                yield from self._with(experts.count, x, rows, chosen, outputs.double(), dropped)
 
     def _with(
         self, count: int, x: int, rows: Tensor, chosen: Tensor, outputs: Tensor, dropped: bool
     ) -> Iterator[Match]:
         tokens, width = len(rows), outputs.shape[-1]
         if (tokens, count, dropped) not in self.shares:
-            found = find_routings(self.tape, count, tokens, self.samples, chosen, dropped)
+            found = find_routings(self.tape, self.before, count, tokens, self.samples, chosen, dropped)
             self.shares[tokens, count, dropped] = found
         if (tokens, width) not in self.sums:
-            self.sums[tokens, width] = _Sums(self.tape, tokens, width, chosen)
+            self.sums[tokens, width] = _Sums(self.tape, self.after, tokens, width, chosen)
         shares = self.shares[tokens, count, dropped]
         channels = _some(width, _CHANNELS)
         own = rows[chosen].double() if rows.shape[-1] == width else torch.zeros(len(chosen), width, dtype=torch.float64)
@@ -101,12 +109,11 @@ class Search:
             yield Match(x, shares.routings[index], total, rest)
 
 
-def _token_rows(tape: Tape, seen: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+def _token_rows(values: Mapping[int, Tensor], seen: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
     """Different values that may be the experts' input [N, H], in the order of the tape."""
     known: list[Tensor] = []
     wanted = [part[0] for part in seen if part.dim() == 2 and part.shape[0] and bool((part[0] != 0).any())]
-    for number in sorted(tape.values):
-        value = tape.values[number]
+    for number, value in values.items():
         if not _floats(value) or value.dim() < 2:
             continue
         rows = value.reshape(-1, value.shape[-1])
@@ -135,7 +142,7 @@ def _some(number: int, most: int) -> Tensor:
 class _Sums:
     """Values of the tape that may hold the routed sum [N, H]."""
 
-    def __init__(self, tape: Tape, tokens: int, width: int, chosen: Tensor) -> None:
+    def __init__(self, tape: Tape, after: frozenset[int], tokens: int, width: int, chosen: Tensor) -> None:
         self.numbers: list[int] = []
         parts = []
         channels = _some(width, _CHANNELS)
@@ -146,6 +153,8 @@ class _Sums:
                 parts.append(value.reshape(-1, width)[chosen][:, channels].double())
         none = torch.zeros(0, len(chosen), len(channels), dtype=torch.float64)
         self.parts = torch.stack(parts) if parts else none  # [C, J, c]
+        self.totals = torch.tensor([index for index, n in enumerate(self.numbers) if n in after], dtype=torch.long)
+        self.rests = torch.tensor([index for index, n in enumerate(self.numbers) if n not in after], dtype=torch.long)
         generator = torch.Generator().manual_seed(0)
         shape = (len(chosen) * len(channels), _PROJECTIONS)
         self.directions = torch.randn(shape, generator=generator, dtype=torch.float64) / shape[0] ** 0.5
@@ -157,24 +166,26 @@ class _Sums:
             routed: sums [R, J, c].
             limit: largest difference relative to the sum.
         """
-        if not self.numbers or not len(routed):
+        if not len(self.totals) or not len(routed):
             return
         size = routed.abs().amax((1, 2))  # [R]
-        usable = torch.nonzero((size > 0) & torch.isfinite(size)).flatten().tolist()
-        for index in usable:
-            error = (self.parts - routed[index]).abs().amax((1, 2))
-            for value in torch.nonzero(error <= limit * size[index]).flatten().tolist():
+        near = torch.where((size > 0) & torch.isfinite(size), limit * size, -1.0)
+        seen_at, routed_at = self.parts.flatten(1) @ self.directions, routed.flatten(1) @ self.directions  # [.., p]
+        totals, rests = seen_at[self.totals], seen_at[self.rests]
+        apart = (totals[None] - routed_at[:, None]).abs().amax(-1)  # [R, V]
+        for index, place in torch.nonzero(apart <= 4 * near[:, None]).tolist():
+            value = int(self.totals[place])
+            if float((self.parts[value] - routed[index]).abs().max()) <= float(near[index]):
                 yield index, self.numbers[value], None
         scale = self.parts.abs().amax((1, 2))
-        seen_at = self.parts.flatten(1) @ self.directions  # [C, p]
-        for index in usable:
-            near = limit * float(size[index])
-            left = seen_at - (routed[index].flatten() @ self.directions)  # [C, p]
-            apart = (seen_at[None] - left[:, None]).abs().amax(-1)  # [C value, C other]
-            pairs = torch.nonzero((apart <= 4 * near).tril(-1))
-            for value, other in pairs.tolist():
+        each = max(1, _AT_ONCE // max(1, len(totals) * len(rests) * _PROJECTIONS))
+        for begin in range(0, len(routed), each):
+            left = totals[None] - routed_at[begin : begin + each, None]  # [r, V, p]
+            apart = (left[:, :, None] - rests[None, None]).abs().amax(-1)  # [r, V, U]
+            for offset, place, other in torch.nonzero(apart <= 4 * near[begin : begin + each, None, None]).tolist():
+                index, value, rest = begin + offset, int(self.totals[place]), int(self.rests[other])
                 if not float(size[index]) > 1e-3 * float(scale[value]):
                     continue  # too small a part of that value to be told from rounding
-                difference = self.parts[value] - routed[index] - self.parts[other]
-                if float(difference.abs().max()) <= near:
-                    yield index, self.numbers[value], self.numbers[other]
+                difference = self.parts[value] - routed[index] - self.parts[rest]
+                if float(difference.abs().max()) <= float(near[index]):
+                    yield index, self.numbers[value], self.numbers[rest]

@@ -68,18 +68,21 @@ class Shares:
     weights: Tensor
 
 
-def find_routings(tape: Tape, count: int, tokens: int, samples: int, chosen: Tensor, dropped: bool) -> Shares:
+def find_routings(
+    tape: Tape, before: Mapping[int, Tensor], count: int, tokens: int, samples: int, chosen: Tensor, dropped: bool
+) -> Shares:
     """Routings of `tokens` token rows over `count` experts.
 
     Args:
         tape: of the block.
+        before: its values that do not depend on the experts, by number.
         count: E.
         tokens: N.
         samples: B.
         chosen: numbers of the sampled tokens [J].
         dropped: only those with dropped branches, else only those without.
     """
-    values = {n: v for n, v in sorted(tape.values.items()) if v.numel() > 1 and v.dim() and not v.is_inference()}
+    values = {n: v for n, v in before.items() if v.numel() > 1 and v.dim() and not v.is_inference()}
     whole = {n: v for n, v in values.items() if not v.is_floating_point() and v.dtype != torch.bool}
     floats = {n: v for n, v in values.items() if v.is_floating_point()}
     if dropped:

@@ -95,6 +95,21 @@ class Tape:
     sizes: dict[int, int] = field(default_factory=dict)
 
 
+def depends_on(tape: Tape, modules: frozenset[str], states: frozenset[str]) -> frozenset[int]:
+    """Numbers of the values that calls of some submodules, or some parameters, have a part in.
+
+    Args:
+        tape: what was recorded.
+        modules: paths of submodules.
+        states: paths of parameters.
+    """
+    found = {n for n, source in tape.sources.items() if source.kind == "state" and source.key in states}
+    for entry in tape.entries:
+        if entry.target in modules or not found.isdisjoint(entry.reads()):
+            found |= {number for number in entry.outputs if number is not None}
+    return frozenset(found)
+
+
 def record(owner: nn.Module, opened: frozenset[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tape:
     """Run `owner` once and write down what it computes.
 
