@@ -71,7 +71,7 @@ def _full_calls(graphs: CachedGraphs, steps: Sequence[tuple[Tensor, ...]]) -> li
 def _cached_calls(graphs: CachedGraphs, inputs: tuple[Tensor, ...], outputs: int) -> list[list[Tensor]]:
     """Calls on the caches of a full step, in which a share of the rows of slots has lost what they hold."""
     with torch.no_grad():
-        states = graphs.full(*_full_calls(graphs, [inputs])[0])[outputs:]
+        states = graphs.full(*_full_calls(graphs, [inputs])[0])[outputs:][: len(graphs.states)]
     calls = []
     for rate in MISS_RATES:
         held = [state.clone() for state in states]
