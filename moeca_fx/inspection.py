@@ -13,12 +13,11 @@ from moeca_fx.discover import Layout, Refusal, discover
 from moeca_fx.graph.rewrite import module_path
 from moeca_fx.graph.sites import MoESite, Site, kind_of
 from moeca_fx.graph.slicing import between
-from moeca_fx.graph.state import Counter
 from moeca_fx.graph.storage import CacheDtype, find_storage
 from moeca_fx.model_checks import check_inputs, check_model, resolve_policy
 from moeca_fx.passes import Compilation, run_pipeline
 from moeca_fx.policies import Method, MoECa, Policy, as_method
-from moeca_fx.runtime.flops import full_flops
+from moeca_fx.runtime.flops import filled_branches, full_flops
 from moeca_fx.runtime.module import share_weights
 
 _DEFAULT = MoECa()
@@ -150,7 +149,7 @@ def inspect(
     assert done.sites is not None and done.module is not None and done.graphs is not None
     leaves = pytree.tree_leaves(at_least_two(example_inputs, kwargs))
     traced = batch_size(*at_least_two(example_inputs, kwargs))
-    filled = {Counter(site.path, "present"): site.branches * traced for site in done.sites.moe}
+    filled = filled_branches(done.sites, traced)
     flops = {name: count * batch // traced for name, count in full_flops(done.module, leaves, filled).items()}
     total = sum(flops.values())
     actions = dict(done.graphs.actions)

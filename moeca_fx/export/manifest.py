@@ -27,7 +27,7 @@ from moeca_fx.passes.cache.graphs import CachedGraphs, ProbeGraph, StepGraph
 from moeca_fx.policies.policy import Method
 from moeca_fx.policies.registry import NAME_KEY, build
 from moeca_fx.provenance import fingerprint, provenance
-from moeca_fx.runtime.flops import StepCost, StepFlops, measure_step_flops
+from moeca_fx.runtime.flops import StepCost, StepFlops
 
 FORMAT = 2
 FILE = "manifest.json"
@@ -252,10 +252,7 @@ def _described(step: ExportStep) -> dict[str, Any]:
 def _flops(plan: ExportPlan) -> dict[str, Any]:
     """Measured on the graphs of the program: constant and by sample, and for a unit of each counter."""
     program = plan.program
-    found = [
-        measure_step_flops(program.plain, program.graphs, plan.with_constants(plan.call(batch)), batch)
-        for batch in (2, 3)
-    ]
+    found = [program.step_flops(plan.with_constants(plan.call(batch)), batch) for batch in (2, 3)]
     at = [
         {"uncached": flops.uncached.fixed, "full": flops.full.fixed, "probe": flops.probe}
         | {f"rule {index}": rule.fixed for index, rule in enumerate(flops.rules)}

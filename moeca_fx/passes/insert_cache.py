@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from moeca_fx.errors import PassError
 from moeca_fx.graph.rewrite import call, copy_meta, finish
-from moeca_fx.graph.sites import Sites
+from moeca_fx.graph.sites import MoESite, Sites
 from moeca_fx.graph.state import StateSpec
 from moeca_fx.ops import present
 from moeca_fx.passes.cache.blocks_level import BlocksLevel
@@ -111,7 +111,7 @@ def _full_step(
             step.terms = level.terms
             level.store(step)
         actions = actions_of(sites, "full")
-        results = [*(step.updated[state.name] for state in states), *_counters(step, sites, actions)]
+        results = [*(step.updated[state.name] for state in states), *_counters(step, sites, actions, stream)]
     _append_outputs(module, results)
     module = finish(module, "insert_cache (full step)")
     counters = tuple(counter for counter, _ in step.counters)
@@ -137,21 +137,24 @@ def _rule_step(
                 step.terms = other.terms
                 other.follow(step)
         results = [step.updated.get(state.name, step.cache[state.name]) for state in states]
-        results += _counters(step, sites, level.actions)
+        results += _counters(step, sites, level.actions, stream)
     _append_outputs(module, results)
     module = finish(module, f"insert_cache ({rule.name} step)")
     counters = tuple(counter for counter, _ in step.counters)
     return StepGraph(rule.name, module, states, rule.has_clock, stream is not None, counters, level.actions)
 
 
-def _counters(step: StepBuilder, sites: Sites, actions: tuple[tuple[str, str], ...]) -> list[fx.Node]:
+def _counters(
+    step: StepBuilder, sites: Sites, actions: tuple[tuple[str, str], ...], stream: str | None
+) -> list[fx.Node]:
     """One tensor of all that the step counts, if anything: also the branches of sites that run as the model wrote them.
 
-    Those are known beforehand but where slots may be empty.
+    Those are known beforehand but where slots may be empty. Sites before `stream` ran in the probe, not in the step.
     """
-    done = dict(actions)
-    for site in sites.moe:
-        if site.empty_slots and done[site.path] == "full":
+    done, outs = dict(actions), [site.residual_out for site in sites.ordered]
+    first = outs.index(stream) + 1 if stream is not None else 0
+    for site in sites.ordered[first:]:
+        if isinstance(site, MoESite) and site.empty_slots and done[site.path] == "full":
             step.count(site.path, "present", present.count_present, step.nodes[site.expert], site.num_experts)
     if not step.counters:
         return []

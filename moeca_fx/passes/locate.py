@@ -32,6 +32,7 @@ from moeca_fx.graph.slicing import (
     with_gate,
 )
 from moeca_fx.ops.experts import is_marker
+from moeca_fx.passes.empty_ids import may_be_empty
 from moeca_fx.passes.router_form import describe_router
 
 aten = torch.ops.aten
@@ -160,7 +161,7 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
         tokens=tokens,
         not_synchronized=_WHY_NOT_BY_ROWS[region.layout](marker, companion, region.top_k) if companion else None,
         layout=region.layout,
-        empty_slots=region.empty_slots,
+        empty_slots=region.layout == "token" and (region.empty_slots or may_be_empty(expert)),
     )
 
 

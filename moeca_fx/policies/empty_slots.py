@@ -50,7 +50,7 @@ def decide(
     """`branch.decide`; weights of empty branches are 0."""
     slot, held, slot_weight, matched, present = _assign(expert, weight, cached_expert, kind, num_experts)
     score = branch_score(slot_weight, cached_weight, cached_norm, lambda1, lambda2)
-    limit = threshold.gather(1, held.clamp(max=num_experts - 1).flatten(1)).view_as(held)
+    limit = threshold.gather(1, held.clamp(0, num_experts - 1).flatten(1)).view_as(held)
     code = torch.where(matched, (score > limit).to(torch.int8), 2)
     return slot, held, slot_weight, torch.where(present, code, 0).to(torch.int8)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moeca_fx.graph.sites import MoESite, kind_of
 from moeca_fx.graph.state import Counter
-from moeca_fx.runtime.flops import StepFlops
+from moeca_fx.runtime.flops import StepFlops, filled_branches
 from moeca_fx.runtime.program import Program
 from moeca_fx.runtime.statistics import SiteStatistics, Statistics, site_statistics
 
@@ -65,10 +65,6 @@ class Tally:
             return {}
         return dict(zip(self.program.graphs.full_step.counters, self.full_counters.tolist(), strict=True))
 
-    def _filled(self) -> dict[Counter, int]:
-        """Branches of one step where no slot is empty."""
-        return {Counter(site.path, "present"): site.branches * self.batch for site in self.program.sites.moe}
-
     def step_flops(self) -> StepFlops:
         """FLOPs of this program's steps at this batch size, measured once."""
         if self.flops is None:
@@ -82,18 +78,19 @@ class Tally:
         probes = flops.probe * (self.full_steps + self.cached_steps)
         rules = (flops.rules[rule].executed(steps, self.counts(rule)) for rule, steps in self.rule_steps.items())
         full = flops.full.executed(self.full_steps, self.full_counts())
-        return full + flops.uncached.executed(1, self._filled()) * self.plain_steps + probes + sum(rules)
+        plain = flops.uncached.executed(1, filled_branches(self.program.sites, self.batch))
+        return full + plain * self.plain_steps + probes + sum(rules)
 
     def uncached(self) -> int:
         """FLOPs of all these steps without caches.
 
-        Where slots may be empty, cached steps count as many branches as the full steps had; steps without caches, which
-        count nothing, and all steps before the first full one, as if no slot were empty.
+        Where slots may be empty, cached steps count as many branches as the full steps had; what no full step counted
+        (steps without caches, sites that a probe runs) counts as if no slot were empty.
         """
-        cost, filled = self.step_flops().uncached, self._filled()
+        cost, filled = self.step_flops().uncached, filled_branches(self.program.sites, self.batch)
         steps, present = self.full_steps + self.cached_steps, self.full_counts()
-        usual = {counter: present[counter] * steps // self.full_steps for counter in present}
-        counts = usual or {counter: count * steps for counter, count in filled.items()}
+        counts = {counter: count * steps for counter, count in filled.items()}
+        counts |= {counter: found * steps // self.full_steps for counter, found in present.items()}
         return cost.executed(steps, counts) + cost.executed(1, filled) * self.plain_steps
 
     def site_statistics(self) -> list[SiteStatistics]:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from moeca_fx.graph.sites import Sites
 from moeca_fx.graph.state import SCALES_WITH, Counter, StateSpec
 from moeca_fx.kernels.families import FAMILIES
 from moeca_fx.kernels.formulas import branch_flops
@@ -56,9 +57,17 @@ class StepFlops:
 
 
 def measure_step_flops(
-    plain: fx.GraphModule, graphs: CachedGraphs | None, leaves: Sequence[Any], batch: int
+    plain: fx.GraphModule,
+    graphs: CachedGraphs | None,
+    leaves: Sequence[Any],
+    batch: int,
+    filled: Mapping[Counter, int],
 ) -> StepFlops:
-    """Measure all graphs for inputs like `leaves`; nothing is executed."""
+    """Measure all graphs for inputs like `leaves`; nothing is executed.
+
+    Args:
+        filled: branches where no slot is empty (`filled_branches`); a probe, which counts nothing, counts as that.
+    """
     uncached = _cost(plain, leaves, ())
     if graphs is None:
         return StepFlops(uncached, uncached)
@@ -66,7 +75,7 @@ def measure_step_flops(
     probe = 0
     if graphs.probe is not None:
         state = graphs.probe.state
-        probe = sum(node_flops(graphs.probe.module, leaves, [_cache(state, batch)]).values())
+        probe = sum(full_flops(graphs.probe.module, leaves, filled, [_cache(state, batch)]).values())
         prefix = [_cache(state, batch)]
     full = _cost(graphs.full, leaves, _extra(graphs.full_step, batch, prefix))
     rules = tuple(_cost(rule.module, leaves, _extra(rule, batch, prefix)) for rule in graphs.rules)
@@ -94,16 +103,23 @@ def _cost(module: fx.GraphModule, leaves: Sequence[Any], extra: Sequence[Tensor]
     return StepCost(sum(none.values()), each)
 
 
-def full_flops(module: fx.GraphModule, leaves: Sequence[Any], branches: Mapping[Counter, int]) -> dict[str, int]:
-    """FLOPs of every node of a model without caches in which no slot is empty.
+def filled_branches(sites: Sites, batch: int) -> dict[Counter, int]:
+    """Branches of one step where no slot is empty."""
+    return {Counter(site.path, "present"): site.branches * batch for site in sites.moe}
+
+
+def full_flops(
+    module: fx.GraphModule, leaves: Sequence[Any], filled: Mapping[Counter, int], extra: Sequence[Tensor] = ()
+) -> dict[str, int]:
+    """FLOPs of every node of a graph that recomputes nothing, if no slot is empty.
 
     Args:
-        branches: how many branches each counter of the graph would count then.
+        filled: from `filled_branches`; extra: as for `node_flops`.
     """
-    none = node_flops(module, leaves, selected=0)
+    none = node_flops(module, leaves, extra, selected=0)
     scaling = [node for node in module.graph.nodes if SCALES_WITH in node.meta]
-    one = node_flops(module, leaves, selected=1) if scaling else none
-    more = {node.name: (one[node.name] - none[node.name]) * branches[node.meta[SCALES_WITH]] for node in scaling}
+    one = node_flops(module, leaves, extra, selected=1) if scaling else none
+    more = {node.name: (one[node.name] - none[node.name]) * filled[node.meta[SCALES_WITH]] for node in scaling}
     return {name: count + more.get(name, 0) for name, count in none.items()}
 
 

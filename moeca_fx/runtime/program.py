@@ -18,7 +18,7 @@ from moeca_fx.passes import POLICY_FREE, Compilation, run_pipeline
 from moeca_fx.passes.cache.graphs import CachedGraphs
 from moeca_fx.policies.policy import Policy
 from moeca_fx.runtime.compiler import CompiledStep, say_once, why_not_compiled
-from moeca_fx.runtime.flops import StepFlops, measure_step_flops
+from moeca_fx.runtime.flops import StepFlops, filled_branches, measure_step_flops
 from moeca_fx.runtime.timestep import find_timestep
 
 Signature = tuple[Any, ...]
@@ -75,7 +75,8 @@ class Program:
 
     def step_flops(self, leaves: list[Any], batch: int) -> StepFlops:
         """FLOPs of the steps for inputs like `leaves`; nothing is executed."""
-        return measure_step_flops(self.plain, self.graphs, leaves, batch)
+        filled = filled_branches(self.sites, batch)
+        return measure_step_flops(self.plain, self.graphs, leaves, batch, filled)
 
     def split(self, results: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
         """The model's own result and the flat rest; results in a cache's memory are copied: later steps write there."""

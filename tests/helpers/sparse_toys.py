@@ -16,7 +16,7 @@ MOST = 3
 
 
 class Careful(Quarry):
-    """`carve` skips ids that are no stone; the weights there are garbage, as a model may leave them."""
+    """`carve` skips ids that are no stone, whatever their weight."""
 
     def carve(self, grains: Tensor, which: Tensor, share: Tensor) -> Tensor:
         total = torch.zeros_like(grains)
@@ -30,21 +30,23 @@ class Thrifty(nn.Module):
     """A layer of threshold routing.
 
     Args:
-        floor: softmax score below which an expert is not asked; 0 leaves no slot empty, 2 all of them.
+        floor: softmax score below which an expert is not asked; 0 leaves no slot empty.
+        garbage: leave NaN as the weight of what is not asked.
     """
 
     def __init__(
-        self, floor: float = 0.24, constant: Callable[[], nn.Module] | None = Wedge, flat: bool = True
+        self, floor: float = 0.24, constant: Callable[[], nn.Module] | None = Wedge, garbage: bool = False
     ) -> None:
         super().__init__()
-        self.floor = floor
+        self.floor, self.weight_of_none = floor, float("nan") if garbage else 0.5
         self.compass = nn.Linear(WIDTH, POOL)
         self.quarry = Careful()
         self.constant = constant() if constant is not None else None
 
     def choose(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         share, which = (self.compass(rows) * 1.5).softmax(-1).topk(MOST, dim=-1)
-        return torch.where(share < self.floor, POOL, which), share
+        absent = share < self.floor
+        return torch.where(absent, POOL, which), torch.where(absent, self.weight_of_none, share)
 
     def forward(self, z: Tensor) -> Tensor:
         rows = z.reshape(-1, z.shape[-1])

@@ -26,6 +26,16 @@ def test_equals_the_reference(rows: int, top_k: int, experts: int, share: float)
     assert sorted(order.tolist()) == list(range(rows * top_k))
 
 
+def test_what_is_not_computed_may_have_no_expert() -> None:
+    generator = torch.Generator().manual_seed(0)
+    expert = torch.randint(0, 5, (60, 3), generator=generator)  # 4 is no expert
+    code = (expert < 4).to(torch.int8)
+    order, offsets, count = plan(code.to(DEVICE), expert.to(DEVICE), 4)
+    expected, _, _, ends = dispatch.plan_recomputed(code, expert, None, 4)
+    assert 0 < int(count) == len(expected) < expert.numel() and offsets.tolist() == ends.tolist()
+    assert order[: len(expected)].tolist() == expected.tolist()
+
+
 def test_no_rows() -> None:
     empty = torch.zeros(0, 5, device=DEVICE)
     order, offsets, count = plan(empty.to(torch.int8), empty.to(torch.int64), 4)

@@ -1,6 +1,7 @@
 """torch.compile takes both step graphs whole: one graph each, no recompilation while the miss rate varies."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from moeca_fx.passes.insert_cache import CachedGraphs
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers import zoo_models
 from tests.helpers.expert_choice_toys import LOTS, market_toy
-from tests.helpers.toys import POOL, toy_inputs
+from tests.helpers.sparse_toys import MOST, Thrifty
+from tests.helpers.toys import POOL, TOKENS, Toy, toy, toy_inputs
 from tests.helpers.transformed import toy_pair, zoo_pair
 
 REUSE_MATCHED = MoECa(tau0=50.0)  # what is recomputed is what has no match: set by the cached expert ids
@@ -69,7 +71,7 @@ def _full_calls(graphs: CachedGraphs, steps: Sequence[tuple[Tensor, ...]]) -> li
 def _cached_calls(graphs: CachedGraphs, inputs: tuple[Tensor, ...], outputs: int) -> list[list[Tensor]]:
     """Calls on the caches of a full step, in which a share of the rows of slots has lost what they hold."""
     with torch.no_grad():
-        states = graphs.full(*_full_calls(graphs, [inputs])[0])[outputs:]
+        states = graphs.full(*_full_calls(graphs, [inputs])[0])[outputs:][: len(graphs.states)]
     calls = []
     for rate in MISS_RATES:
         held = [state.clone() for state in states]
@@ -102,8 +104,9 @@ def test_one_graph_each_whatever_the_miss_rate(family: zoo_models.Family) -> Non
     assert recomputed == sorted(recomputed) and len(set(recomputed)) == len(MISS_RATES)
 
 
-def test_one_graph_each_where_experts_choose_their_tokens() -> None:
-    fast = moeca_fx.transform(market_toy(), toy_inputs(), policy=REUSE_MATCHED)
+@pytest.mark.parametrize("model", [market_toy, partial(toy, Thrifty)], ids=["expert choice", "empty slots"])
+def test_one_graph_each_in_other_layouts(model: Callable[[], Toy]) -> None:
+    fast = moeca_fx.transform(model(), toy_inputs(), policy=REUSE_MATCHED)
     inputs = toy_inputs(2, seed=1)
     graphs = _graphs(fast, inputs)
     steps = [inputs, toy_inputs(2, seed=2), toy_inputs(2, seed=3)]
@@ -111,14 +114,15 @@ def test_one_graph_each_where_experts_choose_their_tokens() -> None:
     pairs = _run_compiled(graphs.cached, _cached_calls(graphs, inputs, 1), "aot_eager")
     _assert_close(pairs)
     recomputed = _recomputed(graphs, pairs)
-    assert recomputed[0] == 0 and recomputed[-1] == 2 * POOL * LOTS
+    slots = 2 * POOL * LOTS if model is market_toy else 2 * TOKENS * MOST
+    assert recomputed[0] == 0 and (recomputed[-1] == slots if model is market_toy else recomputed[-1] < slots)
     assert recomputed == sorted(recomputed) and len(set(recomputed)) == len(MISS_RATES)
 
 
-def _through_inductor(name: str, choosing: bool = False) -> None:
+def _through_inductor(name: str, model: Callable[[], Toy] | None = None) -> None:
     fast = toy_pair(REUSE_MATCHED)[1]
-    if choosing:
-        fast = moeca_fx.transform(market_toy(), toy_inputs(), policy=REUSE_MATCHED)
+    if model is not None:
+        fast = moeca_fx.transform(model(), toy_inputs(), policy=REUSE_MATCHED)
     inputs = toy_inputs(2, seed=1)
     graphs = _graphs(fast, inputs)
     if name == "full":
@@ -141,5 +145,6 @@ def test_inductor_compiles_the_full_step() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "cached"])
-def test_inductor_compiles_both_steps_where_experts_choose(name: str) -> None:
-    _through_inductor(name, choosing=True)
+@pytest.mark.parametrize("model", [market_toy, partial(toy, Thrifty)], ids=["expert choice", "empty slots"])
+def test_inductor_compiles_both_steps_in_other_layouts(name: str, model: Callable[[], Toy]) -> None:
+    _through_inductor(name, model)
