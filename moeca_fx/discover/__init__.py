@@ -14,9 +14,9 @@ from torch import nn
 from moeca_fx.discover.candidates import find_candidates
 from moeca_fx.discover.probe import probe
 from moeca_fx.discover.prove import prove
-from moeca_fx.discover.records import Discovery, MoERegion, Refusal
+from moeca_fx.discover.records import Discovery, Layout, MoERegion, Refusal
 
-__all__ = ["Discovery", "MoERegion", "Refusal", "discover"]
+__all__ = ["Discovery", "Layout", "MoERegion", "Refusal", "discover"]
 
 
 def discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Discovery:

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeca_fx.discover import expert_choice as candidates
 from moeca_fx.discover.inline.tape import NotReplayable
-from moeca_fx.discover.reference import TOLERANCE, branch_sum
+from moeca_fx.discover.records import Layout
+from moeca_fx.discover.reference import TOLERANCE, branch_sum, choice_as_tokens
 from moeca_fx.discover.scales import off_scale
 
 MethodCall = tuple[dict[str, Any], Any]
@@ -31,12 +33,22 @@ class TracedMethod:
 
 @dataclass(frozen=True)
 class Roles:
-    """Parameter names that carry token rows, expert ids and weights; branches a token; error of the proof."""
+    """Parameter names that carry token rows, expert ids (or chosen tokens) and weights.
+
+    Attributes:
+        x, expert, weight: the names.
+        top_k: branches a token, or tokens an expert takes.
+        layout: who chooses.
+        empty_slots: whether some ids stand for no expert.
+        error: of the proof.
+    """
 
     x: str
     expert: str
     weight: str
     top_k: int
+    layout: Layout
+    empty_slots: bool
     error: float
 
 
@@ -90,9 +102,12 @@ def prove_method(experts: Sequence[nn.Module], calls: Sequence[MethodCall]) -> R
         raise NotReplayable("returned NaN or infinity in the probe run; check the weights and the example inputs")
     limit = TOLERANCE.get(output.dtype, 0.0)
     nearest, reason = float("inf"), "no arguments have the shapes of token rows, expert ids and routing weights"
-    for x, expert, weight in _triples(arguments, output):
+    for layout, (x, expert, weight) in _triples(arguments, output, len(experts)):
         rows, ids, share = (arguments[name] for name in (x, expert, weight))
+        slots = ids.shape[-1] if layout == "expert" else ids.numel() // (rows.numel() // rows.shape[-1])
         try:
+            if layout == "expert":
+                ids, share = choice_as_tokens(rows, ids, share)
             total = branch_sum(experts, rows, ids, share).reshape(output.shape)
         except (RuntimeError, TypeError, ValueError) as problem:
             reason = f"an expert could not be run on token rows alone: {problem}"
@@ -104,14 +119,18 @@ def prove_method(experts: Sequence[nn.Module], calls: Sequence[MethodCall]) -> R
             if problem_found is not None:
                 reason = problem_found
                 continue
-            return Roles(x, expert, weight, ids.numel() // (rows.numel() // rows.shape[-1]), error)
+            empty = layout == "token" and bool((ids == len(experts)).any())
+            return Roles(x, expert, weight, slots, layout, empty, error)
         reason = f"sum_k weight_k * expert_k(x) differs from its output by {nearest:.1e} relative (allowed {limit:.0e})"
     raise NotReplayable(reason)
 
 
-def _triples(arguments: Mapping[str, Any], output: Tensor) -> Iterator[tuple[str, str, str]]:
-    """Names of arguments that have the shapes of token rows, expert ids and weights."""
+def _triples(arguments: Mapping[str, Any], output: Tensor, count: int) -> Iterator[tuple[Layout, candidates.Roles]]:
+    """Names of arguments that have the shapes of token rows, expert ids or chosen tokens, and weights."""
     tensors = {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
+    for names in candidates.candidate_roles(tensors, count):
+        if tensors[names[0]].shape == output.shape:
+            yield "expert", names
     rows = [k for k, v in tensors.items() if v.is_floating_point() and v.shape == output.shape]
     ids = [k for k, v in tensors.items() if not v.is_floating_point() and v.dtype != torch.bool and v.dim() >= 1]
     weights = [k for k, v in tensors.items() if v.is_floating_point()]
@@ -119,4 +138,4 @@ def _triples(arguments: Mapping[str, Any], output: Tensor) -> Iterator[tuple[str
         tokens = tensors[x].numel() // tensors[x].shape[-1]
         fits = tensors[weight].numel() == tensors[expert].numel() and tensors[expert].numel() % tokens == 0
         if weight != x and fits:
-            yield x, expert, weight
+            yield "token", (x, expert, weight)

@@ -133,6 +133,8 @@ def _by_method(
         error=roles.error,
         container=candidate.path,
         keyword=keyword,
+        layout=roles.layout,
+        empty_slots=roles.empty_slots,
     )
 
 

@@ -5,6 +5,9 @@ from typing import Literal
 
 from moeca_fx.discover.inline.stacked import StackedForm
 
+Layout = Literal["token", "expert"]
+"""Who chooses: each token its k experts (token choice), or each expert its C tokens (expert choice)."""
+
 
 @dataclass(frozen=True)
 class MoERegion:
@@ -24,8 +27,11 @@ class MoERegion:
         form: what stacked experts compute; None for modules.
         keyword: parameter by which the experts take their rows; None by position.
         free: module path of experts without parameters (identity, zero) by their id; they are computed densely.
-        layout: whether tokens choose experts or experts choose tokens.
-        empty_slots: whether a token may have fewer than `top_k` branches; id E then stands for none.
+        layout: ``"token"``: ids and weights are [.., k] of the experts that each token chose. ``"expert"``: they are
+            [B, E, C], and `expert` names the chosen *tokens*: int64, 0 <= token < T within the sample, distinct in a
+            row; x is [B, T, H] or [B*T, H].
+        empty_slots: whether an id may be E, which means no expert (threshold routing, dropped tokens, experts that
+            compute nothing); of token layout alone.
     """
 
     path: str
@@ -42,8 +48,11 @@ class MoERegion:
     form: StackedForm | None = None
     keyword: str | None = None
     free: tuple[tuple[int, str], ...] = ()
-    layout: Literal["token", "expert"] = "token"
+    layout: Layout = "token"
     empty_slots: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.layout == "token" or not self.empty_slots, f"{self.path}: experts that choose fill their slots"
 
     @property
     def num_experts(self) -> int:

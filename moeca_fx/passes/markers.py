@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from moeca_fx.discover import MoERegion
@@ -22,6 +21,7 @@ from moeca_fx.discover.inline.tape import NotReplayable
 from moeca_fx.discover.method import replaced_method
 from moeca_fx.discover.prove import prove_modules, prove_stacked
 from moeca_fx.errors import UnprovenRegionError
+from moeca_fx.ops.experts import MARKERS
 
 Calls = Mapping[str, list[Call]]
 
@@ -119,7 +119,7 @@ def _for_replay(model: nn.Module, region: MoERegion) -> list[nn.Module]:
 
 
 def _marker(region: MoERegion, key: str) -> Marker:
-    op = torch.ops.moeca.experts if region.layout == "token" else torch.ops.moeca.expert_choice
+    op = MARKERS[region.layout]
 
     def marker(x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
         marked: Tensor = op(x, chosen, weight, key)
