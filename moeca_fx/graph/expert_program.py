@@ -5,8 +5,9 @@
       up   = linear(rows, up_proj.weight)   -->    up   = moeca.grouped_linear(rows, up_proj [E, I, H], None, offsets)
       down = linear(silu(gate) * up, ..)           down = moeca.grouped_linear(silu(gate) * up, .., offsets)
 
-Row-wise operations stay as they are. Views of a parameter become views of its stack; products that an expert computes
-in slices of its weights become whole (`whole_products`).
+Row-wise operations stay as they are; a norm inside an expert is followed by each row's own scale and shift. Views of a
+parameter become views of its stack; products that an expert computes in slices of its weights become whole
+(`whole_products`).
 """
 
 from collections.abc import Callable, Sequence
@@ -46,6 +47,10 @@ _VIEWS: dict[Any, Callable[[tuple[Any, ...], int], tuple[Any, ...]]] = {
     aten.transpose.int: lambda a, r: (_shift(a[1], r), _shift(a[2], r)),
     aten.unsqueeze.default: lambda a, r: (_shift(a[1], r + 1),),
 }
+
+
+_NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+_NORM_PARTS = (("weight", aten.mul.Tensor), ("bias", aten.add.Tensor))
 
 
 def build_expert_program(path: str, experts: Sequence[nn.Module], example: torch.Tensor) -> fx.GraphModule:
@@ -129,6 +134,8 @@ class _Builder:
             self.made[node] = self.graph.call_function(
                 _GROUPED, (self._made(node.args[0]), transposed, None, self.offsets)
             )
+        elif node.target in _NORMS and parameters:
+            self.made[node] = self._norm(node)
         elif not parameters:
             self.made[node] = self.graph.node_copy(node, self.made.__getitem__)
         elif torch.Tag.pointwise in getattr(node.target, "tags", ()):
@@ -146,6 +153,19 @@ class _Builder:
     def _linear(self, x: Any, weight: Any, bias: Any = None) -> fx.Node:
         arguments = (self.made[x], self._stack(weight), self._stack(bias) if bias is not None else None, self.offsets)
         return self.graph.call_function(_GROUPED, arguments)
+
+    def _norm(self, node: fx.Node) -> fx.Node:
+        """Normalise without parameters, then scale and shift each row by those of its expert."""
+        target: Any = node.target
+        names = [argument.name for argument in target._schema.arguments]
+        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        parts = [(given.pop(name, None), operation) for name, operation in _NORM_PARTS]
+        made = self.graph.call_function(target, (self.made[given.pop("input")],), given)
+        for parameter, operation in parts:
+            if parameter is not None:
+                own = self._per_row(parameter, example_value(node).dim())
+                made = self.graph.call_function(operation, (made, own))
+        return made
 
     def _per_row(self, node: fx.Node, rank: int) -> fx.Node:
         """Each row's own vector or number, shaped to broadcast against row tensors of `rank` axes."""
@@ -188,7 +208,7 @@ class _Builder:
     def _unsupported(self, node: fx.Node) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"{self.path}: operation {node.target} (node {node.name}) uses an expert's parameter in a way that cannot "
-            "be vectorised; supported: linear, matmul, element-wise use of a vector, views of a parameter"
+            "be vectorised; supported: linear, matmul, norms, element-wise use of a vector, views of a parameter"
         )
 
     def finish(self, result: fx.Node) -> fx.GraphModule:

@@ -199,10 +199,21 @@ def _shared_expert(marker: fx.Node, x: fx.Node, residual: Residual) -> fx.Node |
         operands = addends(node)
         if operands is not None and node is not residual.residual_out:
             outside = [operand for operand in operands if operand not in reached]
-            if len(outside) == 1 and same_shape(outside[0], node) and len(_linears(root, outside[0])) >= 2:
+            if len(outside) == 1 and same_shape(outside[0], node) and _is_shared_expert(marker, root, outside[0]):
                 return outside[0]
         reached.add(node)
     return None
+
+
+def _is_shared_expert(marker: fx.Node, root: fx.Node, branch: fx.Node) -> bool:
+    """At least two matrices on each token alone, without the routing: identity experts add rows by their weights."""
+    if len(_linears(root, branch)) < 2 or not {marker.args[1], marker.args[2]}.isdisjoint(ancestors([branch])):
+        return False
+    try:
+        propagate({root: STREAM if len(shape_of(root)) == 3 else TokenAxes(0, 0)}, between([root], [branch]))
+    except NotTokenWise:
+        return False  # computed at every step, as everything that no pass knows
+    return True
 
 
 def _linears(root: fx.Node, output: fx.Node) -> list[fx.Node]:

@@ -111,6 +111,28 @@ def test_without_shared_expert() -> None:
     assert (site.shared, site.shared_root, site.shared_path) == (None, None, None)
 
 
+class WithIdentity(Blend):
+    """Adds the tokens themselves, weighted by a router of two matrices: an expert without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(constant=None)
+        self.map = nn.Linear(WIDTH, WIDTH)
+
+    def choose(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return super().choose(self.map(rows).tanh())
+
+    def forward(self, z: Tensor) -> Tensor:
+        rows = z.reshape(-1, WIDTH)
+        which, share = self.choose(rows)
+        kept = (share * (which == 0)).sum(-1, keepdim=True)
+        return (self.quarry(rows, which, share) + kept * rows).view(z.shape)
+
+
+def test_what_the_routing_weighs_is_no_shared_expert() -> None:
+    (site,) = _located(WithIdentity).moe
+    assert site.shared is None
+
+
 def test_grouped_query_attention() -> None:
     (site,) = _located(mixing=partial(Mixing, kv_heads=HEADS // 2)).attention
     assert site.refused is None

@@ -31,10 +31,10 @@ def page(results: Results, minutes: float) -> str:
     for share in results.by_value():
         percent = f"{100 * share.transformed / share.total:.0f} %" if share.total else "none"
         lines.append(f"| {share.axis} | {share.value} | {share.total} | {share.transformed} | {percent} |")
-    lines += ["", "| documented reason | error | structures |", "|---|---|---|"]
-    known = {reason.code: reason.error.__name__ for reason in REASONS}
-    for code in sorted({*known, *results.reasons}, key=lambda code: (-results.reasons[code], code)):
-        lines.append(f"| {code} | {known.get(code, '')} | {results.reasons[code]} |")
+    lines += ["", "| documented reason | what is refused | error | structures |", "|---|---|---|---|"]
+    for reason in REASONS:
+        count = sum(o.verdict == "refused" and o.reason == reason.code for _, _, o in results.outcomes)
+        lines.append(f"| {reason.code} | {reason.meaning} | `{reason.error.__name__}` | {count} |")
     return "\n".join([*lines, ""])
 
 

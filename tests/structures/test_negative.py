@@ -17,6 +17,7 @@ from tests.helpers import zoo_models
 from tests.structures import negatives
 from tests.structures.model import build
 from tests.structures.negatives import Built, with_layer
+from tests.structures.reasons import REASONS, reason_of
 from tests.structures.sampling import sample
 
 BATCH_MESSAGE = r"blocks\.0\.ffn: per-sample independence is lost"
@@ -100,13 +101,20 @@ def _values(model: nn.Module) -> dict[str, object]:
 def test_refused_by_name_and_left_as_it_was(make: Callable[[], Built], error: type[MoecaError], message: str) -> None:
     model, args, kwargs = make()
     before = _values(model)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         moeca_fx.transform(model, args, kwargs)
+    assert reason_of(caught.value) is not None, "undocumented"
     after = _values(model)
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert torch.equal(value, after[name]) if isinstance(value, torch.Tensor) else value == after[name], name
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_every_reason_has_a_code_of_its_own() -> None:
+    codes = [reason.code for reason in REASONS]
+    assert len(set(codes)) == len(codes)
+    assert all(reason.meaning for reason in REASONS)
 
 
 def test_dropout_in_training_mode_is_named() -> None:
