@@ -1,6 +1,7 @@
 """`transform`: from an unmodified model to one of the same class that reuses expert branches across steps."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from moeca_fx.passes.insert_cache import plan_states
 from moeca_fx.policies import Method, MoECa, Policy
 from moeca_fx.runtime.memory import MemoryReport, report
 from moeca_fx.runtime.module import TransformedModel, make_transformed, share_weights
-from moeca_fx.runtime.options import memory_options
+from moeca_fx.runtime.options import MemoryOptions, memory_options
 from moeca_fx.runtime.runtime import Runtime
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -68,12 +69,36 @@ def transform(
     """
     parts = None if policy is None else resolve_policy(policy)
     options = memory_options(cache_dtype, cache_limit, chunk)
-    kwargs = dict(example_kwargs or {})
-    found = find_regions(model, example_inputs, kwargs)
+    settings = Settings(parts, options, compile, timestep)
+    return transform_with(model, example_inputs, dict(example_kwargs or {}), settings)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked options of `transform`.
+
+    Attributes:
+        policy, options, compile, timestep, announced: as for `Runtime`.
+    """
+
+    policy: Policy | None
+    options: MemoryOptions
+    compile: bool = True
+    timestep: str | int | None = None
+    announced: bool = False
+
+
+def transform_with(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Settings
+) -> TransformedModel:
+    """`transform`, with its options checked before."""
+    found = find_regions(model, args, kwargs)
     stack_experts(model, found.regions)
-    runtime = Runtime(found.regions, parts, timestep, options, compile)
+    runtime = Runtime(
+        found.regions, settings.policy, settings.timestep, settings.options, settings.compile, settings.announced
+    )
     fast = make_transformed(model, runtime)
-    runtime.prepare(fast, example_inputs, kwargs)
+    runtime.prepare(fast, args, kwargs)
     return fast
 
 

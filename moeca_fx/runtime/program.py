@@ -34,7 +34,7 @@ class Program:
         graphs: full step and one step a rule; None without a policy.
         sites: located sites.
         out_spec: structure of the model's result; `outputs` is its number of leaves.
-        timestep: index of the timestep among the flat inputs; None without a policy.
+        timestep: index of the timestep among the flat inputs; None when nobody needs it.
         steps: what is compiled, by the names of `CachedGraphs.modules`.
     """
 
@@ -65,6 +65,20 @@ class Program:
         """The graph of `traced`."""
         assert self.traced.module is not None
         return self.traced.module
+
+    @property
+    def timestep_index(self) -> int:
+        """`timestep`, where it is needed."""
+        assert self.timestep is not None, "a timestep is found for programs that run outside of sessions"
+        return self.timestep
+
+    def device(self, leaves: list[Any]) -> torch.device:
+        """Where caches live: with the timestep, or when there is none, with the largest input."""
+        if self.timestep is not None:
+            where: Tensor = leaves[self.timestep]
+        else:
+            where = max((leaf for leaf in leaves if isinstance(leaf, Tensor)), key=Tensor.numel)
+        return where.device
 
     def cache_bytes(self, batch: int) -> int:
         """Bytes of cache that a context takes for a batch, as `estimate_memory` says."""
@@ -97,19 +111,32 @@ def build_program(
     timestep: str | int | None,
     storage: Storage | None = None,
     compile: bool = False,
+    announced: bool = False,
 ) -> Program:
     """Run the pipeline for calls like ``model(*args, **kwargs)``."""
     traced = run_pipeline(Compilation(model, regions, args, dict(kwargs), policy, storage), until=POLICY_FREE)
-    return finish_program(traced, policy, timestep, compile)
+    return finish_program(traced, policy, timestep, compile, announced)
 
 
 def finish_program(
-    traced: Compilation, policy: Policy | None, timestep: str | int | None, compile: bool = False
+    traced: Compilation,
+    policy: Policy | None,
+    timestep: str | int | None,
+    compile: bool = False,
+    announced: bool = False,
 ) -> Program:
-    """Run the rest of the pipeline on what `POLICY_FREE` left, which stays as it is."""
+    """Run the rest of the pipeline on what `POLICY_FREE` left, which stays as it is.
+
+    Args:
+        traced, policy, compile: as in `Program` and for `moeca_fx.transform`.
+        timestep: name or position of the timestep; None finds it.
+        announced: whether sessions announce the steps, so that nobody needs a timestep.
+    """
     work = run_pipeline(replace(traced, policy=policy), after=POLICY_FREE)
     assert work.module is not None and work.captured is not None and work.sites is not None
-    found = None if policy is None else find_timestep(work.model, work.module, work.args, work.kwargs, timestep)
+    found = None
+    if policy is not None and not announced:
+        found = find_timestep(work.model, work.module, work.args, work.kwargs, timestep)
     return Program(
         traced=traced,
         plain=work.module,

@@ -1,0 +1,1 @@
+"""Pipelines of diffusers, made faster and given back."""
