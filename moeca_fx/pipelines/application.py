@@ -20,8 +20,8 @@ from torch import nn
 from moeca_fx.errors import ConfigError
 from moeca_fx.graph.storage import CacheDtype
 from moeca_fx.model_checks import resolve_policy
-from moeca_fx.pipelines.checks import check_denoiser, check_pipeline, find_denoiser
-from moeca_fx.pipelines.denoiser import Denoiser, Run, StandIn, stand_in
+from moeca_fx.pipelines.checks import check_denoiser, check_pipeline, check_scheduler, find_denoiser
+from moeca_fx.pipelines.denoiser import Denoiser, Run, StandIn, new_object, stand_in
 from moeca_fx.pipelines.schedulers import is_scheduler, unwatch, watch
 from moeca_fx.policies import Method, MoECa, Policy
 from moeca_fx.runtime.accounting import Accounting
@@ -58,8 +58,8 @@ def apply(
         `pipe`.
 
     Raises:
-        ConfigError: not a pipeline, one that a policy is applied to already, no such component, or an option out of
-            range.
+        ConfigError: not a pipeline, one that a policy is applied to already, one without a scheduler or such a
+            component, or an option out of range.
         UnsupportedModelError: the denoiser is offloaded, hooked, compiled, in training mode or quantised.
         MissingExtraError: diffusers is not installed.
 
@@ -73,6 +73,7 @@ def apply(
         )
     parts = None if policy is None else resolve_policy(policy)
     settings = Settings(parts, memory_options(cache_dtype, cache_limit, chunk), compile, announced=True)
+    check_scheduler(pipe)
     name = find_denoiser(pipe, denoiser)
     found: nn.Module = getattr(pipe, name)
     model = found._moeca_denoiser.model if isinstance(found, StandIn) else found  # shared with another pipeline
@@ -217,11 +218,10 @@ def _applied_class(original: Any) -> Any:
     def reduce(self: Any, protocol: Any) -> Any:
         """A copy, or what is pickled, is the pipeline without the policy."""
         application = vars(self)[_PLACE]
-        plain = object.__new__(original)
-        plain.__dict__.update({key: value for key, value in vars(self).items() if key != _PLACE})
-        if vars(plain)[application.name] is application.shown:
-            vars(plain)[application.name] = application.found
-        return plain.__reduce_ex__(protocol)
+        state = {key: value for key, value in vars(self).items() if key != _PLACE}
+        if state[application.name] is application.shown:
+            state[application.name] = application.found
+        return new_object, (original,), state
 
     content = {key: getattr(original, key) for key in ("__module__", "__qualname__", "__doc__")}
     content |= {"__call__": call, "__setattr__": set_attribute, "__reduce_ex__": reduce}

@@ -6,6 +6,7 @@ from torch import nn
 
 from moeca_fx.errors import ConfigError, UnsupportedModelError, require
 from moeca_fx.model_checks import check_model
+from moeca_fx.pipelines.schedulers import is_scheduler
 
 _BY_CONVENTION = ("transformer", "unet")
 
@@ -23,6 +24,15 @@ def check_pipeline(pipe: object) -> None:
         raise ConfigError(
             f"expected a diffusers pipeline (DiffusionPipeline), found {type(pipe).__name__}; a model alone is made "
             "faster with moeca_fx.transform"
+        )
+
+
+def check_scheduler(pipe: Any) -> None:
+    """Raise `ConfigError` unless something in the pipeline is stepped: that tells where a denoising step ends."""
+    if not any(is_scheduler(value) for value in vars(pipe).values()):
+        raise ConfigError(
+            f"{type(pipe).__name__}: has no scheduler, whose step() tells where a denoising step ends; expected one "
+            "among its attributes: set it, or transform the denoiser with moeca_fx.transform"
         )
 
 

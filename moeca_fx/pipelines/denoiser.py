@@ -8,6 +8,7 @@ The stand-in shares its model's ``__dict__``. So whatever is done to it (`.to()`
 done to the model; when that changes tensors or modules, the transformed model is dropped and made anew when needed.
 """
 
+import copy
 import functools
 import logging
 import threading
@@ -159,13 +160,12 @@ class StandIn(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy is a copy of the model."""
-        import copy
-
         return copy.deepcopy(self._moeca_denoiser.model, memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """What is pickled is the model."""
-        return self._moeca_denoiser.model.__reduce_ex__(protocol)
+        model = self._moeca_denoiser.model
+        return new_object, (type(model),), model.__getstate__()
 
 
 def stand_in(denoiser: Denoiser) -> StandIn:
@@ -192,6 +192,11 @@ def stand_in(denoiser: Denoiser) -> StandIn:
     object.__setattr__(made, "__dict__", model.__dict__)
     object.__setattr__(made, "_moeca_denoiser", denoiser)
     return made
+
+
+def new_object(cls: type) -> Any:
+    """An object whose state is still to come: copies and pickles begin so."""
+    return object.__new__(cls)
 
 
 def _tensors_and_modules(model: nn.Module) -> tuple[Any, ...]:

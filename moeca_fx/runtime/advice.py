@@ -98,6 +98,8 @@ class Advice:
                 return f"it was over before {schedule} skips a step"
             if trajectory.step > 1:
                 return f"the schedule {schedule} made every step full; lower its threshold's caution or choose another"
+            if trajectory.announced:
+                return f"it had one call: {reason}"
             return f"it had one call before a new trajectory began, because {reason}" + advice * (reason == STOOD_STILL)
         if trajectory.routed_steps and trajectory.branches() == trajectory.recomputed_branches():
             steps = trajectory.routed_steps

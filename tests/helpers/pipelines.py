@@ -90,13 +90,14 @@ class TextPipeline(DiffusionPipeline):
     ) -> tuple[Tensor]:
         self._interrupt = False
         self.scheduler.set_timesteps(num_inference_steps)
+        scales = hasattr(self.scheduler, "scale_model_input")  # flow matching does not
         shape = (len(prompt_embeds), self.transformer.config.in_channels, height, width)
         latents = torch.randn(shape, generator=generator).to(self.transformer.device, self.transformer.dtype)
-        latents = latents * self.scheduler.init_noise_sigma if hasattr(self.scheduler, "init_noise_sigma") else latents
+        latents = latents * self.scheduler.init_noise_sigma if scales else latents
         for step, t in enumerate(self.scheduler.timesteps):
             if self._interrupt:
                 continue
-            scaled = self.scheduler.scale_model_input(latents, t) if hasattr(self.scheduler, "sigmas") else latents
+            scaled = self.scheduler.scale_model_input(latents, t) if scales else latents
             embeds = {"cond": prompt_embeds}
             if negative_prompt_embeds is not None and guided(step):
                 embeds["uncond"] = negative_prompt_embeds
