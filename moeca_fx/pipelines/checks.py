@@ -44,7 +44,7 @@ def find_denoiser(pipe: Any, named: str | None) -> str:
     """
     modules = [name for name, value in pipe.components.items() if isinstance(value, nn.Module)]
     chosen = named if named is not None else next((name for name in _BY_CONVENTION if name in modules), None)
-    if chosen in modules:
+    if chosen is not None and chosen in modules:
         return chosen
     wanted = f"a module named {named!r}" if named is not None else f"one named {' or '.join(_BY_CONVENTION)}"
     raise ConfigError(
@@ -70,7 +70,7 @@ def check_denoiser(pipe: Any, name: str, model: nn.Module) -> None:
     hooked = [path or name for path, module in model.named_modules() if _has_diffusers_hooks(module)]
     if hooked:
         raise UnsupportedModelError(
-            f"{where}: diffusers' own hooks are on {hooked[0]} (group offloading, layerwise casting, or another cache), "
+            f"{where}: diffusers' own hooks are on {hooked[0]} (group offloading, layerwise casting, another cache), "
             "which a compiled graph would not run; disable them: one cache at a time, whole weights on one device"
         )
     if any(module._compiled_call_impl is not None for module in model.modules()):

@@ -56,7 +56,7 @@ def unwatch(scheduler: Any, listener: Listener) -> None:
         scheduler._moeca_listeners.remove(listener)
     if not scheduler._moeca_listeners:
         del vars(scheduler)["_moeca_listeners"]
-        scheduler.__class__ = scheduler._moeca_original  # type: ignore[assignment]  # mypy knows no class changes
+        scheduler.__class__ = scheduler._moeca_original
 
 
 def _watched_class(original: Any) -> type:

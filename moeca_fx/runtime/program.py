@@ -1,5 +1,6 @@
 """A program: the compiled graphs for one kind of call (structure, shapes without the batch, dtypes, devices)."""
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,8 @@ from moeca_fx.runtime.flops import StepFlops, measure_step_flops
 from moeca_fx.runtime.timestep import find_timestep
 
 Signature = tuple[Any, ...]
+TRACING = threading.RLock()
+"""Held while a model is probed or traced: both put hooks and methods on it for a while; torch traces in one thread."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,15 @@ from moeca_fx.runtime.advice import Advice
 from moeca_fx.runtime.chunks import Chunk, join, split_batch, take
 from moeca_fx.runtime.memory import MemoryReport, report
 from moeca_fx.runtime.options import MemoryOptions
-from moeca_fx.runtime.program import Program, Signature, build_program, check_finite, finish_program, signature_of
+from moeca_fx.runtime.program import (
+    TRACING,
+    Program,
+    Signature,
+    build_program,
+    check_finite,
+    finish_program,
+    signature_of,
+)
 from moeca_fx.runtime.session import Ended, Session
 from moeca_fx.runtime.shortage import is_out_of_memory, out_of_memory
 from moeca_fx.runtime.statistics import Statistics
@@ -105,17 +113,18 @@ class Runtime:
                     _MANY_PROGRAMS,
                 )
             plain_args, plain_kwargs = _detached(args), _detached(dict(kwargs))
-            program = build_program(
-                original_view(model),
-                self.regions,
-                plain_args,
-                plain_kwargs,
-                self.policy,
-                self.timestep,
-                self.options.storage,
-                self.compile,
-                self.announced,
-            )
+            with TRACING:
+                program = build_program(
+                    original_view(model),
+                    self.regions,
+                    plain_args,
+                    plain_kwargs,
+                    self.policy,
+                    self.timestep,
+                    self.options.storage,
+                    self.compile,
+                    self.announced,
+                )
             self._add(signature, program)
         return self.programs[signature]
 

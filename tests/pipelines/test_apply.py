@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTPipeline
-from torch import nn
+from torch import Tensor, nn
 
 import moeca_fx
 from moeca_fx.errors import ConfigError, NoMoEFoundError, UnsupportedModelError
@@ -20,7 +20,12 @@ from tests.helpers.requests import SOME, draw, write
 
 def _state(pipe: Any) -> tuple[Any, ...]:
     parts = [vars(part) for part in (pipe.transformer, pipe.scheduler)]
-    return type(pipe), dict(vars(pipe)), [type(part) for part in pipe.components.values()], [list(part) for part in parts]
+    return (
+        type(pipe),
+        dict(vars(pipe)),
+        [type(part) for part in pipe.components.values()],
+        [list(part) for part in parts],
+    )
 
 
 def test_without_reuse_the_images_are_the_plain_pipelines() -> None:
@@ -101,7 +106,9 @@ def test_save_pretrained_before_and_after_the_first_request(tmp_path: Path) -> N
         assert all(torch.equal(value, weights[name]) for name, value in again.items())
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["copy", "pickle"]
+)
 def test_a_copy_is_the_plain_pipeline(copied: Callable[[Any], Any]) -> None:
     pipe = text_pipeline()
     expected = write(pipe)
@@ -121,7 +128,9 @@ def test_another_dtype_after_apply_moves_the_model() -> None:
     model = pipe.transformer
     moeca_fx.apply(pipe, SOME)
     pipe.to(torch.float64)  # before the first request
-    wide = write(pipe, prompt_embeds=torch.ones(1, 5, 16).double(), negative_prompt_embeds=torch.zeros(1, 5, 16).double())
+    wide = write(
+        pipe, prompt_embeds=torch.ones(1, 5, 16).double(), negative_prompt_embeds=torch.zeros(1, 5, 16).double()
+    )
     assert wide.dtype == torch.float64 == model.dtype
     pipe.to(torch.float32)  # and after it
     assert model.dtype == torch.float32
@@ -130,6 +139,10 @@ def test_another_dtype_after_apply_moves_the_model() -> None:
     moeca_fx.remove(pipe)
     assert torch.equal(found, write(moeca_fx.apply(text_pipeline(), SOME)))
     assert pipe.transformer is model
+
+
+def _halve(image: Tensor) -> Tensor:
+    return image / 2
 
 
 def test_new_weights_and_modules_are_seen() -> None:
@@ -143,6 +156,9 @@ def test_new_weights_and_modules_are_seen() -> None:
     pipe.transformer.leave = other.leave  # a module is exchanged, as adapters do
     expected = write(TextPipeline(transformer=other, scheduler=pipe.scheduler))
     torch.testing.assert_close(write(pipe), expected, rtol=1e-5, atol=1e-5)
+    pipe.transformer.finish = other.finish = _halve  # what is called and no module, as attention processors are
+    torch.testing.assert_close(write(pipe), write(TextPipeline(transformer=other, scheduler=pipe.scheduler)))
+    assert not torch.allclose(write(pipe), expected)
 
 
 def test_a_dense_denoiser_is_refused_in_the_first_request_and_given_back() -> None:

@@ -67,7 +67,7 @@ def _by_hand(pipe: TextPipeline, scheduler: Any) -> torch.Tensor:
     fast = moeca_fx.transform(copy.deepcopy(pipe.transformer), (), example, SOME)
     with torch.no_grad(), fast.session() as session:
         for t in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(latents, t) 
+            scaled = scheduler.scale_model_input(latents, t)
             both = []
             for name, embeds in text.items():
                 with fast.context(name):

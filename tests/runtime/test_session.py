@@ -99,10 +99,15 @@ def test_a_session_beside_trajectories_that_are_recognised() -> None:
 def test_a_run_that_reused_nothing_says_why_once() -> None:
     _, fast = toy_pair(EVERY_THIRD)
     steps = _steps(4)
-    with pytest.warns(NothingReusedWarning, match=r"a run of 1 steps reused nothing: it had one call: no step was .*next_step"):
-        with torch.no_grad(), fast.session():
-            for inputs in steps:
-                fast(*inputs)
+    with (
+        pytest.warns(
+            NothingReusedWarning, match=r"a run of 1 steps reused nothing: it had one call: no step was .*next_step"
+        ),
+        torch.no_grad(),
+        fast.session(),
+    ):
+        for inputs in steps:
+            fast(*inputs)
     _run(fast, [[steps[0]]])  # once
     as_new(fast)
     with pytest.warns(NothingReusedWarning, match="it had one call: the run ended"):
