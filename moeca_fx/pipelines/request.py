@@ -110,7 +110,7 @@ def summary(start: Statistics, end: Statistics, model: str) -> str:
     executed, uncached = end.flops_executed - start.flops_executed, end.flops_uncached - start.flops_uncached
     saved = 1 - executed / uncached if uncached else 0.0
     return (
-        f"{full + reused} calls of {model}: {full} full, {reused} reused branches; "
+        f"{full + reused} calls of {model}, {full} in full and {reused} with reuse; "
         f"{executed:.2e} of {uncached:.2e} FLOPs, {saved:.1%} saved"
     )
 

@@ -254,8 +254,8 @@ def test_the_log_tells_what_a_request_saved(caplog: pytest.LogCaptureFixture) ->
         draw(pipe, steps=9)
     lines = [record.getMessage() for record in caplog.records if record.name == "moeca_fx.pipeline"]
     assert lines[0] == "TinyMoE: transforming at its first call"
-    assert lines[1].startswith("DiTPipeline: request 1: 5 steps, 5 calls of TinyMoE: 2 full, 3 reused branches; ")
-    assert lines[2].startswith("DiTPipeline: request 2: 9 steps, 9 calls of TinyMoE: 3 full, 6 reused branches; ")
+    assert lines[1].startswith("DiTPipeline: request 1: 5 steps, 5 calls of TinyMoE, 2 in full and 3 with reuse; ")
+    assert lines[2].startswith("DiTPipeline: request 2: 9 steps, 9 calls of TinyMoE, 3 in full and 6 with reuse; ")
     stats = moeca_fx.stats(pipe)
     assert stats.flops_saved > 0
     saved = [float(line.split(", ")[-1].removesuffix("% saved")) for line in lines[1:]]
