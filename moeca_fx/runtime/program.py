@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from moeca_fx.batch import batch_size
 from moeca_fx.discover import MoERegion
 from moeca_fx.errors import InputError
 from moeca_fx.graph.sites import Sites
@@ -16,7 +17,6 @@ from moeca_fx.graph.storage import Storage
 from moeca_fx.model_checks import count_not_finite
 from moeca_fx.passes import POLICY_FREE, Compilation, run_pipeline
 from moeca_fx.passes.cache.graphs import CachedGraphs
-from moeca_fx.passes.capture import batch_size
 from moeca_fx.policies.policy import Policy
 from moeca_fx.runtime.compiler import CompiledStep, say_once, why_not_compiled
 from moeca_fx.runtime.flops import StepFlops, measure_step_flops
