@@ -1,7 +1,6 @@
 """`transform`: from an unmodified model to one of the same class that reuses expert branches across steps."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -21,8 +20,9 @@ from moeca_fx.passes.insert_cache import plan_states
 from moeca_fx.policies import Method, MoECa, Policy
 from moeca_fx.runtime.memory import MemoryReport, report
 from moeca_fx.runtime.module import TransformedModel, make_transformed, share_weights
-from moeca_fx.runtime.options import MemoryOptions, memory_options
+from moeca_fx.runtime.options import memory_options
 from moeca_fx.runtime.runtime import Runtime
+from moeca_fx.runtime.timestep import Announced
 
 Model = TypeVar("Model", bound=nn.Module)
 _DEFAULT = MoECa()
@@ -34,7 +34,7 @@ def transform(
     example_kwargs: Mapping[str, Any] | None = None,
     policy: Method | Policy | str | PathLike[str] | None = _DEFAULT,
     *,
-    timestep: str | int | None = None,
+    timestep: str | int | Announced | None = None,
     compile: bool = True,
     cache_dtype: CacheDtype | None = None,
     cache_limit: int | str | None = None,
@@ -48,7 +48,8 @@ def transform(
         example_inputs, example_kwargs: inputs of one forward call, used to trace it. The batch size stays open.
         policy: what is recomputed when: a method such as `MoECa`, a method's name, a YAML policy file, or a `Policy` of
             your own parts; None vectorises the experts and caches nothing.
-        timestep: name or position of forward's timestep parameter, when it is not found by itself.
+        timestep: name or position of forward's timestep parameter, when it is not found by itself; or
+            `moeca_fx.runtime.timestep.ANNOUNCED` when all calls come in sessions, which need none.
         compile: run the graphs through `torch.compile`, each whole, at its first call (tens of seconds; the compiler's
             cache makes later processes start in seconds; the logger ``moeca_fx.compile`` tells). Without a compiler, or
             with the environment variable MOECA_FX_COMPILE=0, graphs run eagerly.
@@ -73,36 +74,12 @@ def transform(
     """
     parts = None if policy is None else resolve_policy(policy)
     options = memory_options(cache_dtype, cache_limit, chunk)
-    settings = Settings(parts, options, compile, timestep)
-    return transform_with(model, example_inputs, dict(example_kwargs or {}), settings)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Checked options of `transform`.
-
-    Attributes:
-        policy, options, compile, timestep, announced: as for `Runtime`.
-    """
-
-    policy: Policy | None
-    options: MemoryOptions
-    compile: bool = True
-    timestep: str | int | None = None
-    announced: bool = False
-
-
-def transform_with(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], settings: Settings
-) -> TransformedModel:
-    """`transform`, with its options checked before."""
-    found = find_regions(model, args, kwargs)
+    kwargs = dict(example_kwargs or {})
+    found = find_regions(model, example_inputs, kwargs)
     stack_experts(model, found.regions)
-    runtime = Runtime(
-        found.regions, settings.policy, settings.timestep, settings.options, settings.compile, settings.announced
-    )
+    runtime = Runtime(found.regions, parts, timestep, options, compile)
     fast = make_transformed(model, runtime)
-    runtime.prepare(fast, args, kwargs)
+    runtime.prepare(fast, example_inputs, kwargs)
     return fast
 
 

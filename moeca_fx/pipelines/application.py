@@ -4,6 +4,7 @@ pipe.__class__     DiTPipeline  -->  a subclass of the same name (see `request`)
 pipe.transformer   the model    -->  its stand-in (see `stand_in`)
 """
 
+import functools
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -18,10 +19,11 @@ from moeca_fx.pipelines.request import PLACE, Application, applied_class
 from moeca_fx.pipelines.stand_in import StandIn
 from moeca_fx.policies import Method, MoECa, Policy
 from moeca_fx.runtime.accounting import Accounting
+from moeca_fx.runtime.lock import TRACING
 from moeca_fx.runtime.options import memory_options
-from moeca_fx.runtime.program import TRACING
 from moeca_fx.runtime.statistics import Statistics
-from moeca_fx.transform import Settings
+from moeca_fx.runtime.timestep import ANNOUNCED
+from moeca_fx.transform import transform
 
 Pipeline = TypeVar("Pipeline")
 _DEFAULT = MoECa()
@@ -63,14 +65,23 @@ def apply(
             f"{type(pipe).__name__}: a policy is applied to this pipeline already; call moeca_fx.remove(pipe) first"
         )
     parts = None if policy is None else resolve_policy(policy)
-    settings = Settings(parts, memory_options(cache_dtype, cache_limit, chunk), compile, announced=True)
+    memory_options(cache_dtype, cache_limit, chunk)  # what is wrong with them is told now
+    make = functools.partial(
+        transform,
+        policy=parts,
+        timestep=ANNOUNCED,
+        compile=compile,
+        cache_dtype=cache_dtype,
+        cache_limit=cache_limit,
+        chunk=chunk,
+    )
     check_scheduler(pipe)
     name = find_denoiser(pipe, denoiser)
     found: nn.Module = getattr(pipe, name)
     model = found._moeca_denoiser.model if isinstance(found, StandIn) else found  # shared with another pipeline
     with TRACING:
         check_denoiser(pipe, name, model)
-    application = Application(pipe, name, found, Denoiser(model, settings))
+    application = Application(pipe, name, found, Denoiser(model, make))
     vars(pipe)[PLACE] = application
     vars(pipe)[name] = application.shown
     pipe.__class__ = applied_class(type(pipe))

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moeca_fx.runtime.lock import TRACING
 from moeca_fx.runtime.module import TransformedModel
-from moeca_fx.runtime.program import TRACING
 from moeca_fx.runtime.session import Session
-from moeca_fx.transform import Settings, transform_with
 
 log = logging.getLogger("moeca_fx.pipeline")
 
@@ -29,16 +28,16 @@ class Denoiser:
 
     Args:
         model: as the pipeline held it.
-        settings: of the transformed model; its calls are announced.
+        make: transforms it, from the (model, args, kwargs) of one call.
 
     Attributes:
         fast: the transformed model, from the first call on.
         removed: whether the pipeline has the model back; others may hold the stand-in still.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, make: Callable[..., TransformedModel]) -> None:
         self.model = model
-        self.settings = settings
+        self._make = make
         self.fast: TransformedModel | None = None
         self.removed = False
         self._made_from = _Parts(nn.Module())
@@ -89,7 +88,7 @@ class Denoiser:
         log.info("%s: transforming at its first call", type(self.model).__name__)
         with TRACING, torch.inference_mode(False), torch.no_grad():
             args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.detach().clone(), (args, kwargs))
-            self.fast = transform_with(self.model, args, kwargs, self.settings)
+            self.fast = self._make(self.model, args, kwargs)
         self._made_from = _Parts(self.model)
         return self.fast
 

@@ -21,8 +21,8 @@ from moeca_fx.pipelines.denoiser import Denoiser, Run
 from moeca_fx.pipelines.schedulers import is_scheduler, unwatch, watch
 from moeca_fx.pipelines.stand_in import new_object, stand_in
 from moeca_fx.runtime.accounting import Accounting
+from moeca_fx.runtime.lock import TRACING
 from moeca_fx.runtime.module import TransformedModel
-from moeca_fx.runtime.program import TRACING
 from moeca_fx.runtime.statistics import Statistics
 
 log = logging.getLogger("moeca_fx.pipeline")

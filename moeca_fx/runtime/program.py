@@ -1,6 +1,5 @@
 """A program: the compiled graphs for one kind of call (structure, shapes without the batch, dtypes, devices)."""
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,11 +19,10 @@ from moeca_fx.passes.cache.graphs import CachedGraphs
 from moeca_fx.policies.policy import Policy
 from moeca_fx.runtime.compiler import CompiledStep, say_once, why_not_compiled
 from moeca_fx.runtime.flops import StepFlops, measure_step_flops
-from moeca_fx.runtime.timestep import find_timestep
+from moeca_fx.runtime.lock import one_at_a_time
+from moeca_fx.runtime.timestep import ANNOUNCED, Announced, find_timestep
 
 Signature = tuple[Any, ...]
-TRACING = threading.RLock()
-"""Held while a model is probed or traced: both put hooks and methods on it for a while; torch traces in one thread."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Program:
     @property
     def timestep_index(self) -> int:
         """`timestep`, where it is needed."""
-        assert self.timestep is not None, "a timestep is found for programs that run outside of sessions"
+        assert self.timestep is not None, "programs whose calls come outside of sessions have one"
         return self.timestep
 
     def device(self, leaves: list[Any]) -> torch.device:
@@ -105,40 +103,30 @@ class Program:
         return pytree.tree_unflatten(own, self.out_spec), rest
 
 
+@one_at_a_time
 def build_program(
     model: nn.Module,
     regions: tuple[MoERegion, ...],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     policy: Policy | None,
-    timestep: str | int | None,
+    timestep: str | int | Announced | None,
     storage: Storage | None = None,
     compile: bool = False,
-    announced: bool = False,
 ) -> Program:
     """Run the pipeline for calls like ``model(*args, **kwargs)``."""
     traced = run_pipeline(Compilation(model, regions, args, dict(kwargs), policy, storage), until=POLICY_FREE)
-    return finish_program(traced, policy, timestep, compile, announced)
+    return finish_program(traced, policy, timestep, compile)
 
 
 def finish_program(
-    traced: Compilation,
-    policy: Policy | None,
-    timestep: str | int | None,
-    compile: bool = False,
-    announced: bool = False,
+    traced: Compilation, policy: Policy | None, timestep: str | int | Announced | None, compile: bool = False
 ) -> Program:
-    """Run the rest of the pipeline on what `POLICY_FREE` left, which stays as it is.
-
-    Args:
-        traced, policy, compile: as in `Program` and for `moeca_fx.transform`.
-        timestep: name or position of the timestep; None finds it.
-        announced: whether sessions announce the steps, so that nobody needs a timestep.
-    """
+    """Run the rest of the pipeline on what `POLICY_FREE` left, which stays as it is."""
     work = run_pipeline(replace(traced, policy=policy), after=POLICY_FREE)
     assert work.module is not None and work.captured is not None and work.sites is not None
     found = None
-    if policy is not None and not announced:
+    if policy is not None and timestep is not ANNOUNCED:
         found = find_timestep(work.model, work.module, work.args, work.kwargs, timestep)
     return Program(
         traced=traced,

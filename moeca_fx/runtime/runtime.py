@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moeca_fx.discover import MoERegion
-from moeca_fx.errors import ConfigError, UnsupportedModelError
+from moeca_fx.errors import ConfigError, InputError, UnsupportedModelError
 from moeca_fx.model_checks import check_autocast
 from moeca_fx.passes.insert_cache import detached_copy
 from moeca_fx.policies.policy import Policy
@@ -24,19 +24,11 @@ from moeca_fx.runtime.advice import Advice
 from moeca_fx.runtime.chunks import Chunk, join, split_batch, take
 from moeca_fx.runtime.memory import MemoryReport, report
 from moeca_fx.runtime.options import MemoryOptions
-from moeca_fx.runtime.program import (
-    TRACING,
-    Program,
-    Signature,
-    build_program,
-    check_finite,
-    finish_program,
-    signature_of,
-)
+from moeca_fx.runtime.program import Program, Signature, build_program, check_finite, finish_program, signature_of
 from moeca_fx.runtime.session import Ended, Session
 from moeca_fx.runtime.shortage import is_out_of_memory, out_of_memory
 from moeca_fx.runtime.statistics import Statistics
-from moeca_fx.runtime.timestep import timestep_value
+from moeca_fx.runtime.timestep import ANNOUNCED, Announced, timestep_value
 from moeca_fx.runtime.trajectory import STOOD_STILL, Trajectory
 
 log = logging.getLogger(__name__)
@@ -51,9 +43,8 @@ class Runtime:
     Args:
         regions: proven MoE regions.
         policy: None runs the vectorised graph at every step.
-        timestep: parameter name or position of the timestep; None finds it.
+        timestep: parameter name or position of the timestep; None finds it, `ANNOUNCED` needs none.
         options: how much memory it may use.
-        announced: every call comes within a session, which announces its steps: no timestep is looked for.
 
     Attributes:
         trajectories: by context; those of chunks after the first by (context, number of the chunk).
@@ -63,17 +54,15 @@ class Runtime:
         self,
         regions: tuple[MoERegion, ...],
         policy: Policy | None,
-        timestep: str | int | None,
+        timestep: str | int | Announced | None,
         options: MemoryOptions,
         compile: bool = False,
-        announced: bool = False,
     ) -> None:
         self.regions = regions
         self.policy = policy
         self.timestep = timestep
         self.options = options
         self.compile = compile
-        self.announced = announced
         self.programs: dict[Signature, Program] = {}
         self.trajectories: dict[Key, Trajectory] = {}
         self._active: ContextVar[str] = ContextVar("moeca_fx_context", default=DEFAULT_CONTEXT)
@@ -84,15 +73,15 @@ class Runtime:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
         """A copied model starts without programs, trajectories and statistics; they are rebuilt on its first call."""
-        return Runtime(self.regions, self.policy, self.timestep, self.options, self.compile, self.announced)
+        return Runtime(self.regions, self.policy, self.timestep, self.options, self.compile)
 
     def under(self, policy: Policy | None, compile: bool | None = None) -> "Runtime":
         """A runtime of the same traced graphs under another policy, without trajectories and statistics."""
         chosen = self.compile if compile is None else compile
-        other = Runtime(self.regions, policy, self.timestep, self.options, chosen, self.announced)
+        other = Runtime(self.regions, policy, self.timestep, self.options, chosen)
         for signature, program in self.programs.items():
             own = replace(program.traced, module=detached_copy(program.traced_module))
-            other._add(signature, finish_program(own, policy, self.timestep, chosen, self.announced))
+            other._add(signature, finish_program(own, policy, self.timestep, chosen))
         return other
 
     # -- calls --------------------------------------------------------------------------------------------------
@@ -113,18 +102,10 @@ class Runtime:
                     _MANY_PROGRAMS,
                 )
             plain_args, plain_kwargs = _detached(args), _detached(dict(kwargs))
-            with TRACING:
-                program = build_program(
-                    original_view(model),
-                    self.regions,
-                    plain_args,
-                    plain_kwargs,
-                    self.policy,
-                    self.timestep,
-                    self.options.storage,
-                    self.compile,
-                    self.announced,
-                )
+            view, storage = original_view(model), self.options.storage
+            program = build_program(
+                view, self.regions, plain_args, plain_kwargs, self.policy, self.timestep, storage, self.compile
+            )
             self._add(signature, program)
         return self.programs[signature]
 
@@ -155,14 +136,11 @@ class Runtime:
                 f"{type(model).__name__} is in training mode; caching is for inference: call .eval() first"
             )
         check_autocast()
-        name, session = self._active.get(), self._session.get()
-        assert session is not None or not self.announced, "outside of sessions somebody must look at timesteps"
+        name = self._context_of(args, kwargs)
         # Caches outlive the call, so they must not become inference tensors, which cannot be written to outside.
         with torch.inference_mode(False), torch.no_grad():
             signature, leaves, batch = signature_of(args, kwargs)
             program = self._program(model, args, kwargs, signature)
-            if session is not None:
-                name = session.key(name, leaves)
             try:
                 return self._run(program, leaves, batch, name)
             except BaseException as error:
@@ -176,6 +154,18 @@ class Runtime:
                     raise
         # Outside of the handler: the failed step's frames, and the memory they hold, must not hang on the error.
         raise refused
+
+    def _context_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        """The context that a call belongs to: the one that is entered, in a session the call's own."""
+        name, session = self._active.get(), self._session.get()
+        if session is not None:
+            return session.key(name, pytree.tree_leaves((args, dict(kwargs))))
+        if self.timestep is ANNOUNCED:
+            raise InputError(
+                "called outside of a session: the model was transformed with timestep=ANNOUNCED, so nobody looks at "
+                "timesteps; wrap the run in `with model.session() as session:`, with session.next_step() after each step"
+            )
+        return name
 
     def _run(self, program: Program, leaves: list[Any], batch: int, name: str) -> Any:
         """One call, in as many chunks as the options ask for."""

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import moeca_fx
 from moeca_fx import MoECa, NothingReusedWarning, OtherLengthWarning
+from moeca_fx.errors import InputError
 from moeca_fx.policies import build
 from moeca_fx.runtime.module import TransformedModel
 from moeca_fx.runtime.session import Ended, Session
-from tests.helpers.toys import toy_inputs
+from moeca_fx.runtime.timestep import ANNOUNCED
+from tests.helpers.toys import Toy, toy_inputs
 from tests.helpers.transformed import as_new, toy_pair
 
 EVERY_THIRD = MoECa(interval=3, tau0=0.6)
@@ -94,6 +97,23 @@ def test_a_session_beside_trajectories_that_are_recognised() -> None:
         _run(fast, [[inputs] for inputs in _steps(2, seed=3)])
         fast(*_steps(2)[1])
     assert fast.stats().cached_steps == 2 and fast.stats().trajectories == 2
+
+
+def test_without_any_timestep() -> None:
+    """Told that steps are announced, nobody looks for a timestep; calls outside of sessions are refused."""
+    fast = moeca_fx.transform(Clockless().eval(), (torch.randn(2, 6, 16),), policy=EVERY_THIRD, timestep=ANNOUNCED)
+    with torch.no_grad(), fast.session() as session:
+        for step in range(3):
+            fast(torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(step)))
+            session.next_step()
+    assert (fast.stats().full_steps, fast.stats().cached_steps) == (1, 2)
+    with pytest.raises(InputError, match=r"outside of a session.*with model\.session\(\)"):
+        fast(torch.randn(2, 6, 16))
+
+
+class Clockless(Toy):
+    def forward(self, grid: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(grid, torch.zeros(len(grid)))
 
 
 def test_a_run_that_reused_nothing_says_why_once() -> None:
