@@ -162,8 +162,8 @@ class Runtime:
             return session.key(name, pytree.tree_leaves((args, dict(kwargs))))
         if self.timestep is ANNOUNCED:
             raise InputError(
-                "called outside of a session: the model was transformed with timestep=ANNOUNCED, so nobody looks at "
-                "timesteps; wrap the run in `with model.session() as session:`, with session.next_step() after each step"
+                "called outside of a session: the model was transformed with timestep=ANNOUNCED, so timesteps tell "
+                "nothing; wrap the run in `with model.session() as session:`, with session.next_step() after each step"
             )
         return name
 

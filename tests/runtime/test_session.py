@@ -113,7 +113,7 @@ def test_without_any_timestep() -> None:
 
 class Clockless(Toy):
     def forward(self, grid: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(grid, torch.zeros(len(grid)))
+        return super().forward(grid, torch.zeros_like(grid[:, 0, 0]))
 
 
 def test_a_run_that_reused_nothing_says_why_once() -> None:
