@@ -26,7 +26,7 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """The leading size that most tensor inputs of at least two dimensions share; of one dimension, if there are none.
 
     Raises:
-        InputError: no tensor with a batch dimension among the inputs.
+        InputError: no tensor with a batch dimension among the inputs, or no sample.
     """
     tensors = [leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor) and leaf.dim()]
     sizes = [int(leaf.shape[0]) for leaf in tensors if leaf.dim() > 1] or [int(leaf.shape[0]) for leaf in tensors]
@@ -35,7 +35,10 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
             "example inputs: expected at least one tensor with a leading batch dimension, found none; "
             "pass example_inputs=(x, t, ...) as the model's forward takes them"
         )
-    return max(sizes, key=sizes.count)  # the first of equally frequent ones
+    size = max(sizes, key=sizes.count)  # the first of equally frequent ones
+    if not size:
+        raise InputError("inputs: expected at least one sample, found a batch of 0; leave the call out")
+    return size
 
 
 def doubled(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

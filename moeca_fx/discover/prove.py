@@ -5,7 +5,7 @@ of the model is traced as it is (`method`). Otherwise the modules around the exp
 router and dispatch together (`inline`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import product
 from typing import Any
@@ -26,6 +26,7 @@ from moeca_fx.discover.inline.tape import NotReplayable
 from moeca_fx.discover.method import MethodCall, Spied, TracedMethod, prove_method, spied
 from moeca_fx.discover.probe import Probe, enclosing, enclosing_router, innermost_method, key_of, run_again
 from moeca_fx.discover.records import MoERegion, Refusal
+from moeca_fx.discover.scales import OffScale
 
 _LEVELS = 3  # modules around the experts that are tried as the block
 
@@ -97,7 +98,10 @@ def _prove(
         assert block is not None, f"{candidate.path}: a method is looked for under a router only"
         keyword = _keyword(candidate, run)
         try:
-            return _by_method(candidate, method, block, keyword, seen[method.owner, method.name])
+            bound = getattr(model.get_submodule(method.owner), method.name)
+            return _by_method(candidate, method, block, keyword, seen[method.owner, method.name], bound)
+        except OffScale as reason:
+            return Refusal(candidate.path, f"{method.owner}.{method.name}: {reason}", True)
         except NotReplayable as reason:
             reasons.append(f"{method.owner}.{method.name}: {reason}")
     else:
@@ -118,10 +122,15 @@ def _keyword(candidate: Candidate, run: Probe) -> str | None:
 
 
 def _by_method(
-    candidate: Candidate, method: TracedMethod, block: str, keyword: str | None, calls: Sequence[MethodCall]
+    candidate: Candidate,
+    method: TracedMethod,
+    block: str,
+    keyword: str | None,
+    calls: Sequence[MethodCall],
+    bound: Callable[..., Any],
 ) -> MoERegion:
     experts = [as_expert(expert, keyword) for _, expert in candidate.experts]
-    roles = prove_method(experts, calls)
+    roles = prove_method(experts, calls, bound)
     return MoERegion(
         path=method.owner,
         method=method.name,
@@ -151,6 +160,8 @@ def _by_block(model: nn.Module, candidate: Candidate, run: Probe) -> MoERegion:
             continue
         try:
             return _block_at(model, candidate, run, path)
+        except OffScale as reason:  # what lies further out holds the same sum
+            raise OffScale(f"{path}.forward: {reason}") from reason
         except NotReplayable as reason:
             reasons.append(f"{path}.forward: {reason}")
     raise NotReplayable("; ".join(reasons) or "no module around the experts was called")
@@ -203,6 +214,8 @@ def prove_modules(
     recorded = record_block(model.get_submodule(path), _opened(below), small, large, below)
     try:
         return prove_block(recorded, modules, ModuleExperts(modules), dropped=False)
+    except OffScale:
+        raise
     except NotReplayable as problem:
         try:
             return prove_block(recorded, modules, ModuleExperts(modules), dropped=True)
@@ -234,13 +247,16 @@ def prove_stacked(
     states = [f"{inner}.{name}" if inner else name for name in own]
     recorded = record_block(model.get_submodule(path), opened, small, large, states=states)
     reason = "its stacked parameters have no known form of an expert (docs/structures.md lists them)"
+    off: OffScale | None = None
     for dropped, chosen in product((False, True), forms):
         experts = stacked_modules(holder, chosen)
         try:
-            return prove_block(recorded, experts, StackedExperts(holder, chosen, count), dropped), chosen
+            return prove_block(recorded, experts, StackedExperts(holder, chosen, count), dropped, off), chosen
+        except OffScale as problem:
+            off = problem
         except NotReplayable as problem:
             reason = reason if str(problem) == NO_MATCH else str(problem)
-    raise NotReplayable(reason)
+    raise off or NotReplayable(reason)
 
 
 def _forms(holder: nn.Module, count: int) -> list[StackedForm]:
