@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_INSTALL_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: demo results bench test slow structures lint format clean help
+.PHONY: demo results bench test slow structures fuzz lint format clean help
 
 help:
 	@echo "make demo    set up, then sample digits with the original, vectorised and cached model"
@@ -21,6 +21,7 @@ help:
 	@echo "make test    set up, then run the fast test suite"
 	@echo "make slow    the slow tests"
 	@echo "make structures  420 ways to write a model, each transformed and proven or refused; 15 minutes on two cores"
+	@echo "make fuzz    10 minutes of coverage-guided fuzzing of discovery; stops at the first finding"
 	@echo "make lint    ruff (lint, format) and mypy"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove the virtual environment, caches and outputs"
@@ -44,6 +45,12 @@ slow: $(VENV)/.installed-dev
 # In two processes of its own; `python -m tests.structures.report` writes what it finds to docs/structures.md.
 structures: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/structures
+
+# A finding is a file that `python -m tests.fuzz.fuzz_discovery FILE` runs again.
+fuzz: $(VENV)/.installed-fuzz
+	mkdir -p out/fuzz
+	$(BIN)/python -m tests.fuzz.fuzz_discovery -max_total_time=600 -timeout=120 -max_len=32 -len_control=0 \
+	  -artifact_prefix=out/fuzz/ out/fuzz
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

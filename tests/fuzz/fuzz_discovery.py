@@ -11,7 +11,7 @@ import sys
 
 import atheris
 
-os.environ["MOECA_FX_COMPILE"] = "0"
+os.environ["MOECA_FX_COMPILE"] = "0"  # read when the package is imported
 
 with atheris.instrument_imports(include=["moeca_fx"]):
     import moeca_fx.discover

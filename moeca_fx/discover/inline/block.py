@@ -22,11 +22,12 @@ from moeca_fx.batch import other_values
 from moeca_fx.discover.inline.branches import COPY, Branches, branches_of, may_be_empty
 from moeca_fx.discover.inline.match import Experts, Match, Search
 from moeca_fx.discover.inline.recipe import Recipe, make_recipe
-from moeca_fx.discover.inline.tape import NotReplayable, Tape, depends_on, record
+from moeca_fx.discover.inline.tape import NotReplayable, Ref, Tape, depends_on, record
 from moeca_fx.discover.reference import TOLERANCE, branch_sum, choice_as_tokens
 from moeca_fx.discover.scales import OffScale, Sample, check_scales
 
 NO_MATCH = "no values of its run are token rows, a routing over its experts, and their weighted sum"
+_NOT_FINITE = "it returned NaN or infinity; check the weights and the example inputs"
 _TRIED = 12  # hypotheses that are made into recipes and run
 _MORE_CALLS = 6  # of a block, at most, where two do not show every expert's factor
 
@@ -152,9 +153,12 @@ def record_block(
         states: paths below the owner of the parameters that stack experts.
 
     Raises:
-        NotReplayable: it cannot be recorded.
+        NotReplayable: it cannot be recorded, or returns NaN or infinity.
     """
     short, long = (record(owner, opened, call.args, call.kwargs) for call in (small, large))
+    results = [short.values.get(leaf.number) for leaf in short.outputs if isinstance(leaf, Ref)]
+    if not all(bool(torch.isfinite(value).all()) for value in results if value is not None):
+        raise NotReplayable(_NOT_FINITE)  # NaN equals nothing: the search would hold every value for another one
     below = frozenset(paths), frozenset(states)
     search = Search(short, small.samples, _rows_seen(short, paths), depends_on(short, *below))
     return Recorded(owner, small, large, short, long, search, opened, *below)
@@ -252,7 +256,7 @@ def _error(block: Block, owner: nn.Module, experts: Sequence[nn.Module], call: C
             if not a.numel():
                 continue
             if not bool(torch.isfinite(a).all()):
-                raise NotReplayable("it returned NaN or infinity; check the weights and the example inputs")
+                raise NotReplayable(_NOT_FINITE)
             difference = (a.double() - b.double()).abs().max()
             worst = max(worst, float(difference / a.abs().max().double().clamp_min(1e-30)))
         elif a != b:
