@@ -15,7 +15,7 @@ from moeca_fx.graph.slicing import between
 from moeca_fx.graph.storage import CacheDtype, find_storage
 from moeca_fx.model_checks import check_inputs, check_model, resolve_policy
 from moeca_fx.passes import Compilation, run_pipeline
-from moeca_fx.passes.capture import at_least_two, batch_size
+from moeca_fx.passes.batch import at_least_two, batch_size
 from moeca_fx.policies import Method, MoECa, Policy, as_method
 from moeca_fx.runtime.flops import node_flops
 from moeca_fx.runtime.module import share_weights

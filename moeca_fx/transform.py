@@ -12,7 +12,7 @@ from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.graph.storage import CacheDtype, find_storage, stored_states
 from moeca_fx.model_checks import check_inputs, check_model, resolve_policy
 from moeca_fx.passes import Compilation, run_pipeline
-from moeca_fx.passes.capture import batch_size
+from moeca_fx.passes.batch import batch_size
 from moeca_fx.passes.insert_cache import plan_states
 from moeca_fx.policies import Method, MoECa, Policy
 from moeca_fx.runtime.memory import MemoryReport, report

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.rewrite import example_value
+from moeca_fx.passes.batch import batch_axis
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,21 @@ def split_batch(batch: int, cached: int, most: int | None) -> tuple[Chunk, ...]:
 
 
 def take(leaves: Sequence[Any], batch: int, chunk: Chunk) -> list[Any]:
-    """A chunk's flat inputs: those whose leading axis has the size of the batch are cut, the others passed on."""
-    return [
-        leaf[chunk.start : chunk.stop] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch else leaf
-        for leaf in leaves
-    ]
+    """A chunk's flat inputs: those with an axis over the samples are cut along it, the others passed on."""
+    return [_cut(leaf, batch_axis(leaf, batch), chunk) for leaf in leaves]
 
 
-def join(results: Sequence[Any], traced: fx.GraphModule) -> Any:
+def _cut(leaf: Any, axis: int | None, chunk: Chunk) -> Any:
+    return leaf if axis is None else leaf.narrow(axis, chunk.start, chunk.size)
+
+
+def join(results: Sequence[Any], traced: fx.GraphModule, batch: int | None = None) -> Any:
     """The chunks' results put together along the batch; what is no tensor is the first chunk's.
 
     Args:
         results: the model's result for every chunk, in order.
         traced: graph of the model, whose outputs say which of them have a batch axis.
+        batch: the batch size of that graph where the model's own code fixes it.
 
     Raises:
         UnsupportedModelError: a tensor without a batch axis, which cannot be put together.
@@ -61,16 +64,17 @@ def join(results: Sequence[Any], traced: fx.GraphModule) -> Any:
     joined = []
     for index, (node, column) in enumerate(zip(nodes, columns, strict=True)):
         if isinstance(column[0], Tensor):
-            _check_batch_axis(index, node)
+            _check_batch_axis(index, node, batch)
             joined.append(torch.cat(column))
         else:
             joined.append(column[0])
     return pytree.tree_unflatten(joined, pytree.tree_structure(results[0]))
 
 
-def _check_batch_axis(index: int, node: Any) -> None:
+def _check_batch_axis(index: int, node: Any, batch: int | None) -> None:
     value = example_value(node) if isinstance(node, fx.Node) else None
-    if not isinstance(value, Tensor) or not value.dim() or not free_symbols(value.shape[0]):
+    by_sample = isinstance(value, Tensor) and value.dim() > 0
+    if not by_sample or not (free_symbols(value.shape[0]) or value.shape[0] == batch):
         raise UnsupportedModelError(
             f"output {index} of the model: expected samples along its first axis, found shape "
             f"{tuple(value.shape) if isinstance(value, Tensor) else '()'}; it cannot be put together from chunks: "

@@ -15,7 +15,7 @@ from moeca_fx.graph.storage import Storage
 from moeca_fx.model_checks import count_not_finite
 from moeca_fx.passes import POLICY_FREE, Compilation, run_pipeline
 from moeca_fx.passes.cache.graphs import CachedGraphs
-from moeca_fx.passes.capture import batch_size
+from moeca_fx.passes.batch import batch_axis, batch_size
 from moeca_fx.policies.policy import Policy
 from moeca_fx.runtime.compiler import CompiledStep, say_once, why_not_compiled
 from moeca_fx.runtime.flops import StepFlops, measure_step_flops
@@ -36,6 +36,7 @@ class Program:
         out_spec: structure of the model's result; `outputs` is its number of leaves.
         timestep: index of the timestep among the flat inputs; None without a policy.
         steps: what is compiled, by the names of `CachedGraphs.modules`.
+        why_fixed: why the graphs are for one batch size; None when they are for any.
     """
 
     traced: Compilation
@@ -46,6 +47,7 @@ class Program:
     outputs: int
     timestep: int | None
     steps: Mapping[str, CompiledStep]
+    why_fixed: str | None = None
 
     def run(self, name: str, batch: int, *inputs: Any) -> Any:
         """Run one of the graphs, compiled where that was asked for.
@@ -97,9 +99,11 @@ def build_program(
     timestep: str | int | None,
     storage: Storage | None = None,
     compile: bool = False,
+    fixed: str | None = None,
 ) -> Program:
-    """Run the pipeline for calls like ``model(*args, **kwargs)``."""
-    traced = run_pipeline(Compilation(model, regions, args, dict(kwargs), policy, storage), until=POLICY_FREE)
+    """Run the pipeline for calls like ``model(*args, **kwargs)``; `fixed` as for `Compilation`."""
+    work = Compilation(model, regions, args, dict(kwargs), policy, storage, fixed)
+    traced = run_pipeline(work, until=POLICY_FREE)
     return finish_program(traced, policy, timestep, compile)
 
 
@@ -119,6 +123,7 @@ def finish_program(
         outputs=work.captured.out_spec.num_leaves,
         timestep=found,
         steps=_compiled_steps(work) if compile else {},
+        why_fixed=work.captured.why_fixed,
     )
 
 
@@ -148,8 +153,8 @@ def _describe(leaf: Any, batch: int) -> Any:
     if not isinstance(leaf, Tensor):
         plain = isinstance(leaf, (int, float, str, bool, type(None), torch.dtype))
         return (type(leaf), leaf if plain else repr(leaf))  # the type too: True == 1 == 1.0
-    open_batch = leaf.dim() > 0 and leaf.shape[0] == batch
-    shape = ("batch", *leaf.shape[1:]) if open_batch else tuple(leaf.shape)
+    axis = batch_axis(leaf, batch)
+    shape = tuple("batch" if index == axis else size for index, size in enumerate(leaf.shape))
     return (shape, leaf.dtype, leaf.device)
 
 

@@ -45,6 +45,8 @@ class Runtime:
         options: how much memory it may use.
 
     Attributes:
+        programs: by `signature_of`; those for one batch size by (signature, batch size).
+        fixed: signatures whose batch size the model's own code fixes, and why.
         trajectories: by context; those of chunks after the first by (context, number of the chunk).
     """
 
@@ -62,6 +64,7 @@ class Runtime:
         self.options = options
         self.compile = compile
         self.programs: dict[Signature, Program] = {}
+        self.fixed: dict[Signature, str] = {}
         self.trajectories: dict[Key, Trajectory] = {}
         self._active: ContextVar[str] = ContextVar("moeca_fx_context", default=DEFAULT_CONTEXT)
         self.advice = Advice(policy)
@@ -75,22 +78,25 @@ class Runtime:
         """A runtime of the same traced graphs under another policy, without trajectories and statistics."""
         chosen = self.compile if compile is None else compile
         other = Runtime(self.regions, policy, self.timestep, self.options, chosen)
-        for signature, program in self.programs.items():
+        other.fixed = dict(self.fixed)
+        for key, program in self.programs.items():
             own = replace(program.traced, module=detached_copy(program.traced_module))
-            other._add(signature, finish_program(own, policy, self.timestep, chosen))
+            other._add(key, finish_program(own, policy, self.timestep, chosen))
         return other
 
     # -- calls --------------------------------------------------------------------------------------------------
 
     def prepare(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
         """The program for such a call, compiled when it is the first of its kind."""
-        return self._program(model, args, kwargs, signature_of(args, kwargs)[0])
+        signature, _, batch = signature_of(args, kwargs)
+        return self._program(model, args, kwargs, signature, batch)
 
     def _program(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], signature: Signature
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], signature: Signature, batch: int
     ) -> Program:
-        if signature not in self.programs:
-            if len(self.programs) == _MANY_PROGRAMS:
+        key = self._key_of(signature, batch)
+        if key not in self.programs:
+            if len(self.programs) - len(self.fixed) == _MANY_PROGRAMS:
                 log.warning(
                     "%s was compiled for %d kinds of inputs; a Python number that changes at every call is the usual "
                     "cause: pass it as a tensor",
@@ -98,16 +104,22 @@ class Runtime:
                     _MANY_PROGRAMS,
                 )
             plain_args, plain_kwargs = _detached(args), _detached(dict(kwargs))
-            view, storage = original_view(model), self.options.storage
+            view, storage, fixed = original_view(model), self.options.storage, self.fixed.get(signature)
             program = build_program(
-                view, self.regions, plain_args, plain_kwargs, self.policy, self.timestep, storage, self.compile
+                view, self.regions, plain_args, plain_kwargs, self.policy, self.timestep, storage, self.compile, fixed
             )
-            self._add(signature, program)
-        return self.programs[signature]
+            if program.why_fixed is not None:
+                self.fixed.setdefault(signature, program.why_fixed)
+            self._add(self._key_of(signature, batch), program)
+        return self.programs[self._key_of(signature, batch)]
 
-    def _add(self, signature: Signature, program: Program) -> None:
+    def _key_of(self, signature: Signature, batch: int) -> Signature:
+        """Under which a call's program is kept."""
+        return (*signature, batch) if signature in self.fixed else signature
+
+    def _add(self, key: Signature, program: Program) -> None:
         self._most_cached(program)
-        self.programs[signature] = program
+        self.programs[key] = program
 
     def _most_cached(self, program: Program) -> float:
         """How many samples of a call may have caches.
@@ -136,7 +148,7 @@ class Runtime:
         # Caches outlive the call, so they must not become inference tensors, which cannot be written to outside.
         with torch.inference_mode(False), torch.no_grad():
             signature, leaves, batch = signature_of(args, kwargs)
-            program = self._program(model, args, kwargs, signature)
+            program = self._program(model, args, kwargs, signature, batch)
             try:
                 return self._run(program, leaves, batch, name)
             except BaseException as error:
@@ -291,6 +303,7 @@ class Runtime:
         """Drop graphs and caches: the weights moved or changed their type."""
         self.trajectories.clear()
         self.programs.clear()
+        self.fixed.clear()
         self.reset_stats()
 
     # -- reports ------------------------------------------------------------------------------------------------
