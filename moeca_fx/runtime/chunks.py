@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.rewrite import example_value
-from moeca_fx.passes.batch import batch_axis
 
 
 @dataclass(frozen=True)
@@ -36,15 +35,6 @@ def split_batch(batch: int, cached: int, most: int | None) -> tuple[Chunk, ...]:
         for begin, end, with_cache in ((0, min(cached, batch), True), (min(cached, batch), batch, False))
         for start in range(begin, end, size)
     )
-
-
-def take(leaves: Sequence[Any], batch: int, chunk: Chunk) -> list[Any]:
-    """A chunk's flat inputs: those with an axis over the samples are cut along it, the others passed on."""
-    return [_cut(leaf, batch_axis(leaf, batch), chunk) for leaf in leaves]
-
-
-def _cut(leaf: Any, axis: int | None, chunk: Chunk) -> Any:
-    return leaf if axis is None else leaf.narrow(axis, chunk.start, chunk.size)
 
 
 def join(results: Sequence[Any], traced: fx.GraphModule, batch: int | None = None) -> Any:

@@ -63,6 +63,12 @@ class Program:
         return self.graphs.modules()[name](*inputs)
 
     @property
+    def batch(self) -> int | None:
+        """The one batch size that the graphs are for; None when they are for any."""
+        assert self.traced.captured is not None
+        return self.traced.captured.batch
+
+    @property
     def traced_module(self) -> fx.GraphModule:
         """The graph of `traced`."""
         assert self.traced.module is not None

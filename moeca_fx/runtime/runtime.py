@@ -20,10 +20,11 @@ from moeca_fx.policies.policy import Policy
 from moeca_fx.policies.schedule import FULL
 from moeca_fx.runtime.accounting import Accounting, Tally
 from moeca_fx.runtime.advice import Advice
-from moeca_fx.runtime.chunks import Chunk, join, split_batch, take
+from moeca_fx.runtime.chunks import Chunk, join, split_batch
 from moeca_fx.runtime.memory import MemoryReport, report
 from moeca_fx.runtime.options import MemoryOptions
 from moeca_fx.runtime.program import Program, Signature, build_program, check_finite, finish_program, signature_of
+from moeca_fx.runtime.sample_axes import Axes, cut, find_axes
 from moeca_fx.runtime.shortage import is_out_of_memory, out_of_memory
 from moeca_fx.runtime.statistics import Statistics
 from moeca_fx.runtime.timestep import timestep_value
@@ -65,6 +66,7 @@ class Runtime:
         self.compile = compile
         self.programs: dict[Signature, Program] = {}
         self.fixed: dict[Signature, str] = {}
+        self._axes: dict[Signature, Axes] = {}
         self.trajectories: dict[Key, Trajectory] = {}
         self._active: ContextVar[str] = ContextVar("moeca_fx_context", default=DEFAULT_CONTEXT)
         self.advice = Advice(policy)
@@ -88,15 +90,37 @@ class Runtime:
 
     def prepare(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
         """The program for such a call, compiled when it is the first of its kind."""
-        signature, _, batch = signature_of(args, kwargs)
-        return self._program(model, args, kwargs, signature, batch)
+        signature, leaves, batch = signature_of(args, kwargs)
+        return self._program_of(model, signature, leaves, batch, self._first_chunk(batch))
+
+    def _first_chunk(self, batch: int) -> Chunk:
+        """What is computed at once at the beginning of a call, as far as the options say."""
+        return Chunk(0, min(batch, self.options.chunk or batch))
+
+    def _program_of(
+        self, model: nn.Module, signature: Signature, leaves: list[Any], batch: int, chunk: Chunk
+    ) -> Program:
+        """The program for a chunk of a call; that of the whole call unless the model's code fixes the batch size."""
+        args, kwargs = pytree.tree_unflatten(self._taken(model, signature, leaves, batch, chunk), signature[0])
+        return self._program(model, args, kwargs, signature, chunk.size)
+
+    def _taken(
+        self, model: nn.Module, signature: Signature, leaves: list[Any], batch: int, chunk: Chunk
+    ) -> list[Any]:
+        """A chunk's flat inputs."""
+        if chunk.size == batch:
+            return leaves
+        key = (*signature, batch)
+        if key not in self._axes:
+            self._axes[key] = find_axes(original_view(model), leaves, signature[0], batch)
+        return cut(leaves, self._axes[key], chunk.start, chunk.size)
 
     def _program(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], signature: Signature, batch: int
     ) -> Program:
         key = self._key_of(signature, batch)
         if key not in self.programs:
-            if len(self.programs) - len(self.fixed) == _MANY_PROGRAMS:
+            if len({kind[:2] for kind in self.programs}) == _MANY_PROGRAMS:
                 log.warning(
                     "%s was compiled for %d kinds of inputs; a Python number that changes at every call is the usual "
                     "cause: pass it as a tensor",
@@ -148,9 +172,9 @@ class Runtime:
         # Caches outlive the call, so they must not become inference tensors, which cannot be written to outside.
         with torch.inference_mode(False), torch.no_grad():
             signature, leaves, batch = signature_of(args, kwargs)
-            program = self._program(model, args, kwargs, signature, batch)
+            program = self._program_of(model, signature, leaves, batch, self._first_chunk(batch))
             try:
-                return self._run(program, leaves, batch, name)
+                return self._run(model, signature, program, leaves, batch, name)
             except BaseException as error:
                 refused = None
                 if is_out_of_memory(error):
@@ -163,22 +187,27 @@ class Runtime:
         # Outside of the handler: the failed step's frames, and the memory they hold, must not hang on the error.
         raise refused
 
-    def _run(self, program: Program, leaves: list[Any], batch: int, name: str) -> Any:
+    def _run(
+        self, model: nn.Module, signature: Signature, program: Program, leaves: list[Any], batch: int, name: str
+    ) -> Any:
         """One call, in as many chunks as the options ask for."""
         chunks = self._chunks(program, batch, name)
         results, reuses = [], False
         for number, chunk in enumerate(chunks):
-            own = leaves if chunk.size == batch else take(leaves, batch, chunk)
-            tally = self.accounting.tally(program, own, chunk.size)
-            if program.graphs is None or not chunk.cached:
-                result, _ = program.split(program.run("", chunk.size, *own))
+            own = self._taken(model, signature, leaves, batch, chunk)
+            runs = self._program_of(model, signature, leaves, batch, chunk) if signature in self.fixed else program
+            tally = self.accounting.tally(runs, own, chunk.size)
+            if runs.graphs is None or not chunk.cached:
+                result, _ = runs.split(runs.run("", chunk.size, *own))
                 tally.plain_steps += 1
             else:
-                result, rule = self._step(program, own, chunk.size, batch, _key(name, number), tally)
+                result, rule = self._step(runs, own, chunk.size, batch, _key(name, number), tally)
                 reuses = reuses or rule != FULL
             results.append(result)
         self.accounting.count_call(reuses, sum(chunk.size for chunk in chunks if not chunk.cached))
-        return results[0] if len(results) == 1 else join(results, program.traced_module)
+        if len(results) == 1:
+            return results[0]
+        return join(results, program.traced_module, program.batch)
 
     def _chunks(self, program: Program, batch: int, name: str) -> tuple[Chunk, ...]:
         """How a call is split; trajectories of chunks that it does not have are over."""

@@ -49,10 +49,10 @@ class Trajectory:
 
     def why_over(self, program: Program, batch: int, timestep: Tensor) -> str | None:
         """Why a call with these inputs, `batch` samples in all, begins a new trajectory; None when it does not."""
-        if program is not self.program:
-            return "the shape, dtype or device of the inputs changed"
         if batch != self.call_batch:
             return f"the batch size changed from {self.call_batch} to {batch}"
+        if program is not self.program:
+            return "the shape, dtype or device of the inputs changed"
         assert self.timestep is not None, "a trajectory has made at least one call"
         if timestep.shape != self.timestep.shape:
             return "the shape of the timestep changed"
