@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from moeca_fx.discover import Discovery, discover
-from moeca_fx.errors import ConfigError, NoMoEFoundError, UnprovenRegionError
+from moeca_fx.errors import ConfigError, NoMoEFoundError, UnprovenRegionError, UnsupportedModelError
 from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.graph.storage import CacheDtype, find_storage, stored_states
-from moeca_fx.model_checks import check_inputs, check_model, resolve_policy
+from moeca_fx.model_checks import check_inputs, check_model, has_no_data, resolve_policy
 from moeca_fx.passes import Compilation, run_pipeline
 from moeca_fx.passes.batch import batch_size
 from moeca_fx.passes.insert_cache import plan_states
@@ -59,7 +59,7 @@ def transform(
         `TransformedModel` for contexts, statistics and memory.
 
     Raises:
-        UnsupportedModelError: training mode, hooks, quantised experts, or a layer that cannot be rewritten.
+        UnsupportedModelError: training mode, the meta device, hooks, quantised experts, or a layer that cannot be rewritten.
         NoMoEFoundError: no mixture-of-experts layer was found.
         UnprovenRegionError: a layer was found whose routing could not be proven.
         InputError: the example inputs do not fit the model.
@@ -69,6 +69,11 @@ def transform(
     parts = None if policy is None else resolve_policy(policy)
     options = memory_options(cache_dtype, cache_limit, chunk)
     kwargs = dict(example_kwargs or {})
+    if has_no_data(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is on the meta device: expected weights, found shapes, on which nothing can be "
+            "proven; load the weights first. moeca_fx.inspect and moeca_fx.estimate_memory work without them"
+        )
     found = find_regions(model, example_inputs, kwargs)
     stack_experts(model, found.regions)
     runtime = Runtime(found.regions, parts, timestep, options, compile)

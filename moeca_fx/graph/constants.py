@@ -81,7 +81,8 @@ class KnownValues(TorchFunctionMode):
         )
         if func in _READS:
             if known:
-                return func(self._twin(args[0]))
+                with outside_of_traces():
+                    return func(self._twin(args[0]))
             self._remember(sys._getframe(1))
         result = func(*args, **kwargs)
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -102,7 +103,7 @@ class KnownValues(TorchFunctionMode):
         """Run a call on twins; its results get theirs."""
         on_twins = _map_leaves(self._as_real, (args, kwargs))
         try:
-            with _outside_of_the_trace():
+            with outside_of_traces(), _Deterministic():
                 real = func(*on_twins[0], **on_twins[1])
         except (_NotRepeatable, RuntimeError, TypeError, NotImplementedError):
             return  # then its results stay unknown, and a write of it leaves the counters apart
@@ -116,7 +117,8 @@ class KnownValues(TorchFunctionMode):
 
     def _announce(self, tensor: Tensor, twin: Tensor) -> None:
         """Reads from C++ (sizes, slices) do not come by here: a fake tensor answers them from its memo."""
-        value = twin.item()
+        with outside_of_traces():
+            value = twin.item()
         if isinstance(tensor, FakeTensor):
             tensor.item_memo = value
             self.scalars.append(value)
@@ -137,10 +139,10 @@ class KnownValues(TorchFunctionMode):
 
 
 @contextmanager
-def _outside_of_the_trace() -> Iterator[None]:
+def outside_of_traces() -> Iterator[None]:
+    """Real computation on real tensors, whatever traces the code around it."""
     with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
-        with _Deterministic():
-            yield
+        yield
 
 
 def _is_small(tensor: Tensor) -> bool:

@@ -26,9 +26,10 @@ from moeca_fx.discover import MoERegion
 from moeca_fx.discover.prove import replaced_method
 from moeca_fx.errors import CaptureError, InputError
 from moeca_fx.graph.functional import functional_module
+from moeca_fx.model_checks import has_no_data
 from moeca_fx.ops.experts import live_regions
 from moeca_fx.passes.batch import at_least_two, batch_axis, batch_size
-from moeca_fx.passes.follow import check_same_values, has_no_data, known_values, run_following
+from moeca_fx.passes.follow import check_same_values, known_values, run_following
 
 _unique = itertools.count()
 

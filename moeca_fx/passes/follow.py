@@ -84,11 +84,6 @@ def check_same_values(model: nn.Module, first: Scalars, second: Scalars) -> None
         )
 
 
-def has_no_data(model: nn.Module) -> bool:
-    """Whether the model is on the meta device: shapes without values, which nothing can be proven on."""
-    return any(parameter.is_meta for parameter in model.parameters())
-
-
 def _unfollowed(method: Any) -> Any:
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
