@@ -59,7 +59,8 @@ def transform(
         `TransformedModel` for contexts, statistics and memory.
 
     Raises:
-        UnsupportedModelError: training mode, the meta device, hooks, quantised experts, or a layer that cannot be rewritten.
+        UnsupportedModelError: training mode, the meta device, hooks, quantised experts, or a layer that cannot be
+            rewritten.
         NoMoEFoundError: no mixture-of-experts layer was found.
         UnprovenRegionError: a layer was found whose routing could not be proven.
         InputError: the example inputs do not fit the model.

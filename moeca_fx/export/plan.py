@@ -36,8 +36,8 @@ from moeca_fx.graph.rewrite import call
 from moeca_fx.graph.state import Counter, StateSpec
 from moeca_fx.kernels.cpu import ops as cpu
 from moeca_fx.kernels.families import FAMILIES
-from moeca_fx.passes.cache.graphs import CachedGraphs, ProbeGraph, StepGraph
 from moeca_fx.passes.batch import batch_size
+from moeca_fx.passes.cache.graphs import CachedGraphs, ProbeGraph, StepGraph
 from moeca_fx.passes.insert_cache import insert_cache, insert_forced_cache, share_copy
 from moeca_fx.passes.lower_export import Experts, lower_export
 from moeca_fx.passes.lower_inplace import IN_PLACE

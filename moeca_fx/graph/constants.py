@@ -48,6 +48,9 @@ class _NotRepeatable(Exception):
 class _Deterministic(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves __init_subclass__ untyped
     """Refuses operations that draw random numbers, before they do."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -66,7 +69,7 @@ class KnownValues(TorchFunctionMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
+        super().__init__()
         self.scalars: list[float | int | bool] = []
         self.unknown: list[str] = []
         self._twins: Any = WeakIdKeyDictionary()  # tensor -> (twin, version of the tensor, version of the twin)

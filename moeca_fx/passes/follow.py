@@ -79,8 +79,8 @@ def check_same_values(model: nn.Module, first: Scalars, second: Scalars) -> None
         differ = [f"{a} and {b}" for a, b in zip(first, second, strict=False) if repr(a) != repr(b)]
         found = differ[0] if differ else f"{len(first)} and {len(second)} of them"
         raise CaptureError(
-            f"{type(model).__name__}: a number that Python reads seemed to follow from shapes alone, but is another for "
-            f"other values of the inputs: {found}; the model may hold state or data-dependent Python"
+            f"{type(model).__name__}: a number that Python reads seemed to follow from shapes alone, but is another "
+            f"for other values of the inputs: {found}; the model may hold state or data-dependent Python"
         )
 
 

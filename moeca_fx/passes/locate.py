@@ -34,7 +34,6 @@ from moeca_fx.passes.locate_attention import SDPA, attention_sites, stream_token
 from moeca_fx.passes.router_form import describe_router
 
 
-
 def locate(module: fx.GraphModule, regions: dict[str, MoERegion]) -> Sites:
     """Record every site of a normalised graph.
 

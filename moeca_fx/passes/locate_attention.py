@@ -46,8 +46,9 @@ def attention_sites(core: fx.Node, left: list[tuple[str, str]]) -> list[Attentio
             tokens=tokens,
             refused=_why_not_by_rows(core, (query, key, value), residual, tokens),
         )
-        whole = len(shape_of(query)) == 4 and shape_of(query)[HEADS.token] == tokens
-        sites.append(site if whole else replace(site, first_token=_first_token(core, residual.output), joint=True))
+        if _attends(query) > tokens:
+            site = replace(site, joint=True, first_token=_first_token(core, residual.output))
+        sites.append(site)
     if not sites:
         left.append((path, "attention without a residual addition over a token stream [B, T, H]; computed in full"))
     return sites
@@ -67,11 +68,10 @@ def _why_not_by_rows(core: fx.Node, qkv: tuple[fx.Node, ...], residual: Residual
     if masked or core.kwargs.get("attn_mask") is not None or core.kwargs.get("is_causal") or len(core.args) > 4:
         return "attention with a mask cannot be recomputed for single rows"
     stream = residual.residual_in
-    shape = shape_of(qkv[0])
-    if len(shape) == 4 and shape[HEADS.token] != tokens:
+    if _attends(qkv[0]) > tokens:
         return (
-            f"joint attention over {shape[HEADS.token]} tokens, of which this stream has {tokens}, cannot be recomputed "
-            "for single rows"
+            f"joint attention over {_attends(qkv[0])} tokens, of which this stream has {tokens}, cannot be "
+            "recomputed for single rows"
         )
     try:
         axes = propagate({stream: STREAM}, between([stream], qkv))
@@ -81,6 +81,12 @@ def _why_not_by_rows(core: fx.Node, qkv: tuple[fx.Node, ...], residual: Residual
     except NotTokenWise as problem:
         return str(problem)
     return None if after.get(residual.output) == STREAM else "the output is not laid out [B, T, H]"
+
+
+def _attends(query: fx.Node) -> int:
+    """Tokens that attend, for queries laid out [B, h, T, d]; 0 otherwise."""
+    shape = shape_of(query)
+    return shape[HEADS.token] if len(shape) == 4 else 0
 
 
 def _first_token(core: fx.Node, output: fx.Node) -> int | None:

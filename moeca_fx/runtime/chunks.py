@@ -63,8 +63,8 @@ def join(results: Sequence[Any], traced: fx.GraphModule, batch: int | None = Non
 
 def _check_batch_axis(index: int, node: Any, batch: int | None) -> None:
     value = example_value(node) if isinstance(node, fx.Node) else None
-    by_sample = isinstance(value, Tensor) and value.dim() > 0
-    if not by_sample or not (free_symbols(value.shape[0]) or value.shape[0] == batch):
+    shape = value.shape if isinstance(value, Tensor) else ()
+    if not shape or not (free_symbols(shape[0]) or shape[0] == batch):
         raise UnsupportedModelError(
             f"output {index} of the model: expected samples along its first axis, found shape "
             f"{tuple(value.shape) if isinstance(value, Tensor) else '()'}; it cannot be put together from chunks: "

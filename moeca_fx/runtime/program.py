@@ -1,7 +1,7 @@
 """A program: the compiled graphs for one kind of call (structure, shapes without the batch, dtypes, devices)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from moeca_fx.graph.sites import Sites
 from moeca_fx.graph.storage import Storage
 from moeca_fx.model_checks import count_not_finite
 from moeca_fx.passes import POLICY_FREE, Compilation, run_pipeline
-from moeca_fx.passes.cache.graphs import CachedGraphs
 from moeca_fx.passes.batch import batch_axis, batch_size
+from moeca_fx.passes.cache.graphs import CachedGraphs
 from moeca_fx.policies.policy import Policy
 from moeca_fx.runtime.compiler import CompiledStep, say_once, why_not_compiled
 from moeca_fx.runtime.flops import StepFlops, measure_step_flops
@@ -47,7 +47,7 @@ class Program:
     outputs: int
     timestep: int | None
     steps: Mapping[str, CompiledStep]
-    why_fixed: str | None = None
+    why_fixed: str | None = field(default=None, kw_only=True)
 
     def run(self, name: str, batch: int, *inputs: Any) -> Any:
         """Run one of the graphs, compiled where that was asked for.

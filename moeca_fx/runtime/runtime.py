@@ -104,9 +104,7 @@ class Runtime:
         args, kwargs = pytree.tree_unflatten(self._taken(model, signature, leaves, batch, chunk), signature[0])
         return self._program(model, args, kwargs, signature, chunk.size)
 
-    def _taken(
-        self, model: nn.Module, signature: Signature, leaves: list[Any], batch: int, chunk: Chunk
-    ) -> list[Any]:
+    def _taken(self, model: nn.Module, signature: Signature, leaves: list[Any], batch: int, chunk: Chunk) -> list[Any]:
         """A chunk's flat inputs."""
         if chunk.size == batch:
             return leaves

@@ -1,7 +1,7 @@
 """Along which axis of each input a call is cut into chunks, where shapes alone do not tell.
 
-    batch 4, hidden states of 4 text layers [4, 4, 128, 4096]: axis 0 or axis 1?
-    model(two samples)[0] == model(one sample)[0]  when cut along axis 1, an error or another result along axis 0
+batch 4, hidden states of 4 text layers [4, 4, 128, 4096]: axis 0 or axis 1?
+model(two samples)[0] == model(one sample)[0]  when cut along axis 1, an error or another result along axis 0
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,9 +29,7 @@ def plain_axes(leaves: Sequence[Any], batch: int) -> Axes:
 
 def cut(leaves: Sequence[Any], axes: Axes, start: int, size: int) -> list[Any]:
     """The flat inputs of `size` samples; what has no axis over the samples is passed on."""
-    return [
-        leaf if axis is None else leaf.narrow(axis, start, size) for leaf, axis in zip(leaves, axes, strict=True)
-    ]
+    return [leaf if axis is None else leaf.narrow(axis, start, size) for leaf, axis in zip(leaves, axes, strict=True)]
 
 
 def find_axes(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, batch: int) -> Axes:
