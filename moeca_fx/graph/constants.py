@@ -87,11 +87,12 @@ class KnownValues(TorchFunctionMode):
                 with outside_of_traces():
                     return func(self._twin(args[0]))
             self._remember(sys._getframe(1))
+        on_twins = _map_leaves(self._as_real, (args, kwargs)) if known else None  # before the call writes to any
         result = func(*args, **kwargs)
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         writes = result is None and any(isinstance(leaf, Tensor) for leaf in leaves)  # x[..] = y
-        if known and (made or writes) and all(_is_small(tensor) for tensor in made):
-            self._repeat(func, args, kwargs, made)
+        if on_twins is not None and (made or writes) and all(_is_small(tensor) for tensor in made):
+            self._repeat(func, *on_twins, made)
         return result
 
     def _twin(self, tensor: Tensor) -> Tensor | None:
@@ -104,10 +105,9 @@ class KnownValues(TorchFunctionMode):
 
     def _repeat(self, func: Callable[..., Any], args: Any, kwargs: Any, made: list[Tensor]) -> None:
         """Run a call on twins; its results get theirs."""
-        on_twins = _map_leaves(self._as_real, (args, kwargs))
         try:
             with outside_of_traces(), _Deterministic():
-                real = func(*on_twins[0], **on_twins[1])
+                real = func(*args, **kwargs)
         except (_NotRepeatable, RuntimeError, TypeError, NotImplementedError):
             return  # then its results stay unknown, and a write of it leaves the counters apart
         twins = [leaf for leaf in pytree.tree_leaves(real) if isinstance(leaf, Tensor)]

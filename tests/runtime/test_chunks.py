@@ -13,8 +13,8 @@ from moeca_fx import CacheLimitWarning, MoECa, policies
 from moeca_fx.errors import ConfigError, UnsupportedModelError
 from moeca_fx.policies import Method
 from moeca_fx.runtime.chunks import Chunk, split_batch
-from moeca_fx.runtime.sample_axes import cut, plain_axes
 from moeca_fx.runtime.module import TransformedModel
+from moeca_fx.runtime.sample_axes import cut, plain_axes
 from tests.helpers import zoo_models
 from tests.helpers.toys import WIDTH, Toy, toy, toy_inputs
 from tests.helpers.transformed import SOME, run
