@@ -88,11 +88,12 @@ class InspectionReport:
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.sites)} sites, {self.flops:.3e} FLOPs a full step at batch {self.batch}"]
+        width = max([28, *(len(site.path) + 2 for site in self.sites)])
         for site in self.sites:
             experts = f"E{site.experts} top-{site.top_k}, {site.router}" if site.kind == "moe" else ""
             shared = f", shared {site.shared_expert}" if site.shared_expert else ""
             lines.append(
-                f"  {site.path:<28}{site.kind:<11}{site.action:<14}{site.flops_share:>6.1%}"
+                f"  {site.path:<{width}}{site.kind:<11}{site.action:<14}{site.flops_share:>6.1%}"
                 f"{site.cache_bytes / 2**20:>9.2f} MiB  {experts}{shared}"
             )
         lines += [f"  left alone: {path or '(model)'}: {reason}" for path, reason in self.refused]

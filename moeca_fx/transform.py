@@ -41,7 +41,8 @@ def transform(
     Args:
         model: any diffusion transformer with token-level mixture-of-experts layers, in eval mode. It is left untouched;
             the experts' parameters are re-pointed at one shared storage a layer, values unchanged.
-        example_inputs, example_kwargs: inputs of one forward call, used to trace it. The batch size stays open.
+        example_inputs, example_kwargs: inputs of one forward call, used to trace it. The batch size stays open; a
+            model whose own code fixes it is traced once for each size it is called with.
         policy: what is recomputed when: a method such as `MoECa`, a method's name, a YAML policy file, or a `Policy` of
             your own parts; None vectorises the experts and caches nothing.
         timestep: name or position of forward's timestep parameter, when it is not found by itself.

@@ -92,7 +92,7 @@ class KnownValues(TorchFunctionMode):
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         writes = result is None and any(isinstance(leaf, Tensor) for leaf in leaves)  # x[..] = y
         if on_twins is not None and (made or writes) and all(_is_small(tensor) for tensor in made):
-            self._repeat(func, *on_twins, made)
+            self._repeat(func, on_twins[0], on_twins[1], made)
         return result
 
     def _twin(self, tensor: Tensor) -> Tensor | None:

@@ -71,7 +71,8 @@ def _is_cut_along(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec
 
     tolerance = min(_TOLERANCE.get(leaf.dtype, 5e-2) for leaf in model.parameters())
     try:
-        pairs = list(zip(results(1), results(2), strict=True))
+        with torch.no_grad():
+            pairs = list(zip(results(1), results(2), strict=True))
     except (RuntimeError, IndexError, ValueError, TypeError):
         return False  # such inputs the model cannot take
     return all(

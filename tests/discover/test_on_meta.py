@@ -33,8 +33,7 @@ def _found_on_meta(model: nn.Module, inputs: tuple[Tensor, ...]) -> Discovery:
 
 MODELS: dict[str, Make] = {
     "toy": lambda: (toy(), toy_inputs()),
-    "dsmoe": lambda: (zoo_models.tiny_dsmoe(depth=4), zoo_models.inputs()),
-    "dit_moe": lambda: (zoo_models.tiny("dit_moe"), zoo_models.inputs()),
+    "dit_moe": lambda: (zoo_models.tiny_ditmoe(), zoo_models.inputs()),
 }
 
 
@@ -57,7 +56,7 @@ def test_each_structure_is_studied_once(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(on_meta, "_study", counted)
     model = toy(height=3)
     assert len(_found_on_meta(model, toy_inputs()).regions) == 3
-    assert len(studied) == 1
+    assert [type(module).__name__ for module in studied] == ["Quarry", "Blend"]  # no router in the first
 
 
 class PicksPerStorey(Toy):
@@ -85,6 +84,12 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_a_dense_model_has_none() -> None:
     with pytest.raises(NoMoEFoundError):
         moeca_fx.estimate_memory(Dense().eval().to("meta"), _to_meta(toy_inputs()))
+
+
+def test_a_model_that_cannot_run_on_meta() -> None:
+    """DSMoE's router asks for the autocast state of its device, which meta has none of."""
+    with pytest.raises(InputError, match=r"DSMoE cannot run on the example inputs: .*autocast"):
+        _found_on_meta(zoo_models.tiny_dsmoe(), zoo_models.inputs())
 
 
 def test_real_inputs_are_refused() -> None:

@@ -34,7 +34,7 @@ class Size:
 
 SIZES = {
     "square": Size(1, 1, 2, (8, 4, 4), 4, 2),
-    "padded": Size(2, 1, 3, (4, 2, 2), 3, 1, grid=(4, 8)),  # latents that are not square are padded and masked
+    "padded": Size(2, 1, 3, (4, 2, 2), 3, 2, grid=(4, 8)),  # latents that are not square are padded and masked
     "wide heads": Size(1, 2, 2, (4, 2, 2), 6, 3),  # rotary positions reach half of each head
 }
 

@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import moeca_fx
 from moeca_fx import MoECa, policies
-from moeca_fx.errors import CaptureError, UnsupportedModelError
+from moeca_fx.errors import ExportError, UnsupportedModelError
+from moeca_fx.export.plan import build_plan
 from moeca_fx.policies import Method
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers import hidream
@@ -18,7 +19,7 @@ from tests.policies.every import every_method, label
 
 pytest.importorskip("diffusers", reason="HiDream comes with diffusers (pip install 'moeca_fx[peers]')")
 
-SOME = MoECa(tau0=0.6)
+SOME = MoECa()
 SQUARE = SIZES["square"]
 NAMES = list(SIZES)
 TOLERANCE = 1e-5
@@ -112,7 +113,7 @@ def test_every_policy_runs_or_is_refused_for_a_reason(method: Method) -> None:
     fast = plain.with_policy(method)
     with torch.no_grad():
         for kwargs in trajectory(SQUARE, steps=9):
-            assert _close(sample(fast(**kwargs)), sample(model(**kwargs)), 0.2)
+            assert _close(sample(fast(**kwargs)), sample(model(**kwargs)), 0.6)
     stats = fast.stats()
     assert stats.cached_steps > 0 and stats.flops_executed < stats.flops_uncached
 
@@ -241,11 +242,22 @@ def test_positions_sizes_and_masks_given_by_the_caller() -> None:
             assert _close(sample(fast(**step)), sample(model(**step)), 0.1 if index else TOLERANCE)
 
 
-def test_sizes_in_a_tensor_are_read_by_python_and_refused() -> None:
+def test_sizes_in_a_tensor_are_an_input_like_any_other() -> None:
+    """They depend on what the caller passes, so nothing of them may stay in the graph."""
+    model, fast = pair("square", SOME)
+    with torch.no_grad():
+        for grid in ((4, 4), (2, 8), (8, 1)):
+            kwargs = _packed(2, torch.tensor([grid, grid]))
+            fast.reset()
+            have, want = sample(fast(**kwargs)), sample(model(**kwargs))
+            assert have.shape == want.shape and _close(have, want)
+    assert len(fast._moeca.programs) == 2  # that of `pair`, and one for all grids
+
+
+def test_export_needs_an_open_batch() -> None:
     _, fast = pair("square", SOME)
-    reads = r"Python reads the value of a tensor in HiDreamImageTransformer2DModel\.unpatchify"
-    with pytest.raises(CaptureError, match=reads):
-        fast(**_packed(2, torch.tensor([[4, 4], [4, 4]])))
+    with pytest.raises(ExportError, match=r"expected a model for any batch size.*its own code fixes the batch"):
+        build_plan(fast)
 
 
 # -- without weights ------------------------------------------------------------------------------------------------
@@ -255,7 +267,8 @@ def _on_meta(model: nn.Module, kwargs: dict[str, torch.Tensor]) -> tuple[nn.Modu
     return model.to("meta"), {key: value.to("meta") for key, value in kwargs.items()}
 
 
-@pytest.mark.parametrize("name", ["padded"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_on_the_meta_device_the_same_is_found(name: str) -> None:
     size = SIZES[name]
     wanted = moeca_fx.inspect(hidream.build(size), (), inputs(size))
