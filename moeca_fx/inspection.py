@@ -8,17 +8,18 @@ from typing import Any
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from moeca_fx.discover import Refusal, discover
+from moeca_fx.batch import at_least_two, batch_size
+from moeca_fx.discover import Layout, Refusal, discover
 from moeca_fx.graph.rewrite import module_path
 from moeca_fx.graph.sites import AttentionSite, MoESite, Site, kind_of
 from moeca_fx.graph.slicing import between
+from moeca_fx.graph.state import Counter
 from moeca_fx.graph.storage import CacheDtype, find_storage
 from moeca_fx.model_checks import check_inputs, check_model, resolve_policy
 from moeca_fx.passes import Compilation, run_pipeline
-from moeca_fx.passes.batch import at_least_two, batch_size
 from moeca_fx.passes.capture import Captured
 from moeca_fx.policies import Method, MoECa, Policy, as_method
-from moeca_fx.runtime.flops import node_flops
+from moeca_fx.runtime.flops import full_flops
 from moeca_fx.runtime.module import share_weights
 
 _DEFAULT = MoECa()
@@ -31,7 +32,11 @@ class SiteReport:
     Attributes:
         path, kind: module path, and ``"moe"``, ``"attention"`` or ``"dense_ffn"``.
         action: what it does on a cached step; see `passes/cache/plan.py`.
-        experts, top_k: E and k of a MoE site, else None.
+        experts, top_k: E and k of a MoE site, else None; where experts choose their tokens, `top_k` is how many each
+            takes.
+        layout: ``"token"`` where tokens choose their experts, ``"expert"`` where experts choose their tokens; None
+            but for a MoE site.
+        empty_slots: whether tokens may have fewer experts than `top_k`; `flops` are those without empty slots.
         router: form of its router, else None.
         shared_expert: module path of its shared expert, else None.
         flops: FLOPs of a full step at the example's batch size; flops_share: of the whole model's.
@@ -48,6 +53,8 @@ class SiteReport:
     flops: int
     flops_share: float
     cache_bytes: int
+    layout: Layout | None = None
+    empty_slots: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class InspectionReport:
         lines = [f"{self.model}: {len(self.sites)} sites, {self.flops:.3e} FLOPs a full step at batch {self.batch}"]
         width = max([28, *(len(site.path) + 2 for site in self.sites)])
         for site in self.sites:
-            experts = f"E{site.experts} top-{site.top_k}, {site.router}" if site.kind == "moe" else ""
+            experts = f"{_routing(site)}, {site.router}" if site.kind == "moe" else ""
             shared = f", shared {site.shared_expert}" if site.shared_expert else ""
             lines.append(
                 f"  {site.path:<{width}}{site.kind:<11}{site.action:<14}{site.flops_share:>6.1%}"
@@ -99,6 +106,13 @@ class InspectionReport:
         lines += [f"  left alone: {path or '(model)'}: {reason}" for path, reason in self.refused]
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+
+def _routing(site: SiteReport) -> str:
+    """E.g. ``"E8 top-2"``, or ``"E8 taking 64 tokens each"``."""
+    most = "up to " if site.empty_slots else ""
+    taken = f"{most}top-{site.top_k}" if site.layout == "token" else f"taking {site.top_k} tokens each"
+    return f"E{site.experts} {taken}"
 
 
 def inspect(
@@ -139,7 +153,8 @@ def inspect(
     assert done.captured is not None
     traced_inputs = at_least_two(example_inputs, kwargs) if done.captured.batch is None else (example_inputs, kwargs)
     leaves, traced = pytree.tree_leaves(traced_inputs), batch_size(*traced_inputs)
-    flops = {name: count * batch // traced for name, count in node_flops(done.module, leaves).items()}
+    filled = {Counter(site.path, "present"): site.branches * traced for site in done.sites.moe}
+    flops = {name: count * batch // traced for name, count in full_flops(done.module, leaves, filled).items()}
     total = sum(flops.values())
     actions = dict(done.graphs.actions)
     nodes = {node.name: node for node in done.module.graph.nodes}
@@ -216,6 +231,8 @@ def _site_report(site: Site, action: str, spent: int, total: int, held: int) -> 
         flops=spent,
         flops_share=spent / total,
         cache_bytes=held,
+        layout=moe.layout if moe else None,
+        empty_slots=moe is not None and moe.empty_slots,
     )
 
 
@@ -233,7 +250,7 @@ def _warnings(sites: tuple[Site, ...]) -> Iterator[str]:
         elif isinstance(site, MoESite) and site.attention is None:
             yield f"{site.path}: no attention directly before it; its attention is not synchronized"
         elif isinstance(site, MoESite) and site.not_synchronized is not None:
-            yield f"{site.path}: its attention is not synchronized: {site.not_synchronized}"
+            yield f"{site.path}: {site.attention} before it is not synchronized: {site.not_synchronized}"
 
 
 def _why_not(unproven: list[Refusal]) -> tuple[str, ...]:

@@ -6,13 +6,16 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from moeca_fx.batch import batch_size
 from moeca_fx.discover import Discovery, discover
+from moeca_fx.discover.behaviour import check_behaviour
+from moeca_fx.discover.state import State, first_output
+from moeca_fx.discover.unlike import unlike_experts
 from moeca_fx.errors import ConfigError, NoMoEFoundError, UnprovenRegionError, UnsupportedModelError
 from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.graph.storage import CacheDtype, find_storage, stored_states
 from moeca_fx.model_checks import check_inputs, check_model, has_no_data, resolve_policy
 from moeca_fx.passes import Compilation, run_pipeline
-from moeca_fx.passes.batch import batch_size
 from moeca_fx.passes.insert_cache import plan_states
 from moeca_fx.policies import Method, MoECa, Policy
 from moeca_fx.runtime.memory import MemoryReport, report
@@ -60,8 +63,9 @@ def transform(
         `TransformedModel` for contexts, statistics and memory.
 
     Raises:
-        UnsupportedModelError: training mode, the meta device, hooks, quantised experts, or a layer that cannot be
-            rewritten.
+        UnsupportedModelError: training mode, the meta device, hooks, quantised experts, a layer that cannot be
+            rewritten, or a model that no cache can serve: samples that depend on each other, random numbers, state, a
+            language model.
         NoMoEFoundError: no mixture-of-experts layer was found.
         UnprovenRegionError: a layer was found whose routing could not be proven.
         InputError: the example inputs do not fit the model.
@@ -123,15 +127,20 @@ def find_regions(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     """
     check_model(model)
     check_inputs(model, args, kwargs)
-    found = discover(model, args, kwargs)
+    before = State(model)
+    with first_output(model) as output:
+        found = discover(model, args, kwargs)
     unproven = [refusal for refusal in found.refused if refusal.is_moe]
+    if (found.regions or unproven) and not has_no_data(model):
+        check_behaviour(model, args, kwargs, output[0], before)
     if unproven:
         reasons = "; ".join(f"{refusal.path}: {refusal.reason}" for refusal in unproven)
         raise UnprovenRegionError(
             f"{type(model).__name__}: a mixture-of-experts region could not be proven, nothing was changed. {reasons}"
         )
     if not found.regions:
-        looked = "; ".join(f"{refusal.path}: {refusal.reason}" for refusal in found.refused) or "no candidates"
+        seen = [*(f"{refusal.path}: {refusal.reason}" for refusal in found.refused), *unlike_experts(model)]
+        looked = "; ".join(seen) or "no candidates"
         raise NoMoEFoundError(
             f"{type(model).__name__}: found no mixture-of-experts layer (expected a list of identical experts under a "
             f"top-k router). Looked at: {looked}. For a dense model use another cache"

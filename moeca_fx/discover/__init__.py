@@ -1,8 +1,9 @@
-"""Find the mixture-of-experts regions of an unmodified model by structure, a probe run and a numerical proof.
+"""Find the mixture-of-experts regions of an unmodified model by structure, two probe runs and a numerical proof.
 
-No class or attribute name is looked at: candidates come from the module tree (`candidates`), the region that dispatches
-to them from the live Python frames of one probe run (`probe`), and the roles of its arguments from comparing
-``sum_k weight_k * expert_k(x)`` with what the region returned (`prove`). What is not proven is refused with its reason.
+No class or attribute name is looked at: candidates come from the module tree (`candidates`); where they are dispatched
+to, and what grows with the batch, from two runs of the model (`probe`); what a region computes from comparing it with
+``sum_k weight_k * expert_k(x)`` (`prove`), as a method of its own (`method`) or router and all (`inline`). What is not
+proven is refused with its reason.
 """
 
 from collections.abc import Mapping
@@ -14,10 +15,10 @@ from moeca_fx.discover.candidates import find_candidates
 from moeca_fx.discover.on_meta import discover_on_meta
 from moeca_fx.discover.probe import probe
 from moeca_fx.discover.prove import prove
-from moeca_fx.discover.records import Discovery, MoERegion, Refusal
+from moeca_fx.discover.records import Discovery, Layout, MoERegion, Refusal
 from moeca_fx.model_checks import has_no_data
 
-__all__ = ["Discovery", "MoERegion", "Refusal", "discover"]
+__all__ = ["Discovery", "Layout", "MoERegion", "Refusal", "discover"]
 
 
 def discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Discovery:
@@ -33,6 +34,6 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     if has_no_data(model):
         return discover_on_meta(model, args, kwargs, discover)
     candidates = find_candidates(model)
-    traced, refusals = probe(model, candidates, args, kwargs)
-    regions, unproven = prove(model, traced, args, kwargs)
-    return Discovery(regions=tuple(regions), refused=(*refusals, *unproven))
+    run = probe(model, candidates, args, kwargs)
+    regions, refused = prove(model, candidates, run, args, kwargs)
+    return Discovery(regions=tuple(regions), refused=tuple(refused))

@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from moeca_fx.discover.candidates import Candidate, find_candidates
-from moeca_fx.discover.prove import replaced_method
+from moeca_fx.discover.method import replaced_method
 from moeca_fx.discover.records import Discovery, MoERegion, Refusal
 from moeca_fx.errors import InputError
 from moeca_fx.graph.constants import KnownValues, outside_of_traces
@@ -39,7 +39,7 @@ class _Studied:
 
 
 class _Alone(nn.Module):
-    """Holds a copy of a layer, so that discovery sees it below a root, and keeps its last result."""
+    """Holds a copy of a layer, so that discovery sees it below a root, and keeps its first result."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -48,8 +48,10 @@ class _Alone(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own."""
-        self.result = self.get_submodule(_HELD)(*args, **kwargs)
-        return self.result
+        result = self.get_submodule(_HELD)(*args, **kwargs)
+        if self.result is None:
+            self.result = result
+        return result
 
 
 def discover_on_meta(
@@ -91,7 +93,8 @@ def discover_on_meta(
 
 def _callable_ancestors(model: nn.Module, candidate: Candidate) -> list[str]:
     """Enclosing modules with a forward of their own, the innermost first, without the model itself."""
-    found, path = [], candidate.path if candidate.stacked else candidate.path.rpartition(".")[0]
+    own = candidate.stacked or candidate.attributes
+    found, path = [], candidate.path if own else candidate.path.rpartition(".")[0]
     while path:
         if type(model.get_submodule(path)).forward is not nn.Module.forward:
             found.append(path)
@@ -143,9 +146,14 @@ def _outcome(path: str, layer: str, studied: _Studied | None) -> MoERegion | Ref
         return layer + inner.removeprefix(_HELD)
 
     for region in studied.found.regions:
+        if own(region.container) == path and region.inline:
+            return Refusal(path, f"{own(region.path)}: holds its router, which takes data to prove", is_moe=True)
         if own(region.experts[0]).startswith(path + "."):
             experts = tuple(own(expert) for expert in region.experts)
-            return replace(region, path=own(region.path), block=own(region.block), experts=experts)
+            free = tuple((index, own(expert)) for index, expert in region.free)
+            container = own(region.container) if region.container else ""
+            place = replace(region, path=own(region.path), block=own(region.block), container=container)
+            return replace(place, experts=experts, free=free)
     for refusal in studied.found.refused:
         if own(refusal.path) == path:
             return replace(refusal, path=path)

@@ -1,130 +1,253 @@
-"""Prove what a traced region computes: ``sum_k weight_k * expert_k(x)``, with roles found by shape and value."""
+"""Prove what a candidate computes: ``sum_k weight_k * expert_k(x)``, in a method of its own or inside of a block.
 
-import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from itertools import product
+A method ``(x, ids, weights)`` between router and experts is taken when there is one: it is proven alone, and the rest
+of the model is traced as it is (`method`). Otherwise the modules around the experts are tried from the inside out,
+router and dispatch together (`inline`).
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from moeca_fx.discover.probe import TracedRegion
+from moeca_fx.discover.candidates import Candidate
+from moeca_fx.discover.experts import ModuleExperts, as_expert
+from moeca_fx.discover.inline.block import Block, Call, prove_block, record_block
+from moeca_fx.discover.inline.stacked import (
+    StackedExperts,
+    StackedForm,
+    stacked_forms,
+    stacked_modules,
+    stacked_parameters,
+)
+from moeca_fx.discover.inline.tape import NotReplayable
+from moeca_fx.discover.method import MethodCall, Spied, TracedMethod, prove_method, spied
+from moeca_fx.discover.probe import Probe, enclosing, enclosing_router, innermost_method, key_of, run_again
 from moeca_fx.discover.records import MoERegion, Refusal
 
-# Largest accepted error relative to the largest output. The reference accumulates in fp64, the model in its own dtype.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-
-Call = tuple[dict[str, Any], Any]
+_LEVELS = 3  # modules around the experts that are tried as the block
 
 
 def prove(
-    model: nn.Module, traced: list[TracedRegion], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module, candidates: list[Candidate], run: Probe, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[list[MoERegion], list[Refusal]]:
-    """Run the model once with every region spied on, then prove each region from what it got and returned."""
-    seen: dict[tuple[str, str], list[Call]] = {}
-    modules = dict(model.named_modules())
+    """Run the model a second time, and prove or refuse every candidate.
+
+    Args:
+        model: in eval mode.
+        candidates: in module order.
+        run: what the first run told.
+        args, kwargs: example inputs.
+    """
+    methods = {key_of(c): _method_of(c, run) for c in candidates if _refused_at_once(c, run) is None}
+    seen: Spied = {}
     with ExitStack() as stack:
-        for region in traced:
-            key = (region.owner, region.method)
-            if key not in seen:
-                seen[key] = []
-                stack.enter_context(_spied(modules[region.owner], region.method, seen[key]))
-        if traced:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                model(*args, **kwargs)
-    results = [_prove_region(region, seen[region.owner, region.method]) for region in traced]
+        for method in methods.values():
+            if isinstance(method, TracedMethod) and (method.owner, method.name) not in seen:
+                calls = seen[method.owner, method.name] = []
+                stack.enter_context(spied(model.get_submodule(method.owner), method.name, calls))
+        if methods:
+            run_again(model, run, args, kwargs, seen.values())
+    results = []
+    for candidate in candidates:
+        refused = _refused_at_once(candidate, run)
+        results.append(refused or _prove(model, candidate, run, methods[key_of(candidate)], seen))
     proven = [result for result in results if isinstance(result, MoERegion)]
-    refused = [result for result in results if isinstance(result, Refusal)]
-    return proven, refused
+    return proven, [result for result in results if isinstance(result, Refusal)]
 
 
-@contextmanager
-def replaced_method(owner: nn.Module, name: str, function: Any) -> Iterator[None]:
-    """Shadow a method on the instance inside the block; the class and other instances keep theirs."""
-    had, old = name in owner.__dict__, owner.__dict__.get(name)
-    object.__setattr__(owner, name, function)
+def _refused_at_once(candidate: Candidate, run: Probe) -> Refusal | None:
+    if candidate.nested:
+        return Refusal(candidate.path, "a list of blocks: it contains another candidate", False)
+    calls = run.experts[key_of(candidate)]
+    if not candidate.stacked and calls.count < 2:
+        routed = enclosing_router(candidate.path, run.topk) is not None and not candidate.attributes
+        return Refusal(candidate.path, f"only {calls.count} of {candidate.count} experts ran in the probe run", routed)
+    return None
+
+
+def _method_of(candidate: Candidate, run: Probe) -> TracedMethod | str:
+    """The method that dispatches with ids and weights as its arguments, or why there is none."""
+    block = enclosing_router(candidate.path, run.topk)
+    if block is None:
+        return "no router: no top-k ran in an enclosing module during the probe run"
+    if candidate.stacked:
+        return "its experts are stacked parameters"
+    if not all(next(expert.parameters(), None) is not None for _, expert in candidate.experts):
+        return "some of its experts have no parameters"
+    calls = run.experts[key_of(candidate)]
+    region = innermost_method(calls.common, run.paths)
+    if region is None:
+        return "no method of the model is common to all expert calls"
+    owner, name = region
+    if any(stack and stack[-1] == owner and owner == block for stack in run.topk):
+        return f"the router runs inside the dispatching method {owner}.{name}"
+    return TracedMethod(owner, name)
+
+
+def _prove(
+    model: nn.Module, candidate: Candidate, run: Probe, method: TracedMethod | str, seen: Spied
+) -> MoERegion | Refusal:
+    block = enclosing_router(candidate.path, run.topk)
+    calls = run.experts[key_of(candidate)]
+    reasons: list[str] = []
+    if isinstance(method, TracedMethod):
+        assert block is not None, f"{candidate.path}: a method is looked for under a router only"
+        keyword = _keyword(candidate, run)
+        try:
+            return _by_method(candidate, method, block, keyword, seen[method.owner, method.name])
+        except NotReplayable as reason:
+            reasons.append(f"{method.owner}.{method.name}: {reason}")
+    else:
+        reasons.append(method)
     try:
-        yield
-    finally:
-        if had:
-            object.__setattr__(owner, name, old)
-        else:
-            object.__delattr__(owner, name)
+        return _by_block(model, candidate, run)
+    except NotReplayable as reason:
+        reasons.append(str(reason))
+    routed = block is not None and not candidate.attributes and not calls.on_every_token
+    if calls.on_every_token:
+        reasons.insert(0, "each of them runs on every token")
+    return Refusal(candidate.path, "; ".join(reasons), routed)
 
 
-@contextmanager
-def _spied(owner: nn.Module, name: str, calls: list[Call]) -> Iterator[None]:
-    original = getattr(owner, name)
-    signature = inspect.signature(original)
-
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        before = {k: v.clone() if isinstance(v, Tensor) else v for k, v in bound.arguments.items()}
-        output = original(*args, **kwargs)
-        calls.append((before, output))
-        return output
-
-    with replaced_method(owner, name, spy):
-        yield
+def _keyword(candidate: Candidate, run: Probe) -> str | None:
+    names = run.experts[key_of(candidate)].keywords
+    return next(iter(names)) if len(names) == 1 and "" not in names else None
 
 
-def _prove_region(region: TracedRegion, calls: list[Call]) -> MoERegion | Refusal:
-    name = f"{region.owner}.{region.method}"
+def _by_method(
+    candidate: Candidate, method: TracedMethod, block: str, keyword: str | None, calls: Sequence[MethodCall]
+) -> MoERegion:
+    experts = [as_expert(expert, keyword) for _, expert in candidate.experts]
+    roles = prove_method(experts, calls)
+    return MoERegion(
+        path=method.owner,
+        method=method.name,
+        block=block,
+        experts=tuple(path for path, _ in candidate.experts),
+        top_k=roles.top_k,
+        x=roles.x,
+        expert=roles.expert,
+        weight=roles.weight,
+        error=roles.error,
+        container=candidate.path,
+        keyword=keyword,
+        layout=roles.layout,
+        empty_slots=roles.empty_slots,
+    )
 
-    def refuse(reason: str) -> Refusal:
-        return Refusal(region.candidate.path, f"{name}: {reason}", is_moe=True)
 
-    if len(calls) != 1:
-        return refuse(f"called {len(calls)} times in one forward; exactly one call is supported")
-    arguments, output = calls[0]
-    if not isinstance(output, Tensor):
-        return refuse(f"returns {type(output).__name__}; expected one tensor")
-    if not bool(torch.isfinite(output).all()):
-        return refuse("returned NaN or infinity in the probe run; check the weights and the example inputs")
-    tensors = {k: v for k, v in arguments.items() if isinstance(v, Tensor)}
-    rows = [k for k, v in tensors.items() if v.is_floating_point() and v.shape == output.shape]
-    ids = [k for k, v in tensors.items() if not v.is_floating_point() and v.dtype != torch.bool and v.dim() >= 1]
-    weights = [k for k, v in tensors.items() if v.is_floating_point()]
-    nearest, reason = float("inf"), "no arguments have the shapes of token rows, expert ids and routing weights"
-    for x, expert, weight in product(rows, ids, weights):
-        if weight == x or tensors[weight].numel() != tensors[expert].numel():
+def _by_block(model: nn.Module, candidate: Candidate, run: Probe) -> MoERegion:
+    """Try the modules around the experts, innermost first.
+
+    Raises:
+        NotReplayable: with the reason of each.
+    """
+    reasons = []
+    for path in [path for path in enclosing(candidate) if path][:_LEVELS]:
+        if not run.small.get(path):
             continue
         try:
-            error = _error(region, tensors[x], tensors[expert], tensors[weight], output)
-        except (RuntimeError, TypeError, ValueError) as problem:
-            reason = f"an expert could not be run on token rows alone: {problem}"
-            continue
-        nearest = min(nearest, error)
-        if error <= TOLERANCE.get(output.dtype, 0.0):
-            count = tensors[x].numel() // tensors[x].shape[-1]
-            return MoERegion(
-                path=region.owner,
-                method=region.method,
-                block=region.block,
-                experts=tuple(path for path, _ in region.candidate.experts),
-                top_k=tensors[expert].numel() // count,
-                x=x,
-                expert=expert,
-                weight=weight,
-                error=error,
-            )
-        limit = TOLERANCE.get(output.dtype, 0.0)
-        reason = f"sum_k weight_k * expert_k(x) differs from its output by {nearest:.1e} relative (allowed {limit:.0e})"
-    return refuse(reason)
+            return _block_at(model, candidate, run, path)
+        except NotReplayable as reason:
+            reasons.append(f"{path}.forward: {reason}")
+    raise NotReplayable("; ".join(reasons) or "no module around the experts was called")
 
 
-def _error(region: TracedRegion, x: Tensor, expert: Tensor, weight: Tensor, output: Tensor) -> float:
-    """Largest difference between the region's output and the sum over its experts, relative to the output."""
-    tokens = x.reshape(-1, x.shape[-1])
-    ids = expert.reshape(tokens.shape[0], -1)  # [N, k]
-    scale = weight.reshape(tokens.shape[0], -1).double()
-    total = torch.zeros(tokens.shape, dtype=torch.float64, device=x.device)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for index, (_, module) in enumerate(region.candidate.experts):
-            token, slot = torch.where(ids == index)
-            if token.numel():
-                contribution = module(tokens[token]).double() * scale[token, slot].unsqueeze(-1)
-                total.index_add_(0, token, contribution)
-    difference = (total - output.reshape(tokens.shape).double()).abs().max()
-    return float(difference / output.abs().max().double().clamp_min(1e-30))
+def _block_at(model: nn.Module, candidate: Candidate, run: Probe, path: str) -> MoERegion:
+    if run.why_no_large:
+        raise NotReplayable(run.why_no_large)
+    if len(run.small[path]) != 1 or len(run.large[path]) != 1:
+        raise NotReplayable(f"called {len(run.small[path])} times in one forward; exactly one call is supported")
+    calls = (run.small[path][0], run.large[path][0])
+    keyword = _keyword(candidate, run)
+    if candidate.stacked:
+        block, form = prove_stacked(model, candidate.path, candidate.stacked, path, *calls)
+        experts = tuple(f"{candidate.path}.{index}" for index in range(candidate.stacked))
+    else:
+        block, form = prove_modules(model, [name for name, _ in candidate.experts], keyword, path, *calls), None
+        experts = tuple(name for index, (name, _) in enumerate(candidate.experts) if index not in block.free)
+    routing = block.match.routing
+    return MoERegion(
+        path=path,
+        method="forward",
+        block=path,
+        experts=experts,
+        top_k=min(routing.slots, len(experts)) if routing.kind == "dense" else routing.slots,
+        x="",
+        expert="",
+        weight="",
+        error=block.error,
+        inline=True,
+        container=candidate.path,
+        form=form,
+        keyword=keyword,
+        free=tuple((index, candidate.experts[index][0]) for index in block.free),
+        layout="expert" if routing.kind == "choice" else "token",
+        empty_slots=block.empty_slots,
+    )
+
+
+def prove_modules(
+    model: nn.Module, experts: Sequence[str], keyword: str | None, path: str, small: Call, large: Call
+) -> Block:
+    """Prove the block at `path`, whose experts are the modules `experts`, those without parameters too.
+
+    Raises:
+        NotReplayable: with the reason.
+    """
+    modules = [as_expert(model.get_submodule(name), keyword) for name in experts]
+    below = [_below(name, path) for name in experts]
+    recorded = record_block(model.get_submodule(path), _opened(below), small, large, below)
+    return prove_block(recorded, modules, ModuleExperts(modules))
+
+
+def prove_stacked(
+    model: nn.Module, container: str, count: int, path: str, small: Call, large: Call, form: StackedForm | None = None
+) -> tuple[Block, StackedForm]:
+    """Prove the block at `path`, whose experts are stacked in parameters of the module `container`.
+
+    Args:
+        model: in eval mode.
+        container: path of the module that has the parameters.
+        count: E.
+        path: of the block.
+        small, large: calls of the block.
+        form: what the experts compute, when it is known.
+
+    Raises:
+        NotReplayable: with the reason.
+    """
+    holder = model.get_submodule(container)
+    inner = _below(container, path)
+    opened = _opened([f"{inner}.expert"] if inner else ["expert"])
+    forms = [form] if form is not None else list(_forms(holder, count))
+    recorded = record_block(model.get_submodule(path), opened, small, large)
+    reason = "its stacked parameters have no known form of an expert (docs/structures.md lists them)"
+    for chosen in forms:
+        experts = stacked_modules(holder, chosen)
+        try:
+            return prove_block(recorded, experts, StackedExperts(holder, chosen, count)), chosen
+        except NotReplayable as problem:
+            reason = str(problem)
+    raise NotReplayable(reason)
+
+
+def _forms(holder: nn.Module, count: int) -> list[StackedForm]:
+    parameters = stacked_parameters(holder, count)
+    widths = dict.fromkeys(size for tensor in parameters.values() if tensor.dim() == 3 for size in tensor.shape[1:])
+    return [form for width in widths for form in stacked_forms(parameters, int(width))]
+
+
+def _below(path: str, owner: str) -> str:
+    return path[len(owner) + 1 :] if owner else path
+
+
+def _opened(experts: Sequence[str]) -> frozenset[str]:
+    """Every module on the way to the experts."""
+    found = set()
+    for path in experts:
+        while path := path.rpartition(".")[0]:
+            found.add(path)
+    return frozenset(found)

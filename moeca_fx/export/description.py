@@ -249,9 +249,9 @@ def _cost(manifest: Manifest, graphs: tuple[GraphDescription, ...], batch: int) 
     replaced = {name for graph in graphs for name in graph.caches_in if name in graph.caches_out}
     written = sum(size for name, size in cache.states if name in replaced)
     flops = manifest.step_flops(batch)
-    found = {"uncached": flops.uncached}
+    found = {"uncached": flops.uncached.fixed}
     if manifest.cached:
-        found["full"] = flops.full
+        found["full"] = flops.full.fixed
         if manifest.probe is not None:
             found["probe"] = flops.probe
         rules = [step["name"] for step in manifest.steps if step["name"] not in (FULL, PROBE)]

@@ -27,7 +27,7 @@ from moeca_fx.passes.cache.graphs import CachedGraphs, ProbeGraph, StepGraph
 from moeca_fx.policies.policy import Method
 from moeca_fx.policies.registry import NAME_KEY, build
 from moeca_fx.provenance import fingerprint, provenance
-from moeca_fx.runtime.flops import RuleFlops, StepFlops, measure_step_flops
+from moeca_fx.runtime.flops import StepCost, StepFlops, measure_step_flops
 
 FORMAT = 2
 FILE = "manifest.json"
@@ -122,10 +122,10 @@ class Manifest:
         """FLOPs of the steps, which grow with the batch."""
         at = {key: int(value[0] + value[1] * batch) for key, value in self.flops["by_batch"].items()}
         rules = tuple(
-            RuleFlops(at[f"rule {index}"], {Counter(site, kind): cost for site, kind, cost in each})
+            StepCost(at[f"rule {index}"], {Counter(site, kind): cost for site, kind, cost in each})
             for index, each in enumerate(self.flops["each"])
         )
-        return StepFlops(at["uncached"], at["full"], at["probe"], rules)
+        return StepFlops(StepCost(at["uncached"], {}), StepCost(at["full"], {}), at["probe"], rules)
 
     def method(self) -> Method | None:
         """The policy that it was made for.
@@ -257,7 +257,7 @@ def _flops(plan: ExportPlan) -> dict[str, Any]:
         for batch in (2, 3)
     ]
     at = [
-        {"uncached": flops.uncached, "full": flops.full, "probe": flops.probe}
+        {"uncached": flops.uncached.fixed, "full": flops.full.fixed, "probe": flops.probe}
         | {f"rule {index}": rule.fixed for index, rule in enumerate(flops.rules)}
         for flops in found
     ]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from moeca_fx.batch import batch_size
 from moeca_fx.errors import ConfigError, ExportError
 from moeca_fx.export.graph import (
     CACHE_IN,
@@ -36,7 +37,6 @@ from moeca_fx.graph.rewrite import call
 from moeca_fx.graph.state import Counter, StateSpec
 from moeca_fx.kernels.cpu import ops as cpu
 from moeca_fx.kernels.families import FAMILIES
-from moeca_fx.passes.batch import batch_size
 from moeca_fx.passes.cache.graphs import CachedGraphs, ProbeGraph, StepGraph
 from moeca_fx.passes.insert_cache import insert_cache, insert_forced_cache, share_copy
 from moeca_fx.passes.lower_export import Experts, lower_export
@@ -147,6 +147,7 @@ def build_plan(fast: TransformedModel, form: Form = "auto", experts: Experts = "
         raise ConfigError(f"graphs: expected one of {', '.join(FORMS)}, found {form!r}")
     runtime = fast._moeca
     program = next(iter(runtime.programs.values()))
+    _check_layouts(program)
     if runtime.options.storage is not None:
         raise ExportError("export: caches are exported in the model's dtype; transform without cache_dtype")
     builder = _Builder(program, runtime.policy, experts if form != "compiled" else None)
@@ -164,6 +165,25 @@ def build_plan(fast: TransformedModel, form: Form = "auto", experts: Experts = "
         graphs = insert_cache(program.traced_module, program.sites, runtime.policy)
     builder.add_steps(graphs)
     return builder.plan(graphs.states, graphs.probe)
+
+
+def _check_layouts(program: Program) -> None:
+    """Refuse what no format has a form for.
+
+    Raises:
+        ExportError: names the site.
+    """
+    for site in program.sites.moe:
+        if site.layout == "expert":
+            raise ExportError(
+                f"export: {site.path} routes by expert choice (each expert takes its tokens), which has no form for "
+                "export; expected token choice; run this model through moeca_fx.transform"
+            )
+        if site.empty_slots:
+            raise ExportError(
+                f"export: tokens of {site.path} may have fewer than {site.top_k} experts, and empty slots have no form "
+                "for export; expected an expert in every slot; run this model through moeca_fx.transform"
+            )
 
 
 class _Builder:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moeca_fx.discover.prove import TOLERANCE
+from moeca_fx.discover.reference import TOLERANCE
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.expert_stack import stacked_view
 from moeca_fx.graph.functional import functional_module

@@ -17,7 +17,8 @@ from moeca_fx.discover import MoERegion
 def stack_experts(model: nn.Module, regions: Sequence[MoERegion]) -> None:
     """Stack the experts of every region of `model`, in place; what is stacked already stays."""
     for region in regions:
-        stack_in_place([model.get_submodule(path) for path in region.experts])
+        if region.form is None:  # else the model stacks them itself
+            stack_in_place([model.get_submodule(path) for path in region.experts])
         _return_freed_memory()
 
 

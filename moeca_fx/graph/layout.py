@@ -38,6 +38,7 @@ _REMOVES_DIM = (aten.unbind.int, aten.select.int)
 _REDUCES = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten.log_softmax.int)
 _MATMULS = (aten.matmul.default, aten.mm.default)
+_WHERE_NUMBER = (aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
 
@@ -150,9 +151,14 @@ def _step(node: fx.Node, tokens: dict[fx.Node, TokenAxes], samples: int) -> Toke
             return _keep_if_apart(node, _alike(node, tokens), [_dim(node, 1, rank)])
     if target in (aten.cat.default, aten.stack.default):
         return _concatenated(node, tokens)
-    if torch.Tag.pointwise in getattr(target, "tags", ()):
+    if is_pointwise(target):
         return _broadcast(node, tokens)
     raise _refuse(node, "is not known to act on each token alone")
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether an operation acts on every element alone; torch tags all but the `where` of numbers."""
+    return target in _WHERE_NUMBER or torch.Tag.pointwise in getattr(target, "tags", ())
 
 
 def _refuse(node: fx.Node, why: str) -> NotTokenWise:

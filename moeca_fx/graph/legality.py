@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from moeca_fx.errors import PassError
+from moeca_fx.ops.experts import is_marker
 
 aten = torch.ops.aten
 
@@ -19,7 +20,7 @@ def _no_higher_order(node: fx.Node) -> str | None:
 
 
 def _no_marker(node: fx.Node) -> str | None:
-    if node.target is torch.ops.moeca.experts.default:
+    if is_marker(node):
         return "experts markers must be lowered"
     return _no_higher_order(node)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeca_fx.graph.layout import TokenAxes, propagate, shape_of
+from moeca_fx.graph.layout import TokenAxes, is_pointwise, propagate, shape_of
 from moeca_fx.graph.rewrite import attribute, copy_meta, example_value
 from moeca_fx.graph.slicing import RESHAPES, ancestors, between
 from moeca_fx.ops import rows
@@ -131,7 +131,7 @@ class _Builder:
         if source in self.axes:
             self.made[source] = self._root_rows(source)
             return self.made[source]
-        if torch.Tag.pointwise in getattr(user.target, "tags", ()):
+        if is_pointwise(user.target):
             return self._aligned(source, user)
         return self._constant(source)
 

@@ -4,7 +4,12 @@ Nodes are held by name, so that a record stays valid in every copy of the graph 
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
+
+from moeca_fx.discover.records import Layout
+
+Form = Literal["token", "empty", "expert"]
+"""Tokens chose their experts; or so, and some slots are empty; or experts chose their tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class MoESite:
         region: path and method that dispatches to the experts, e.g. ``blocks.1.mlp.experts.forward``.
         experts: the `moeca::experts` marker node, later the node that replaced it.
         x, expert, weight: the marker's operands: token rows, expert ids, routing weights.
-        num_experts, top_k: E and k.
+        num_experts, top_k: E and k; under layout ``"expert"`` `top_k` is the capacity C, tokens an expert.
         router: the router's form, e.g. ``sigmoid, bias-corrected top-2, renormalised, scaled``.
         shared: output node of the shared expert, if any; `shared_root` is the tensor it is computed from.
         shared_path: its module path.
@@ -56,7 +61,10 @@ class MoESite:
         attention: path of the attention site whose residual output this layer reads; the two stay synchronized.
         tokens: T.
         not_synchronized: why refreshed tokens cannot be routed again alone; None when they can.
-        feature: node with every branch's output [B*T*k, H]; empty before `vectorize_experts`.
+        feature: node with every branch's output [B*T*k, H], or [B*E*C, H]; empty before `vectorize_experts`.
+        layout: who chooses; slots of a cache are [B, T, k] under ``"token"`` and hold experts, [B, E, C] under
+            ``"expert"`` and hold tokens: then the operand `expert` is tokens too.
+        empty_slots: whether an expert id may be E, no expert; weights of such slots are 0 after `vectorize_experts`.
     """
 
     path: str
@@ -79,6 +87,28 @@ class MoESite:
     tokens: int
     not_synchronized: str | None = None
     feature: str = ""
+    layout: Layout = "token"
+    empty_slots: bool = False
+
+    @property
+    def form(self) -> Form:
+        """Which operations serve the site."""
+        return "empty" if self.empty_slots else self.layout
+
+    @property
+    def slots(self) -> tuple[int, int]:
+        """Shape of a sample's slots: (T, k) or (E, C)."""
+        return (self.tokens if self.layout == "token" else self.num_experts, self.top_k)
+
+    @property
+    def branches(self) -> int:
+        """Branches of a sample."""
+        return self.slots[0] * self.slots[1]
+
+    @property
+    def held(self) -> str:
+        """Kind of the state that says what each slot holds: ``"expert"``, or ``"token"`` where experts choose."""
+        return "expert" if self.layout == "token" else "token"
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ class StateSpec:
 
     @property
     def empty(self) -> int:
-        """What it holds before the first full step: zero, and no expert's id."""
-        return -1 if self.kind == "expert" else 0
+        """What it holds before the first full step: zero, and no expert's or token's id."""
+        return -1 if self.kind in ("expert", "token") else 0
 
     @property
     def node_name(self) -> str:
@@ -70,8 +70,9 @@ def with_older(state: StateSpec, terms: int, all_carried: bool = False) -> tuple
 class Counter:
     """One number that a cached step counts: (`site`, `kind`), e.g. (``blocks.1.mlp``, ``recomputed``).
 
-    Kinds: ``matched`` and ``recomputed`` branches, ``shared_rows``, ``ffn_rows``, ``moe_rows``, ``attention_rows``, and
-    ``attention_padded`` (query rows that row attention executes, padding included).
+    Kinds: ``matched`` and ``recomputed`` branches, ``present`` ones (where slots may be empty), ``shared_rows``,
+    ``ffn_rows``, ``moe_rows``, ``attention_rows``, and ``attention_padded`` (query rows that row attention executes,
+    padding included).
     """
 
     site: str

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from moeca_fx.discover import MoERegion
-from moeca_fx.discover.prove import replaced_method
+from moeca_fx.discover.method import replaced_method
 from moeca_fx.errors import CaptureError
 from moeca_fx.graph.constants import KnownValues
 from moeca_fx.model_checks import run_once

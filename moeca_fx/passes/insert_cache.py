@@ -16,6 +16,7 @@ from moeca_fx.errors import PassError
 from moeca_fx.graph.rewrite import call, copy_meta, finish
 from moeca_fx.graph.sites import Sites
 from moeca_fx.graph.state import StateSpec
+from moeca_fx.ops import present
 from moeca_fx.passes.cache.blocks_level import BlocksLevel
 from moeca_fx.passes.cache.branch_level import BranchLevel
 from moeca_fx.passes.cache.builder import StepBuilder
@@ -72,7 +73,7 @@ def insert_cache(module: fx.GraphModule, sites: Sites, policy: Policy) -> Cached
     stream = continues_from(sites, probe)
     full = _full_step(share_copy(module), sites, levels, states, stream)
     rules = tuple(
-        _rule_step(share_copy(module), rule, levels, position, states, stream)
+        _rule_step(share_copy(module), sites, rule, levels, position, states, stream)
         for position, rule in enumerate(policy.rules)
     )
     _check_caches_used(rules, states)
@@ -109,13 +110,17 @@ def _full_step(
         for level in levels:
             step.terms = level.terms
             level.store(step)
-    _append_outputs(module, [step.updated[state.name] for state in states])
+        actions = actions_of(sites, "full")
+        results = [*(step.updated[state.name] for state in states), *_counters(step, sites, actions)]
+    _append_outputs(module, results)
     module = finish(module, "insert_cache (full step)")
-    return StepGraph("full", module, reads, with_clock, stream is not None, (), actions_of(sites, "full"))
+    counters = tuple(counter for counter, _ in step.counters)
+    return StepGraph("full", module, reads, with_clock, stream is not None, counters, actions)
 
 
 def _rule_step(
     module: fx.GraphModule,
+    sites: Sites,
     rule: Rule,
     levels: list[Level],
     position: int,
@@ -132,12 +137,25 @@ def _rule_step(
                 step.terms = other.terms
                 other.follow(step)
         results = [step.updated.get(state.name, step.cache[state.name]) for state in states]
-        if step.counters:
-            results.append(call(module.graph, stack_counters, [node for _, node in step.counters], name="counters"))
+        results += _counters(step, sites, level.actions)
     _append_outputs(module, results)
     module = finish(module, f"insert_cache ({rule.name} step)")
     counters = tuple(counter for counter, _ in step.counters)
     return StepGraph(rule.name, module, states, rule.has_clock, stream is not None, counters, level.actions)
+
+
+def _counters(step: StepBuilder, sites: Sites, actions: tuple[tuple[str, str], ...]) -> list[fx.Node]:
+    """One tensor of all that the step counts, if anything: also the branches of sites that run as the model wrote them.
+
+    Those are known beforehand but where slots may be empty.
+    """
+    done = dict(actions)
+    for site in sites.moe:
+        if site.empty_slots and done[site.path] == "full":
+            step.count(site.path, "present", present.count_present, step.nodes[site.expert], site.num_experts)
+    if not step.counters:
+        return []
+    return [call(step.graph, stack_counters, [node for _, node in step.counters], name="counters")]
 
 
 def _open(module: fx.GraphModule, reads: tuple[StateSpec, ...], clock: bool, stream: str | None) -> StepBuilder:

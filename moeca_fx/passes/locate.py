@@ -9,12 +9,12 @@
 Sites are found by dataflow alone: from the core forward to the addition that closes the residual, and from there back.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import fx
 
-from moeca_fx.discover import MoERegion
+from moeca_fx.discover import Layout, MoERegion
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.layout import STREAM, NotTokenWise, TokenAxes, propagate, shape_of
 from moeca_fx.graph.rewrite import module_path
@@ -30,6 +30,7 @@ from moeca_fx.graph.slicing import (
     strip_reshapes,
     with_gate,
 )
+from moeca_fx.ops.experts import is_marker
 from moeca_fx.passes.locate_attention import SDPA, attention_sites, stream_tokens
 from moeca_fx.passes.router_form import describe_router
 
@@ -47,11 +48,7 @@ def locate(module: fx.GraphModule, regions: dict[str, MoERegion]) -> Sites:
     left: list[tuple[str, str]] = []
     cores = module.graph.find_nodes(op="call_function", target=SDPA)
     attention = _with_own_paths([site for node in cores for site in attention_sites(node, left)], set())
-    marker = torch.ops.moeca.experts.default
-    moe = [
-        _moe(node, regions[str(node.args[3])], attention)
-        for node in module.graph.find_nodes(op="call_function", target=marker)
-    ]
+    moe = [_moe(node, regions[str(node.args[3])], attention) for node in module.graph.nodes if is_marker(node)]
     taken = {site.residual_out for site in attention} | {site.residual_out for site in moe}
     others = [node for node in module.graph.nodes if node.name not in taken]
     moe = _with_own_paths(moe, {site.path for site in attention})
@@ -101,7 +98,7 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
         weight=weight.name,
         num_experts=region.num_experts,
         top_k=region.top_k,
-        router=describe_router(x, expert, weight),
+        router=_FORMS[region.layout].format(describe_router(x, expert, weight, residual.residual_in)),
         shared=shared.name if shared else None,
         shared_root=strip_reshapes(x).name if shared else None,
         shared_path=_common_path(_linears(strip_reshapes(x), shared)) if shared else None,
@@ -111,7 +108,9 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
         residual_out=residual.residual_out.name,
         attention=companion.path if companion else None,
         tokens=tokens,
-        not_synchronized=_why_not_routed_by_rows(marker, companion, region.top_k) if companion else None,
+        not_synchronized=_WHY_NOT_BY_ROWS[region.layout](marker, companion, region.top_k) if companion else None,
+        layout=region.layout,
+        empty_slots=region.empty_slots,
     )
 
 
@@ -128,6 +127,17 @@ def _why_not_routed_by_rows(marker: fx.Node, attention: AttentionSite, top_k: in
         if axes[node] != expected or shape_of(node)[-1] != top_k:
             return f"routing of single tokens: node {node.name} is not laid out [B*T, k] or [B, T, k]"
     return None
+
+
+def _experts_choose(marker: fx.Node, attention: AttentionSite, capacity: int) -> str:
+    return "expert choice: each expert takes its tokens from all of a sample, so single tokens cannot be routed again"
+
+
+_FORMS: dict[Layout, str] = {"token": "{}", "expert": "expert choice, {}"}
+_WHY_NOT_BY_ROWS: dict[Layout, Callable[[fx.Node, AttentionSite, int], str | None]] = {
+    "token": _why_not_routed_by_rows,
+    "expert": _experts_choose,
+}
 
 
 def _shared_expert(marker: fx.Node, x: fx.Node, residual: Residual) -> fx.Node | None:
@@ -162,7 +172,7 @@ def _dense_ffn(addition: fx.Node, left: list[tuple[str, str]]) -> DenseFFNSite |
         linears = [node for node in inside if node.target in LINEAR]
         if len(linears) < 2 or tokens is None:
             return None
-        if any(node.target in (SDPA, torch.ops.moeca.experts.default) for node in inside):
+        if any(node.target is SDPA or is_marker(node) for node in inside):
             return None
         path = _common_path(linears)
         try:

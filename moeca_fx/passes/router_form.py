@@ -15,14 +15,15 @@ _SCORES = {
 }
 
 
-def describe_router(x: fx.Node, expert: fx.Node, weight: fx.Node) -> str:
+def describe_router(x: fx.Node, expert: fx.Node, weight: fx.Node, stream: fx.Node) -> str:
     """E.g. ``"sigmoid, bias-corrected top-2, renormalised, scaled by 2.5"``.
 
     Args:
         x, expert, weight: the experts' operands in the captured graph.
+        stream: the token stream before the layer, which a router may read where it does not read the experts' rows.
     """
-    choosing = _behind(x, expert)
-    weighing = _behind(x, weight)
+    choosing = _behind(x, expert) or between([stream], [expert])
+    weighing = _behind(x, weight) or between([stream], [weight])
     parts = [name for target, name in _SCORES.items() if any(node.target is target for node in weighing)]
     parts = list(dict.fromkeys(parts)) or ["unscored"]
     top = [node for node in choosing if node.target is aten.topk.default]

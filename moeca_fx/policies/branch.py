@@ -29,7 +29,11 @@ def match_branches(expert: Tensor, cached: Tensor) -> tuple[Tensor, Tensor]:
         slot [B, T, k], the slot that branch p occupies after the update: its own when matched, else the i-th slot
         whose expert left for the i-th unmatched branch; and matched [B, T, k].
     """
-    same = expert.unsqueeze(-1) == cached.unsqueeze(-2)  # [B, T, k branch, k slot]
+    return place_branches(expert.unsqueeze(-1) == cached.unsqueeze(-2))
+
+
+def place_branches(same: Tensor) -> tuple[Tensor, Tensor]:
+    """`match_branches` from what matches: same [B, T, k branch, k slot], at most once in a row and a column."""
     matched = same.any(-1)
     own_slot = same.to(torch.int64).argmax(-1)
     free = ~same.any(-2)  # [B, T, k slot]
@@ -70,6 +74,11 @@ def branch_score(weight_now: Tensor, weight_then: Tensor, norm: Tensor, lambda1:
     """
     total = norm.sum(-1, keepdim=True)
     contribution = torch.where(total == 0, torch.zeros_like(norm), norm / torch.where(total == 0, 1.0, total))
+    return score_of(weight_now, weight_then, contribution, lambda1, lambda2)
+
+
+def score_of(weight_now: Tensor, weight_then: Tensor, contribution: Tensor, lambda1: float, lambda2: float) -> Tensor:
+    """The sum of Eq. 9 from its parts, all of one shape."""
     return weight_now + lambda1 * (weight_now - weight_then).abs() + lambda2 * contribution
 
 

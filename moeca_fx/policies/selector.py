@@ -76,6 +76,8 @@ class BranchPicker(BranchSelector):
     MoECa's score (Eq. 9) with the weights `lambda1`, `lambda2` and the kind `score_weight`, minus infinity where the
     expert is not routed to any more; ``error``, the weighted L2 norm of what a forecast of the branch would have missed
     at the last full step (only with a predictor that forecasts).
+
+    Where experts choose their tokens, slots are [B, E, C], and ``expert`` is the token that each holds.
     """
 
     lambda1: float = 1.1

@@ -20,7 +20,8 @@ class Tally:
 
     Attributes:
         shapes: the flat inputs, tensors without data; device: where they live.
-        full_steps: full steps that fill caches; plain_steps: steps without caches.
+        full_steps: full steps that fill caches; full_counters: sum of their counters, if they have any.
+        plain_steps: steps without caches.
         rule_steps: steps of each rule; counters: sum of each rule's counters, on the device.
     """
 
@@ -32,12 +33,19 @@ class Tally:
     plain_steps: int = 0
     rule_steps: dict[int, int] = field(default_factory=dict)
     counters: dict[int, Tensor] = field(default_factory=dict)
+    full_counters: Tensor | None = None
     flops: StepFlops | None = None
 
     @property
     def cached_steps(self) -> int:
         """Steps of any rule."""
         return sum(self.rule_steps.values())
+
+    def count_full(self, counters: Tensor | None) -> None:
+        """Add one full step that fills caches."""
+        self.full_steps += 1
+        if counters is not None:
+            self.full_counters = counters if self.full_counters is None else self.full_counters + counters
 
     def count_cached(self, rule: int, counters: Tensor | None) -> None:
         """Add one step of a rule."""
@@ -51,6 +59,16 @@ class Tally:
             return {}
         return dict(zip(self.program.graphs.rules[rule].counters, self.counters[rule].tolist(), strict=True))
 
+    def full_counts(self) -> dict[Counter, int]:
+        """Counter totals of the full steps; waits for the device."""
+        if self.full_counters is None or self.program.graphs is None:
+            return {}
+        return dict(zip(self.program.graphs.full_step.counters, self.full_counters.tolist(), strict=True))
+
+    def _filled(self) -> dict[Counter, int]:
+        """Branches of one step where no slot is empty."""
+        return {Counter(site.path, "present"): site.branches * self.batch for site in self.program.sites.moe}
+
     def step_flops(self) -> StepFlops:
         """FLOPs of this program's steps at this batch size, measured once."""
         if self.flops is None:
@@ -63,11 +81,20 @@ class Tally:
         flops = self.step_flops()
         probes = flops.probe * (self.full_steps + self.cached_steps)
         rules = (flops.rules[rule].executed(steps, self.counts(rule)) for rule, steps in self.rule_steps.items())
-        return flops.full * self.full_steps + flops.uncached * self.plain_steps + probes + sum(rules)
+        full = flops.full.executed(self.full_steps, self.full_counts())
+        return full + flops.uncached.executed(1, self._filled()) * self.plain_steps + probes + sum(rules)
 
     def uncached(self) -> int:
-        """FLOPs of all these steps without caches."""
-        return self.step_flops().uncached * (self.full_steps + self.plain_steps + self.cached_steps)
+        """FLOPs of all these steps without caches.
+
+        Where slots may be empty, cached steps count as many branches as the full steps had; steps without caches, which
+        count nothing, and all steps before the first full one, as if no slot were empty.
+        """
+        cost, filled = self.step_flops().uncached, self._filled()
+        steps, present = self.full_steps + self.cached_steps, self.full_counts()
+        usual = {counter: present[counter] * steps // self.full_steps for counter in present}
+        counts = usual or {counter: count * steps for counter, count in filled.items()}
+        return cost.executed(steps, counts) + cost.executed(1, filled) * self.plain_steps
 
     def site_statistics(self) -> list[SiteStatistics]:
         """One entry a site, summed over the rules."""
@@ -79,7 +106,8 @@ class Tally:
                 action = dict(graphs.rules[rule].actions)[site.path]
                 kept = {state.name for state in graphs.states}
                 caches_branches = isinstance(site, MoESite) and f"{site.path}.feature" in kept
-                shared_in_full = caches_branches and f"{site.path}.shared" not in kept
+                has_shared = isinstance(site, MoESite) and site.shared is not None
+                shared_in_full = caches_branches and has_shared and f"{site.path}.shared" not in kept
                 rule_counts = self.counts(rule)
                 samples = steps * self.batch
                 parts.append(site_statistics(site, kind_of(site), action, samples, rule_counts, shared_in_full))

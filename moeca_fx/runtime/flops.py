@@ -1,11 +1,12 @@
 """FLOPs of full and cached steps: 2 per multiply-add, counted by `torch.utils.flop_counter`.
 
-A full step's work depends on shapes alone. A cached step's is a fixed part plus, for every node that works on selected
-rows, a cost a row; both are measured by interpreting the graph on fake tensors with no row and with one row selected.
-Multiplied with the step's counters that gives what was executed, routing and scoring included.
+A full step's work depends on shapes alone, unless slots of branches may be empty. A cached step's is a fixed part plus,
+for every node that works on selected rows, a cost a row; both are measured by interpreting the graph on fake tensors
+with no row and with one row selected. Multiplied with the step's counters that gives what was executed, routing and
+scoring included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,8 @@ _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(frozen=True)
-class RuleFlops:
-    """FLOPs of a rule's step at one batch size: `fixed` when it recomputes nothing, and by one unit of each counter."""
+class StepCost:
+    """FLOPs of a step at one batch size: `fixed` when it selects no row or branch, and by one unit of each counter."""
 
     fixed: int
     each: dict[Counter, int]
@@ -48,17 +49,17 @@ class StepFlops:
         rules: of each rule's step, without its probe.
     """
 
-    uncached: int
-    full: int
+    uncached: StepCost
+    full: StepCost
     probe: int = 0
-    rules: tuple[RuleFlops, ...] = ()
+    rules: tuple[StepCost, ...] = ()
 
 
 def measure_step_flops(
     plain: fx.GraphModule, graphs: CachedGraphs | None, leaves: Sequence[Any], batch: int
 ) -> StepFlops:
     """Measure all graphs for inputs like `leaves`; nothing is executed."""
-    uncached = sum(node_flops(plain, leaves).values())
+    uncached = _cost(plain, leaves, ())
     if graphs is None:
         return StepFlops(uncached, uncached)
     prefix: list[Tensor] = []
@@ -67,8 +68,8 @@ def measure_step_flops(
         state = graphs.probe.state
         probe = sum(node_flops(graphs.probe.module, leaves, [_cache(state, batch)]).values())
         prefix = [_cache(state, batch)]
-    full = sum(node_flops(graphs.full, leaves, _extra(graphs.full_step, batch, prefix)).values())
-    rules = tuple(_rule_flops(rule, leaves, _extra(rule, batch, prefix)) for rule in graphs.rules)
+    full = _cost(graphs.full, leaves, _extra(graphs.full_step, batch, prefix))
+    rules = tuple(_cost(rule.module, leaves, _extra(rule, batch, prefix)) for rule in graphs.rules)
     return StepFlops(uncached, full, probe, rules)
 
 
@@ -82,15 +83,28 @@ def _extra(step: StepGraph, batch: int, prefix: list[Tensor]) -> list[Tensor]:
     return [*(_cache(state, batch) for state in step.reads), *clock, *(prefix if step.prefix else [])]
 
 
-def _rule_flops(rule: StepGraph, leaves: Sequence[Any], extra: Sequence[Tensor]) -> RuleFlops:
-    none = node_flops(rule.module, leaves, extra, selected=0)
-    one = node_flops(rule.module, leaves, extra, selected=1)
+def _cost(module: fx.GraphModule, leaves: Sequence[Any], extra: Sequence[Tensor]) -> StepCost:
+    none = node_flops(module, leaves, extra, selected=0)
+    scaling = [node for node in module.graph.nodes if SCALES_WITH in node.meta]
+    one = node_flops(module, leaves, extra, selected=1) if scaling else none
     each: dict[Counter, int] = {}
-    for node in rule.module.graph.nodes:
-        if SCALES_WITH in node.meta:
-            counter = node.meta[SCALES_WITH]
-            each[counter] = each.get(counter, 0) + one[node.name] - none[node.name]
-    return RuleFlops(sum(none.values()), each)
+    for node in scaling:
+        counter = node.meta[SCALES_WITH]
+        each[counter] = each.get(counter, 0) + one[node.name] - none[node.name]
+    return StepCost(sum(none.values()), each)
+
+
+def full_flops(module: fx.GraphModule, leaves: Sequence[Any], branches: Mapping[Counter, int]) -> dict[str, int]:
+    """FLOPs of every node of a model without caches in which no slot is empty.
+
+    Args:
+        branches: how many branches each counter of the graph would count then.
+    """
+    none = node_flops(module, leaves, selected=0)
+    scaling = [node for node in module.graph.nodes if SCALES_WITH in node.meta]
+    one = node_flops(module, leaves, selected=1) if scaling else none
+    more = {node.name: (one[node.name] - none[node.name]) * branches[node.meta[SCALES_WITH]] for node in scaling}
+    return {name: count + more.get(name, 0) for name, count in none.items()}
 
 
 def flop_counter() -> FlopCounterMode:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from moeca_fx.batch import batch_axis, batch_size
 from moeca_fx.discover import MoERegion
 from moeca_fx.errors import InputError
 from moeca_fx.graph.sites import Sites
 from moeca_fx.graph.storage import Storage
 from moeca_fx.model_checks import count_not_finite
 from moeca_fx.passes import POLICY_FREE, Compilation, run_pipeline
-from moeca_fx.passes.batch import batch_axis, batch_size
 from moeca_fx.passes.cache.graphs import CachedGraphs
 from moeca_fx.policies.policy import Policy
 from moeca_fx.runtime.compiler import CompiledStep, say_once, why_not_compiled

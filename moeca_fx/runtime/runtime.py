@@ -246,11 +246,11 @@ class Runtime:
             program.run(step.name, batch, *leaves, *held, *clock, *(prefix if step.prefix else []))
         )
         states, counters = rest[: len(program.graphs.states)], rest[len(program.graphs.states) :]
+        counted = counters[0] if counters else None
         if rule == FULL:
-            tally.full_steps += 1
+            tally.count_full(counted)
             trajectory.full_steps.insert(0, trajectory.step)
         else:
-            counted = counters[0] if counters else None
             trajectory.count(rule, counted)
             tally.count_cached(rule, counted)
         if program.graphs.probe is not None and (rule == FULL or program.graphs.probe.every_step):

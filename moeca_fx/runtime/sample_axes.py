@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moeca_fx.batch import batch_axis, may_be_stacked
 from moeca_fx.errors import UnsupportedModelError
-from moeca_fx.passes.batch import batch_axis, may_be_stacked
 
 Axes = tuple[int | None, ...]
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}

@@ -158,7 +158,8 @@ def site_statistics(
 ) -> SiteStatistics:
     """Statistics of one site over steps of one rule.
 
-    A rule that does not route (it works on rows, blocks or the output) counts every branch as matched.
+    A rule that does not route (it works on rows, blocks or the output) counts every branch as matched, and slots that
+    may be empty as branches.
 
     Args:
         site, kind: the site.
@@ -168,7 +169,8 @@ def site_statistics(
         shared_in_full: whether a MoE site runs its shared expert on every row although it reuses branches.
     """
     rows = samples * site.tokens
-    branches = rows * site.top_k if isinstance(site, MoESite) else 0
+    slots = samples * site.branches if isinstance(site, MoESite) else 0
+    branches = counts.get(Counter(site.path, "present"), slots)
     in_full = action == "full"
     recomputed_rows = counts.get(Counter(site.path, _ROW_KINDS[kind]), 0)
     if in_full or shared_in_full:

@@ -23,7 +23,7 @@ class Counting(Toy):
     def forward(self, grid: Tensor, clock: Tensor) -> Tensor:
         type(self).forwards += 1
         out = super().forward(grid, clock)
-        if type(self).forwards == self.fails_at:
+        if 0 < self.fails_at <= type(self).forwards:
             raise RuntimeError("the model gave up")
         return out
 

@@ -1,10 +1,10 @@
-"""moeca::experts runs the region it stands for, and only while that region is open."""
+"""moeca::experts and moeca::expert_choice run the region they stand for, and only while that region is open."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from moeca_fx.ops import experts, live_regions
+from moeca_fx.ops import expert_choice, experts, live_regions
 
 
 def _region(x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
@@ -20,6 +20,14 @@ def test_runs_the_open_region() -> None:
     with live_regions({"a": _region, "b": lambda x, expert, weight: x}):
         assert torch.equal(experts(*operands, "a"), _region(*operands))
         assert torch.equal(experts(*operands, "b"), operands[0])
+
+
+def test_opcheck_where_experts_choose() -> None:
+    x, token, weight = torch.randn(2, 5, 6), torch.randint(0, 5, (2, 3, 4)), torch.rand(2, 3, 4)
+    with live_regions({"a": lambda rows, ids, share: rows * share.sum() + ids.sum()}):
+        for rows in (x, x.flatten(0, 1)):
+            torch.library.opcheck(torch.ops.moeca.expert_choice.default, (rows, token, weight, "a"))
+            assert expert_choice(rows, token, weight, "a").shape == rows.shape
 
 
 def test_opcheck() -> None:

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from moeca_fx.batch import at_least_two, batch_axis, batch_size
 from moeca_fx.errors import InputError
-from moeca_fx.passes.batch import at_least_two, batch_axis, batch_size
 
 
 def _zeros(*shapes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:

@@ -7,16 +7,17 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import moeca_fx
 from moeca_fx import MoECa
 from moeca_fx.passes.insert_cache import CachedGraphs
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers import zoo_models
-from tests.helpers.toys import toy_inputs
+from tests.helpers.expert_choice_toys import LOTS, market_toy
+from tests.helpers.toys import POOL, toy_inputs
 from tests.helpers.transformed import toy_pair, zoo_pair
 
 REUSE_MATCHED = MoECa(tau0=50.0)  # what is recomputed is what has no match: set by the cached expert ids
 MISS_RATES = (0.0, 0.1, 0.5, 1.0)
-NO_EXPERT = 99
 
 
 @pytest.fixture(autouse=True)
@@ -66,15 +67,15 @@ def _full_calls(graphs: CachedGraphs, steps: Sequence[tuple[Tensor, ...]]) -> li
 
 
 def _cached_calls(graphs: CachedGraphs, inputs: tuple[Tensor, ...], outputs: int) -> list[list[Tensor]]:
-    """Calls on the caches of a full step, in which a share of the tokens has lost its experts."""
+    """Calls on the caches of a full step, in which a share of the rows of slots has lost what they hold."""
     with torch.no_grad():
         states = graphs.full(*_full_calls(graphs, [inputs])[0])[outputs:]
     calls = []
     for rate in MISS_RATES:
         held = [state.clone() for state in states]
         for spec, state in zip(graphs.states, held, strict=True):
-            if spec.kind == "expert":
-                state.flatten(0, 1)[: round(rate * state.shape[0] * state.shape[1])] = NO_EXPERT
+            if spec.kind in ("expert", "token"):
+                state.flatten(0, 1)[: round(rate * state.shape[0] * state.shape[1])] = spec.empty
         calls.append([*inputs, *held])
     return calls
 
@@ -101,8 +102,23 @@ def test_one_graph_each_whatever_the_miss_rate(family: zoo_models.Family) -> Non
     assert recomputed == sorted(recomputed) and len(set(recomputed)) == len(MISS_RATES)
 
 
-def _through_inductor(name: str) -> None:
-    _, fast = toy_pair(REUSE_MATCHED)
+def test_one_graph_each_where_experts_choose_their_tokens() -> None:
+    fast = moeca_fx.transform(market_toy(), toy_inputs(), policy=REUSE_MATCHED)
+    inputs = toy_inputs(2, seed=1)
+    graphs = _graphs(fast, inputs)
+    steps = [inputs, toy_inputs(2, seed=2), toy_inputs(2, seed=3)]
+    _assert_close(_run_compiled(graphs.full, _full_calls(graphs, steps), "aot_eager"))
+    pairs = _run_compiled(graphs.cached, _cached_calls(graphs, inputs, 1), "aot_eager")
+    _assert_close(pairs)
+    recomputed = _recomputed(graphs, pairs)
+    assert recomputed[0] == 0 and recomputed[-1] == 2 * POOL * LOTS
+    assert recomputed == sorted(recomputed) and len(set(recomputed)) == len(MISS_RATES)
+
+
+def _through_inductor(name: str, choosing: bool = False) -> None:
+    fast = toy_pair(REUSE_MATCHED)[1]
+    if choosing:
+        fast = moeca_fx.transform(market_toy(), toy_inputs(), policy=REUSE_MATCHED)
     inputs = toy_inputs(2, seed=1)
     graphs = _graphs(fast, inputs)
     if name == "full":
@@ -121,3 +137,9 @@ def test_inductor_compiles_the_cached_step() -> None:
 @pytest.mark.slow
 def test_inductor_compiles_the_full_step() -> None:
     _through_inductor("full")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "cached"])
+def test_inductor_compiles_both_steps_where_experts_choose(name: str) -> None:
+    _through_inductor(name, choosing=True)

@@ -1,16 +1,19 @@
 """The branch level (MoECa): every site decides what to recompute, computes only that, and writes it into its cache.
 
     attn = proj(sdpa(q, k, v))                  attn = cached, rows of refreshed tokens recomputed   `attention_step`
-    y    = experts(x) + shared(x)        -->    y    = cached features, picked branches recomputed   `moe_step`
+    y    = experts(x) + shared(x)        -->    y    = cached features, picked branches recomputed   `moe_step`, or
+                                                       where experts choose their tokens            `expert_choice_step`
     f    = mlp(x)                               f    = cached, rows of refreshed tokens recomputed   here
 
 Row programs are built from the graph as the model wrote it, before the first edit.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import fx
 
+from moeca_fx.discover import Layout
 from moeca_fx.graph.layout import STREAM
 from moeca_fx.graph.row_program import RowProgram, build_row_program
 from moeca_fx.graph.sites import AttentionSite, DenseFFNSite, MoESite, Sites
@@ -23,11 +26,15 @@ from moeca_fx.passes.cache.attention_step import (
     tokens_to_refresh,
 )
 from moeca_fx.passes.cache.builder import StepBuilder
+from moeca_fx.passes.cache.expert_choice_step import rewrite_chosen
 from moeca_fx.passes.cache.full_step import store_branch_states
 from moeca_fx.passes.cache.level import Level
-from moeca_fx.passes.cache.moe_step import MoEPrograms, build_moe_programs, rewrite_moe
+from moeca_fx.passes.cache.moe_programs import MoEPrograms, build_moe_programs
+from moeca_fx.passes.cache.moe_step import rewrite_moe
 from moeca_fx.passes.cache.plan import SitePlan, needs_error, plan_sites
 from moeca_fx.policies.rules import BranchRule
+
+_REWRITES: dict[Layout, Callable[..., None]] = {"token": rewrite_moe, "expert": rewrite_chosen}
 
 
 @dataclass
@@ -73,7 +80,7 @@ class BranchLevel(Level):
                 if companion is not None and companion.action == "synchronized":
                     assert isinstance(companion.site, AttentionSite)
                     synchronized = (companion.site, programs.attention[companion.site.path])
-                rewrite_moe(step, site, programs.moe[site.path], self.rule, synchronized)
+                _REWRITES[site.layout](step, site, programs.moe[site.path], self.rule, synchronized)
             else:
                 _rewrite_dense_ffn(step, site, plan, programs.dense.get(site.path))
 

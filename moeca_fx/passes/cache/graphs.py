@@ -17,7 +17,7 @@ class StepGraph:
         reads: states that it takes; a rule's step takes all, a full step those that are carried over.
         clock: whether it takes the step's clock, fp32 [n].
         prefix: whether it continues from the token stream that the probe computed.
-        counters: meaning of each counter; a full step has none.
+        counters: meaning of each counter; a full step has none, but where slots of branches may be empty.
         actions: (site path, what it does in this step), in network order.
     """
 

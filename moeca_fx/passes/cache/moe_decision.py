@@ -9,6 +9,7 @@ attention picks the tokens to refresh; only those are routed again after their a
     code        = decide(expert, w, cached rows, threshold)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx
@@ -21,8 +22,8 @@ from moeca_fx.graph.state import Counter
 from moeca_fx.ops import dispatch, rows, slots
 from moeca_fx.passes.cache.attention_step import AttentionPrograms, refresh_attention
 from moeca_fx.passes.cache.builder import StepBuilder
-from moeca_fx.passes.cache.full_step import score_weight_of
-from moeca_fx.policies import branch
+from moeca_fx.passes.cache.moe_full import score_weight_of
+from moeca_fx.policies import branch, empty_slots
 from moeca_fx.policies.rules import BranchRule
 from moeca_fx.policies.selector import BranchPicker, BranchSignal, ScoreThreshold
 
@@ -46,6 +47,29 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class _Maths:
+    """The tensor functions of a decision; where slots may be empty, E is their last argument."""
+
+    decide: Callable[..., object]
+    decide_picked: Callable[..., object]
+    rank_by_score: Callable[..., object]
+    update_activation: Callable[..., object]
+
+
+_MATHS = {
+    "token": _Maths(branch.decide, branch.decide_picked, branch.rank_by_score, branch.update_activation),
+    "empty": _Maths(
+        empty_slots.decide, empty_slots.decide_picked, empty_slots.rank_by_score, empty_slots.update_activation
+    ),
+}
+
+
+def _counted(site: MoESite) -> tuple[int, ...]:
+    """The last argument of `_Maths`, if any."""
+    return (site.num_experts,) if site.empty_slots else ()
+
+
+@dataclass(frozen=True)
 class _Criterion:
     """What picks matched branches: per-expert thresholds [B, E], or slots picked beforehand [B, T, k]."""
 
@@ -62,7 +86,7 @@ def decide_all(step: StepBuilder, site: MoESite, rule: BranchRule) -> Decision:
     )
     criterion = _criterion(step, site, rule, expert, weight)
     held = _held(step, site)
-    slot, slot_expert, slot_weight, code = _decide(step, rule, base, expert, weight, held, criterion)
+    slot, slot_expert, slot_weight, code = _decide(step, site, rule, base, expert, weight, held, criterion)
     step.refreshed[site.path] = step.emit(slots.token_mask, code, name=f"{base}_refresh")
     step.updated[f"{site.path}.expert"] = slot_expert
     step.updated[f"{site.path}.weight"] = step.emit(
@@ -87,7 +111,7 @@ def decide_synchronized(
     expert, weight = _provisional_routing(step, site, attention)
     criterion = _criterion(step, site, rule, expert, weight)
     held = _held(step, site)
-    slot, slot_expert, _, code = _decide(step, rule, f"{base}_provisional", expert, weight, held, criterion)
+    slot, slot_expert, _, code = _decide(step, site, rule, f"{base}_provisional", expert, weight, held, criterion)
     mask = step.refreshed[site.path] = step.emit(slots.token_mask, code, name=f"{base}_refresh")
     row, fresh, attended = refresh_attention(step, attention, mask, attention_programs)
     output.replace_all_uses_with(attended)
@@ -99,7 +123,7 @@ def decide_synchronized(
     row_held = {kind: _rows_of(step, site, node, row) for kind, node in held.items()}
     row_criterion = _criterion_of_rows(step, site, criterion, row)
     row_slot, row_slot_expert, row_slot_weight, row_code = _decide(
-        step, rule, base, row_expert, row_weight, row_held, row_criterion
+        step, site, rule, base, row_expert, row_weight, row_held, row_criterion
     )
     now = step.emit(
         slots.refreshed_weight, row_code, row_slot_weight, row_held["weight"], name=f"{base}_weight_now_rows"
@@ -162,7 +186,8 @@ def _criterion(step: StepBuilder, site: MoESite, rule: BranchRule, expert: fx.No
     base, selector = site.path.replace(".", "_"), rule.selector
     if isinstance(selector, ScoreThreshold):
         before = step.cache[f"{site.path}.activation"]
-        activation = step.emit(branch.update_activation, before, expert, selector.beta, name=f"{base}_activation")
+        updating = (before, expert, selector.beta, *_counted(site))
+        activation = step.emit(_MATHS[site.form].update_activation, *updating, name=f"{base}_activation")
         options = (selector.tau0, selector.alpha, selector.entropy_norm)
         return _Criterion(step.emit(branch.expert_threshold, activation, *options, name=f"{base}_threshold"), None)
     assert isinstance(selector, BranchPicker), f"{selector!r}: expected ScoreThreshold or a BranchPicker"
@@ -175,9 +200,9 @@ def _signal(
 ) -> fx.Node:
     if kind != "score":
         return step.cache[f"{site.path}.{kind}"]
-    options = (selector.lambda1, selector.lambda2, selector.score_weight)
+    options = (selector.lambda1, selector.lambda2, selector.score_weight, *_counted(site))
     name = f"{site.path}_rank".replace(".", "_")
-    return step.emit(branch.rank_by_score, expert, weight, *_held(step, site).values(), *options, name=name)
+    return step.emit(_MATHS[site.form].rank_by_score, expert, weight, *_held(step, site).values(), *options, name=name)
 
 
 def _held(step: StepBuilder, site: MoESite) -> dict[str, fx.Node]:
@@ -187,6 +212,7 @@ def _held(step: StepBuilder, site: MoESite) -> dict[str, fx.Node]:
 
 def _decide(
     step: StepBuilder,
+    site: MoESite,
     rule: BranchRule,
     name: str,
     expert: fx.Node,
@@ -199,11 +225,12 @@ def _decide(
         assert isinstance(selector, ScoreThreshold)
         options = (selector.lambda1, selector.lambda2, selector.score_weight)
         held_and_limit = (*held.values(), criterion.threshold)
-        decision = step.emit(branch.decide, expert, weight, *held_and_limit, *options, name=f"{name}_decision")
+        operands = (expert, weight, *held_and_limit)
+        decision = step.emit(_MATHS[site.form].decide, *operands, *options, *_counted(site), name=f"{name}_decision")
     else:
         kept = (held["expert"], held["weight"], criterion.picked)
-        arguments = (*kept, score_weight_of(rule), rule.margin)
-        decision = step.emit(branch.decide_picked, expert, weight, *arguments, name=f"{name}_decision")
+        picking = (score_weight_of(rule), rule.margin, *_counted(site))
+        decision = step.emit(_MATHS[site.form].decide_picked, expert, weight, *kept, *picking, name=f"{name}_decision")
     *parts, code = step.unpack(decision, *(f"{name}_{part}" for part in ("slot", "slot_expert", "slot_weight", "code")))
     return (*parts, step.forced(code))
 
@@ -212,4 +239,5 @@ def _store_activation(step: StepBuilder, site: MoESite, rule: BranchRule, expert
     if isinstance(rule.selector, ScoreThreshold):
         state = f"{site.path}.activation"
         name, before = "new_" + state.replace(".", "_"), step.cache[state]
-        step.updated[state] = step.emit(branch.update_activation, before, expert, rule.selector.beta, name=name)
+        updating = (before, expert, rule.selector.beta, *_counted(site))
+        step.updated[state] = step.emit(_MATHS[site.form].update_activation, *updating, name=name)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import fx
 
+from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.layout import STREAM, TokenAxes, propagate
 from moeca_fx.graph.rewrite import example_value
 from moeca_fx.graph.sites import AttentionSite, DenseFFNSite, MoESite, Site, Sites
@@ -50,6 +51,7 @@ def plan_sites(module: fx.GraphModule, sites: Sites, rule: BranchRule) -> tuple[
             action = _attention_action(site, rule, followed.get(site.path), inherited)
             states = tuple(_attention_states(site, action, rule, nodes))
         elif isinstance(site, MoESite):
+            check_layout(site, rule)
             action, last_moe[stream] = "rows", site
             assert site.attention is None or site.attention in by_path, f"{site.path}: unknown attention site"
             states = tuple(_moe_states(site, rule, nodes))
@@ -106,13 +108,13 @@ def _attention_states(
 
 
 def _moe_states(site: MoESite, rule: BranchRule, nodes: dict[str, fx.Node]) -> Iterator[StateSpec]:
-    slots, selector, terms = (site.tokens, site.top_k), rule.selector, rule.predictor.terms
+    slots, selector, terms = site.slots, rule.selector, rule.predictor.terms
     x, weight = example_value(nodes[site.x]), example_value(nodes[site.weight])
     score_dtype = torch.promote_types(weight.dtype, torch.float32)
     feature_dtype = x.dtype
     ranks_errors = needs_error(rule)
     # A full step that keeps older features matches its slots with those of the full step before.
-    yield StateSpec(site.path, "expert", slots, torch.int64, carried=terms > 1)
+    yield StateSpec(site.path, site.held, slots, torch.int64, carried=terms > 1)
     yield StateSpec(site.path, "weight", slots, score_dtype)
     if "score" in selector.signals:
         yield StateSpec(site.path, "norm", slots, torch.promote_types(feature_dtype, torch.float32))
@@ -126,6 +128,19 @@ def _moe_states(site: MoESite, rule: BranchRule, nodes: dict[str, fx.Node]) -> I
         shared = example_value(nodes[site.shared])
         kept = StateSpec(site.path, "shared", (site.tokens, shared.shape[-1]), shared.dtype, vector=True)
         yield from with_older(kept, terms)
+
+
+def check_layout(site: MoESite, rule: BranchRule) -> None:
+    """A rule must make sense for what the site's slots hold.
+
+    Raises:
+        UnsupportedModelError: a margin at a site with expert choice.
+    """
+    if site.layout == "expert" and rule.margin is not None:
+        raise UnsupportedModelError(
+            f"{site.path}: its experts choose their tokens, so a cached branch that stays for a new one would serve "
+            f"the feature of another token; expected a rule without a margin, found {rule.margin}; set margin=None"
+        )
 
 
 def needs_error(rule: BranchRule) -> bool:

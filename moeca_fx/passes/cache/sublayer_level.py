@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.blocks import blocks_of
 from moeca_fx.graph.layout import STREAM
 from moeca_fx.graph.rewrite import example_value
@@ -57,6 +58,7 @@ class SublayerLevel(Level):
             for site in block.sites
             if not (isinstance(site, AttentionSite) and rule.attention == "full")
         ]
+        _check_rows(sites, rule)
         nodes = nodes_by_name(module)
         self.states = tuple(state for sublayer in self.sublayers for state in self._states(sublayer, nodes))
         done = {sublayer.site.path: self._action(sublayer) for sublayer in self.sublayers}
@@ -162,3 +164,18 @@ class SublayerLevel(Level):
             name = f"new_{base}_age"
             step.updated[f"{path}.age"] = step.emit(token_signals.age_after, signals["age"], mask, name=name)
         return mask
+
+
+def _check_rows(sites: Sites, rule: SublayerRule) -> None:
+    """A rule that computes single token rows needs a router that routes each token alone.
+
+    Raises:
+        UnsupportedModelError: a MoE site whose experts choose among all tokens.
+    """
+    for site in sites.moe:
+        if rule.selector is not None and site.layout == "expert":
+            raise UnsupportedModelError(
+                f"{site.path}: its experts choose among all tokens of a sample, so one token cannot be routed alone; "
+                f"expected a rule without a token selector, found {type(rule.selector).__name__}; use MoECa or another "
+                "branch rule, or hold or forecast whole sublayers (FORA, TaylorSeer)"
+            )

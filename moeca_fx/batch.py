@@ -1,4 +1,4 @@
-"""Which axis of an input is the batch, told from shapes alone.
+"""The batch of a call: which size it is and which axis of an input, told from shapes alone; inputs of another.
 
     latents [2, 16, 64, 64], timesteps [2], pooled [2, 2048]                 axis 0
     hidden states of 48 text layers [48, 2, 128, 4096]                 -->   axis 1
@@ -73,6 +73,24 @@ def at_least_two(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tupl
         return leaf if axis is None else torch.cat([leaf, leaf], dim=axis)
 
     return pytree.tree_map(double, args), pytree.tree_map(double, dict(kwargs))
+
+
+def doubled(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Twice the samples, the second half with other values of the same kind."""
+    size = batch_size(args, kwargs)
+
+    def double(leaf: Any) -> Any:
+        axis = batch_axis(leaf, size)
+        return leaf if axis is None else torch.cat([leaf, other_values(leaf)], dim=axis)
+
+    return pytree.tree_map(double, args), pytree.tree_map(double, dict(kwargs))
+
+
+def other_values(leaf: Any) -> Any:
+    """Other values of the same shape and kind: floats scaled and mirrored, integers in another order."""
+    if not isinstance(leaf, Tensor) or not leaf.dim():
+        return leaf
+    return leaf.flip(0) * 0.75 if leaf.is_floating_point() else leaf.flip(0)
 
 
 def _sizes(value: Any) -> tuple[list[int], list[int]]:

@@ -1,0 +1,244 @@
+"""Prove a whole block: a call whose router, dispatch and experts are written into one method.
+
+    forward(x):                                            forward(x):
+      ids, w = topk(softmax(gate(x)))                        ids, w = topk(softmax(gate(x)))
+      for e, expert in enumerate(experts): ...       -->     y = experts(x, ids, w)              the marker
+      return y + shared(x)                                   return y + shared(x)
+
+The call is recorded at two batch sizes (`tape`), routing and routed sum are searched for on it (`match`), what lies
+around them becomes a recipe, and the recipe must give what the block gives, on other data too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from moeca_fx.batch import other_values
+from moeca_fx.discover.inline.branches import COPY, Branches, branches_of, may_be_empty
+from moeca_fx.discover.inline.match import Experts, Match, Search
+from moeca_fx.discover.inline.recipe import Recipe, make_recipe
+from moeca_fx.discover.inline.tape import NotReplayable, Tape, record
+from moeca_fx.discover.reference import TOLERANCE, branch_sum, choice_as_tokens
+from moeca_fx.discover.scales import off_scale
+
+_TRIED = 12  # hypotheses that are made into recipes and run
+
+Marker = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    samples: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """A proven block.
+
+    Attributes:
+        match: what was found on the tape.
+        recipe: how to compute the call around the routed experts.
+        shape: of the value that holds the routed sum, without its leading size.
+        dtype: of that value.
+        free: ids of experts without parameters.
+        count: number of all experts.
+        error: of the proof, relative to the largest output.
+    """
+
+    match: Match
+    recipe: Recipe
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    free: tuple[int, ...]
+    count: int
+    error: float
+
+    @property
+    def empty_slots(self) -> bool:
+        """Whether a token may have fewer branches than slots."""
+        return may_be_empty(self.match.routing, self.free)
+
+    def branches(self, values: Sequence[Tensor]) -> Branches:
+        """Branches of a call, from the token rows and the values of the routing."""
+        return branches_of(self.match.routing, values[0], values[1:], self.free, self.count)
+
+    def free_part(self, x: Tensor, branches: Branches, experts: Sequence[nn.Module]) -> Tensor | None:
+        """What experts without parameters add to the sum; None when there are none."""
+        parts = [(x if index == COPY else experts[index](x)) * share for index, share in branches.free]
+        return None if not parts else torch.stack(parts).sum(0)
+
+    def run(
+        self, owner: nn.Module, experts: Sequence[nn.Module], marker: Marker, args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """The call's result, the experts with parameters computed by `marker` (rows, ids or tokens, weights)."""
+
+        def routed(*values: Tensor) -> Tensor:
+            rest = values[-1] if self.match.rest is not None else None
+            branches = self.branches(values if rest is None else values[:-1])
+            total = marker(values[0], branches.chosen, branches.weight)
+            free = self.free_part(values[0], branches, experts)
+            total = total if free is None else total + free.to(total.dtype)
+            total = total.reshape(-1, *self.shape)
+            return total.to(self.dtype) if rest is None else (rest + total.to(rest.dtype)).to(self.dtype)
+
+        return self.recipe.run(owner, routed, args, kwargs)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A block's calls in two runs of the model, of different batch sizes, and their tapes.
+
+    Attributes:
+        owner: module of the calls.
+        small, large: their arguments.
+        short, long: their tapes.
+        search: over the first tape.
+    """
+
+    owner: nn.Module
+    small: Call
+    large: Call
+    short: Tape
+    long: Tape
+    search: Search
+
+
+def record_block(
+    owner: nn.Module, opened: frozenset[str], small: Call, large: Call, paths: Sequence[str] = ()
+) -> Recorded:
+    """Run a block on both calls.
+
+    Args:
+        owner: module of the calls.
+        opened: paths of its submodules on the way to the experts, and of none else.
+        small, large: arguments.
+        paths: of the experts below the owner; none for stacked ones.
+
+    Raises:
+        NotReplayable: it cannot be recorded.
+    """
+    short, long = (record(owner, opened, call.args, call.kwargs) for call in (small, large))
+    search = Search(short, small.samples, _rows_seen(short, paths))
+    return Recorded(owner, small, large, short, long, search)
+
+
+def prove_block(recorded: Recorded, experts: Sequence[nn.Module], together: Experts) -> Block:
+    """Find and prove the routed experts of a block.
+
+    Args:
+        recorded: its calls.
+        experts: one module an expert, in order of expert id, those without parameters too.
+        together: the same experts.
+
+    Raises:
+        NotReplayable: with the reason.
+    """
+    short, small = recorded.short, recorded.small
+    problem = "no values of its run are token rows, a routing over its experts, and their weighted sum"
+    for match in islice(recorded.search.matches(together), _TRIED):
+        try:
+            block = _block(match, short, recorded.long, experts)
+            calls = (small, recorded.large, _changed(small))
+            error = max(_error(block, recorded.owner, experts, call) for call in calls)
+            if error > TOLERANCE.get(block.dtype, 0.0):
+                raise NotReplayable(f"its replay differs from it by {error:.1e} relative")
+            _check_scales(block, short, experts)
+        except NotReplayable as reason:
+            problem = str(reason)
+            continue
+        return replace(block, error=error)
+    raise NotReplayable(problem)
+
+
+def _block(match: Match, short: Tape, long: Tape, experts: Sequence[nn.Module]) -> Block:
+    routing = match.routing
+    wanted = [match.x, *routing.values, *([match.rest] if match.rest is not None else [])]
+    recipe = make_recipe(short, long, wanted, match.total)
+    value = short.values[match.total]
+    free = tuple(index for index, expert in enumerate(experts) if next(expert.parameters(), None) is None)
+    if free and routing.kind == "choice":
+        raise NotReplayable("its experts choose tokens, and some of them have no parameters")
+    return Block(match, recipe, tuple(value.shape[1:]), value.dtype, free, len(experts), 0.0)
+
+
+def _rows_seen(tape: Tape, paths: Sequence[str]) -> list[Tensor]:
+    """Rows that experts read."""
+    found = []
+    for entry in tape.entries:
+        if entry.is_module and entry.target in paths:
+            leaves = [tape.values.get(number) for number in entry.reads()]
+            found += [leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves if leaf is not None and leaf.dim()]
+    return found
+
+
+def _changed(call: Call) -> Call:
+    """The same shapes, other data."""
+
+    args, kwargs = pytree.tree_map(other_values, (call.args, dict(call.kwargs)))
+    return Call(args, kwargs, call.samples)
+
+
+def reference_marker(experts: Sequence[nn.Module], free: Sequence[int], choice: bool) -> Marker:
+    """The routed sum computed expert by expert."""
+    real = [expert for index, expert in enumerate(experts) if index not in free]
+
+    def marker(x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+        ids, share = choice_as_tokens(x, chosen, weight) if choice else (chosen, weight)
+        return branch_sum(real, x, ids, share).reshape(x.shape).to(x.dtype)
+
+    return marker
+
+
+def _error(block: Block, owner: nn.Module, experts: Sequence[nn.Module], call: Call) -> float:
+    """Largest difference between the block and its replay, relative to each result."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        want = pytree.tree_leaves(owner.forward(*call.args, **call.kwargs))
+        marker = reference_marker(experts, block.free, block.match.routing.kind == "choice")
+        have = pytree.tree_leaves(block.run(owner, experts, marker, call.args, call.kwargs))
+    worst = 0.0
+    for a, b in zip(want, have, strict=True):
+        if isinstance(a, Tensor):
+            if a.shape != b.shape or a.dtype != b.dtype:
+                raise NotReplayable(f"its replay gives {tuple(b.shape)} {b.dtype}, it {tuple(a.shape)} {a.dtype}")
+            if not a.numel():
+                continue
+            if not bool(torch.isfinite(a).all()):
+                raise NotReplayable("it returned NaN or infinity; check the weights and the example inputs")
+            difference = (a.double() - b.double()).abs().max()
+            worst = max(worst, float(difference / a.abs().max().double().clamp_min(1e-30)))
+        elif a != b:
+            raise NotReplayable(f"its replay gives {b!r} where it gives {a!r}")
+    return worst
+
+
+def _check_scales(block: Block, tape: Tape, experts: Sequence[nn.Module]) -> None:
+    """Every expert must enter with the weight that was found, to a fraction of a percent.
+
+    Raises:
+        NotReplayable: one does not.
+    """
+    match, values = block.match, tape.values
+    x, total = values[match.x], values[match.total]
+    branches = block.branches([x, *(values[number] for number in match.routing.values)])
+    ids, weight = branches.chosen, branches.weight
+    if match.routing.kind == "choice":
+        ids, weight = choice_as_tokens(x, ids, weight)
+    routed = total.double().reshape(-1, total.shape[-1])
+    if match.rest is not None:
+        routed = routed - values[match.rest].double().reshape(routed.shape)
+    with torch.no_grad():
+        free = block.free_part(x, branches, experts)
+        routed = routed if free is None else routed - free.double().reshape(routed.shape)
+    real = [expert for index, expert in enumerate(experts) if index not in block.free]
+    problem = off_scale(real, x, ids, weight, routed, total)
+    if problem is not None:
+        raise NotReplayable(problem)

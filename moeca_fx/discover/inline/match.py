@@ -1,0 +1,180 @@
+"""Find on a tape what the experts read, how tokens are routed, and where the routed sum enters the result.
+
+    F = sum over experts of weight * expert(x)       for every value x of token rows and every routing
+    V = F, or V = F + U                              for values V and U of the tape (a shared expert, the residual)
+
+All combinations are compared on a few tokens and channels; names and the way the model dispatches play no part. What is
+found is only a hypothesis: `block` runs the recipe made from it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moeca_fx.discover.inline.routings import Routing, Shares, find_routings
+from moeca_fx.discover.inline.tape import Tape
+
+_TOKENS, _CHANNELS = 12, 24  # that hypotheses are compared on
+_PROJECTIONS = 8
+# Largest difference on those, relative to the routed sum: only to sort out, the proof comes later.
+_NEAR = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+class Experts(Protocol):
+    """Something that runs every expert on the same rows."""
+
+    @property
+    def count(self) -> int:
+        """E."""
+
+    def outputs(self, rows: Tensor) -> Tensor | None:
+        """[J, H] -> [J, E, H]; None when the experts cannot take such rows."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A hypothesis.
+
+    Attributes:
+        x: value of the token rows.
+        routing: how they are routed.
+        total: value that the routed sum enters.
+        rest: value that `total` holds besides; None when it is the sum alone.
+    """
+
+    x: int
+    routing: Routing
+    total: int
+    rest: int | None
+
+
+@dataclass
+class Search:
+    """The values of one tape, prepared for many hypotheses.
+
+    Attributes:
+        tape: of a call of the block.
+        samples: batch size of the call.
+        seen: rows that experts were called with; only token rows among which they are come into question.
+    """
+
+    tape: Tape
+    samples: int
+    seen: Sequence[Tensor] = ()
+    shares: dict[tuple[int, int, bool], Shares] = field(default_factory=dict)
+    sums: dict[tuple[int, int], "_Sums"] = field(default_factory=dict)
+    rows: list[tuple[int, Tensor]] | None = None
+
+    def matches(self, experts: Experts) -> Iterator[Match]:
+        """Every hypothesis that holds on the compared tokens, simplest first."""
+        if self.rows is None:
+            self.rows = list(_token_rows(self.tape, self.seen))
+        known = []
+        for x, rows in self.rows:
+            chosen = _some(len(rows), _TOKENS)
+            outputs = experts.outputs(rows[chosen])
+            if outputs is not None:
+                known.append((x, rows, chosen, outputs.double()))
+        for dropped in (False, True):
+            for x, rows, chosen, outputs in known:
+                yield from self._with(experts.count, x, rows, chosen, outputs, dropped)
+
+    def _with(
+        self, count: int, x: int, rows: Tensor, chosen: Tensor, outputs: Tensor, dropped: bool
+    ) -> Iterator[Match]:
+        tokens, width = len(rows), outputs.shape[-1]
+        if (tokens, count, dropped) not in self.shares:
+            found = find_routings(self.tape, count, tokens, self.samples, chosen, dropped)
+            self.shares[tokens, count, dropped] = found
+        if (tokens, width) not in self.sums:
+            self.sums[tokens, width] = _Sums(self.tape, tokens, width, chosen)
+        shares = self.shares[tokens, count, dropped]
+        channels = _some(width, _CHANNELS)
+        own = rows[chosen].double() if rows.shape[-1] == width else torch.zeros(len(chosen), width, dtype=torch.float64)
+        parts = torch.cat([outputs, own[:, None]], 1)[..., channels]  # [J, E + 1, c]
+        routed = torch.einsum("rje,jec->rjc", shares.weights, parts)
+        limit = _NEAR.get(rows.dtype, 0.0)
+        for index, total, rest in self.sums[tokens, width].holding(routed, limit):
+            yield Match(x, shares.routings[index], total, rest)
+
+
+def _token_rows(tape: Tape, seen: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Different values that may be the experts' input [N, H], in the order of the tape."""
+    known: list[Tensor] = []
+    wanted = [part[0] for part in seen if part.dim() == 2 and part.shape[0] and bool((part[0] != 0).any())]
+    for number in sorted(tape.values):
+        value = tape.values[number]
+        if not _floats(value) or value.dim() < 2:
+            continue
+        rows = value.reshape(-1, value.shape[-1])
+        if not all(_holds(rows, row) for row in wanted[:4]):
+            continue
+        if any(rows.shape == other.shape and torch.equal(rows, other) for other in known):
+            continue
+        known.append(rows)
+        yield number, rows
+
+
+def _floats(value: Tensor) -> bool:
+    return value.is_floating_point() and value.numel() > 1 and not value.is_inference()
+
+
+def _holds(rows: Tensor, row: Tensor) -> bool:
+    return rows.shape[-1] == row.shape[-1] and bool((rows == row).all(-1).any())
+
+
+def _some(number: int, most: int) -> Tensor:
+    """Some numbers below `number`, far apart."""
+    count = min(number, most)
+    return torch.arange(count) * number // count
+
+
+class _Sums:
+    """Values of the tape that may hold the routed sum [N, H]."""
+
+    def __init__(self, tape: Tape, tokens: int, width: int, chosen: Tensor) -> None:
+        self.numbers: list[int] = []
+        parts = []
+        channels = _some(width, _CHANNELS)
+        for number in sorted(tape.values):
+            value = tape.values[number]
+            if _floats(value) and value.dim() > 1 and value.shape[-1] == width and value.numel() == tokens * width:
+                self.numbers.append(number)
+                parts.append(value.reshape(-1, width)[chosen][:, channels].double())
+        none = torch.zeros(0, len(chosen), len(channels), dtype=torch.float64)
+        self.parts = torch.stack(parts) if parts else none  # [C, J, c]
+        generator = torch.Generator().manual_seed(0)
+        shape = (len(chosen) * len(channels), _PROJECTIONS)
+        self.directions = torch.randn(shape, generator=generator, dtype=torch.float64) / shape[0] ** 0.5
+
+    def holding(self, routed: Tensor, limit: float) -> Iterator[tuple[int, int, int | None]]:
+        """(index of a sum, value, other): value equals the sum, or the sum and the other value together.
+
+        Args:
+            routed: sums [R, J, c].
+            limit: largest difference relative to the sum.
+        """
+        if not self.numbers or not len(routed):
+            return
+        size = routed.abs().amax((1, 2))  # [R]
+        usable = torch.nonzero((size > 0) & torch.isfinite(size)).flatten().tolist()
+        for index in usable:
+            error = (self.parts - routed[index]).abs().amax((1, 2))
+            for value in torch.nonzero(error <= limit * size[index]).flatten().tolist():
+                yield index, self.numbers[value], None
+        scale = self.parts.abs().amax((1, 2))
+        seen_at = self.parts.flatten(1) @ self.directions  # [C, p]
+        for index in usable:
+            near = limit * float(size[index])
+            left = seen_at - (routed[index].flatten() @ self.directions)  # [C, p]
+            apart = (seen_at[None] - left[:, None]).abs().amax(-1)  # [C value, C other]
+            pairs = torch.nonzero((apart <= 4 * near).tril(-1))
+            for value, other in pairs.tolist():
+                if not float(size[index]) > 1e-3 * float(scale[value]):
+                    continue  # too small a part of that value to be told from rounding
+                difference = self.parts[value] - routed[index] - self.parts[other]
+                if float(difference.abs().max()) <= near:
+                    yield index, self.numbers[value], self.numbers[other]

@@ -1,0 +1,143 @@
+"""Markers: while a model is traced, every proven region is one call of a marker op.
+
+    a dispatching method                                 a block with its router inside
+      moe_infer(x, ids, w)  -->  experts(x, ids, w, key)   forward(x)  -->  its recipe, experts(..., key) in its middle
+
+Recipes hold sizes, so they are recorded anew for the inputs at hand.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from moeca_fx.discover import MoERegion
+from moeca_fx.discover.experts import as_expert, expert_modules
+from moeca_fx.discover.inline.block import Block, Call, Marker, reference_marker
+from moeca_fx.discover.inline.tape import NotReplayable
+from moeca_fx.discover.method import replaced_method
+from moeca_fx.discover.prove import prove_modules, prove_stacked
+from moeca_fx.errors import UnprovenRegionError
+from moeca_fx.ops.experts import MARKERS
+
+Calls = Mapping[str, list[Call]]
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A region while its model is traced.
+
+    Attributes:
+        key: of its marker in the graph.
+        region: what it is.
+        block: how to replay it; None for a dispatching method.
+    """
+
+    key: str
+    region: MoERegion
+    block: Block | None
+
+
+def marked_regions(model: nn.Module, keyed: Mapping[str, MoERegion], small: Calls, large: Calls) -> list[Marked]:
+    """Regions ready to be traced.
+
+    Args:
+        model: the model.
+        keyed: marker key -> region.
+        small, large: calls of the owners of inline regions in two runs of the model, of different batch sizes.
+
+    Raises:
+        UnprovenRegionError: an inline region is not proven on these inputs.
+    """
+    return [
+        Marked(key, region, _block(model, region, small, large) if region.inline else None)
+        for key, region in keyed.items()
+    ]
+
+
+def _block(model: nn.Module, region: MoERegion, small: Calls, large: Calls) -> Block:
+    calls = (small[region.path][0], large[region.path][0])
+    try:
+        if region.form is not None:
+            count = region.num_experts
+            return prove_stacked(model, region.container, count, region.path, *calls, region.form)[0]
+        return prove_modules(model, _all_experts(region), region.keyword, region.path, *calls)
+    except NotReplayable as reason:
+        raise UnprovenRegionError(
+            f"{region.path}: was proven on the inputs of transform, and is not on those of this call: {reason}"
+        ) from reason
+
+
+def _all_experts(region: MoERegion) -> list[str]:
+    """Paths of all experts by id, those without parameters in their places."""
+    paths = list(region.experts)
+    for index, path in region.free:
+        paths.insert(index, path)
+    return paths
+
+
+@contextmanager
+def regions_as_markers(model: nn.Module, marked: list[Marked]) -> Iterator[None]:
+    """Inside the block the regions' methods are calls of markers; only on this instance."""
+    with ExitStack() as stack:
+        for each in marked:
+            owner = model.get_submodule(each.region.path)
+            stack.enter_context(replaced_method(owner, each.region.method, _traced(model, owner, each)))
+        yield
+
+
+def _traced(model: nn.Module, owner: nn.Module, each: Marked) -> Any:
+    if each.block is not None:
+        return _replay(model, owner, each, each.block)
+    region, key = each.region, each.key
+    signature = inspect.signature(getattr(owner, region.method))
+
+    def call_marker(*args: Any, **kwargs: Any) -> Tensor:
+        given = signature.bind(*args, **kwargs).arguments
+        return _marker(region, key)(given[region.x], given[region.expert], given[region.weight])
+
+    return call_marker
+
+
+def _replay(model: nn.Module, owner: nn.Module, each: Marked, block: Block) -> Any:
+    experts = _for_replay(model, each.region)
+
+    def replay(*args: Any, **kwargs: Any) -> Any:
+        return block.run(owner, experts, _marker(each.region, each.key), args, kwargs)
+
+    return replay
+
+
+def _for_replay(model: nn.Module, region: MoERegion) -> list[nn.Module]:
+    """Experts by id; those with parameters are behind the marker."""
+    if region.form is not None:
+        return expert_modules(model, region)
+    return [as_expert(model.get_submodule(path), region.keyword) for path in _all_experts(region)]
+
+
+def _marker(region: MoERegion, key: str) -> Marker:
+    op = MARKERS[region.layout]
+
+    def marker(x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+        marked: Tensor = op(x, chosen, weight, key)
+        return marked
+
+    return marker
+
+
+def region_call(model: nn.Module, each: Marked) -> Marker:
+    """What the marker stands for, to run the traced graph before its experts are lowered."""
+    region = each.region
+    if each.block is not None:
+        experts = _for_replay(model, region)
+        return reference_marker(experts, each.block.free, region.layout == "expert")
+    method = getattr(model.get_submodule(region.path), region.method)
+
+    def run(x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        result: Tensor = method(**{region.x: x, region.expert: expert, region.weight: weight})
+        return result
+
+    return run
