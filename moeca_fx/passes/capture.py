@@ -32,7 +32,7 @@ from moeca_fx.errors import CaptureError, InputError
 from moeca_fx.graph.functional import functional_module
 from moeca_fx.model_checks import has_no_data
 from moeca_fx.ops.experts import live_regions
-from moeca_fx.passes.follow import check_same_values, known_values, run_following
+from moeca_fx.passes.follow import Scalars, check_same_values, known_values, run_following
 from moeca_fx.passes.markers import marked_regions, region_call, regions_as_markers
 
 _unique = itertools.count()
@@ -119,7 +119,9 @@ def _prove_and_keep(
     inline = {region.path for region in keyed.values() if region.inline}
     small: dict[str, list[Call]] = {}
     large: dict[str, list[Call]] = {}
-    expected, more, seen, again = None, None, [], []
+    expected, more = None, None
+    seen: Scalars = []
+    again: Scalars = []
     other = doubled(args, kwargs) if inline and not own_batch else _second_input(args, kwargs)
     if on_data:
         try:  # what the model itself cannot run is no fault of the trace
