@@ -1,10 +1,12 @@
 """moeca_fx: a compiler that makes mixture-of-experts diffusion transformers reuse expert branches across steps.
 
 fast = moeca_fx.transform(model, example_inputs=(x, t, y), policy=moeca_fx.MoECa(interval=4))
+pipe = moeca_fx.apply(pipe, policy=moeca_fx.MoECa(interval=4))  # a diffusers pipeline
 """
 
 from moeca_fx import errors, policies, zoo
 from moeca_fx.inspection import inspect
+from moeca_fx.pipelines import apply, remove, stats
 from moeca_fx.policies import MoECa
 from moeca_fx.runtime.advice import CacheLimitWarning, NothingReusedWarning, OtherLengthWarning
 from moeca_fx.transform import estimate_memory, transform
@@ -18,10 +20,13 @@ __all__ = [
     "NothingReusedWarning",
     "OtherLengthWarning",
     "__version__",
+    "apply",
     "errors",
     "estimate_memory",
     "inspect",
     "policies",
+    "remove",
+    "stats",
     "transform",
     "tune",
     "zoo",

@@ -22,6 +22,7 @@ from moeca_fx.runtime.memory import MemoryReport, report
 from moeca_fx.runtime.module import TransformedModel, make_transformed, share_weights
 from moeca_fx.runtime.options import memory_options
 from moeca_fx.runtime.runtime import Runtime
+from moeca_fx.runtime.timestep import Announced
 
 Model = TypeVar("Model", bound=nn.Module)
 _DEFAULT = MoECa()
@@ -33,7 +34,7 @@ def transform(
     example_kwargs: Mapping[str, Any] | None = None,
     policy: Method | Policy | str | PathLike[str] | None = _DEFAULT,
     *,
-    timestep: str | int | None = None,
+    timestep: str | int | Announced | None = None,
     compile: bool = True,
     cache_dtype: CacheDtype | None = None,
     cache_limit: int | str | None = None,
@@ -47,7 +48,8 @@ def transform(
         example_inputs, example_kwargs: inputs of one forward call, used to trace it. The batch size stays open.
         policy: what is recomputed when: a method such as `MoECa`, a method's name, a YAML policy file, or a `Policy` of
             your own parts; None vectorises the experts and caches nothing.
-        timestep: name or position of forward's timestep parameter, when it is not found by itself.
+        timestep: name or position of forward's timestep parameter, when it is not found by itself; or
+            `moeca_fx.runtime.timestep.ANNOUNCED` when all calls come in sessions, which need none.
         compile: run the graphs through `torch.compile`, each whole, at its first call (tens of seconds; the compiler's
             cache makes later processes start in seconds; the logger ``moeca_fx.compile`` tells). Without a compiler, or
             with the environment variable MOECA_FX_COMPILE=0, graphs run eagerly.

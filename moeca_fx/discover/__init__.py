@@ -9,6 +9,7 @@ proven is refused with its reason.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from moeca_fx.discover.candidates import find_candidates
@@ -29,6 +30,11 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     Returns:
         The proven regions and the refused candidates, each with its reason.
     """
+    with torch.no_grad():
+        return _discover(model, args, kwargs)
+
+
+def _discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Discovery:
     candidates = find_candidates(model)
     run = probe(model, candidates, args, kwargs)
     regions, refused = prove(model, candidates, run, args, kwargs)

@@ -14,7 +14,7 @@ from torch import nn
 
 from moeca_fx.discover.candidates import Candidate
 from moeca_fx.discover.experts import ModuleExperts, as_expert
-from moeca_fx.discover.inline.block import Block, Call, prove_block, record_block
+from moeca_fx.discover.inline.block import NO_MATCH, Block, Call, prove_block, record_block
 from moeca_fx.discover.inline.stacked import (
     StackedExperts,
     StackedForm,
@@ -203,8 +203,11 @@ def prove_modules(
     recorded = record_block(model.get_submodule(path), _opened(below), small, large, below)
     try:
         return prove_block(recorded, modules, ModuleExperts(modules), dropped=False)
-    except NotReplayable:
-        return prove_block(recorded, modules, ModuleExperts(modules), dropped=True)
+    except NotReplayable as problem:
+        try:
+            return prove_block(recorded, modules, ModuleExperts(modules), dropped=True)
+        except NotReplayable as other:
+            raise (problem if str(other) == NO_MATCH else other) from other
 
 
 def prove_stacked(
@@ -236,7 +239,7 @@ def prove_stacked(
         try:
             return prove_block(recorded, experts, StackedExperts(holder, chosen, count), dropped), chosen
         except NotReplayable as problem:
-            reason = str(problem)
+            reason = reason if str(problem) == NO_MATCH else str(problem)
     raise NotReplayable(reason)
 
 

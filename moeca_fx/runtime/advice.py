@@ -2,9 +2,11 @@
 
 import sys
 import warnings
+from collections.abc import Sequence
 
 from moeca_fx.policies.policy import Policy
 from moeca_fx.policies.schedule import Cycle
+from moeca_fx.runtime.session import Ended
 from moeca_fx.runtime.trajectory import STOOD_STILL, Trajectory
 
 
@@ -21,9 +23,10 @@ class OtherLengthWarning(UserWarning):
 
 
 def _levels_to_the_caller() -> int:
-    """`stacklevel` of the first frame outside this package and torch, for a warning raised by the caller of this."""
+    """`stacklevel` of the first frame outside this package and what runs it, for a warning raised by the caller."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(("moeca_fx.", "torch.")):
+    between = ("moeca_fx.", "torch.", "diffusers.", "contextlib")
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(between):
         level, frame = level + 1, frame.f_back
     return level
 
@@ -42,21 +45,35 @@ class Advice:
 
     def nothing_reused(self, trajectory: Trajectory, reason: str) -> None:
         """Say once when a finished trajectory reused nothing."""
-        why = self._why_nothing_reused(trajectory, reason)
-        if why is not None and "nothing reused" not in self.given:
+        self._say_nothing_reused(Ended(trajectory.step, self.why_nothing_reused(trajectory, reason)))
+
+    def session_over(self, ended: Sequence[Ended]) -> None:
+        """Say once when no trajectory of a session reused anything, or the longest had another length than it should.
+
+        Others may be short for good reason: guidance that is switched off late in a run.
+        """
+        if not ended:
+            return
+        longest = max(ended, key=lambda trajectory: trajectory.steps)
+        if all(trajectory.why is not None for trajectory in ended):
+            self._say_nothing_reused(longest)
+        self.other_length(longest.steps, over=True)
+
+    def _say_nothing_reused(self, ended: Ended) -> None:
+        if ended.why is not None and "nothing reused" not in self.given:
             self.given.add("nothing reused")
-            message = f"moeca_fx: a run of {trajectory.step} steps reused nothing: {why}"
+            message = f"moeca_fx: a run of {ended.steps} steps reused nothing: {ended.why}"
             warnings.warn(message, NothingReusedWarning, _levels_to_the_caller())
 
-    def other_length(self, trajectory: Trajectory, over: bool) -> None:
-        """Say once when a schedule was made for trajectories of another length."""
+    def other_length(self, steps: int, over: bool) -> None:
+        """Say once when a schedule was made for trajectories of another length than these `steps`."""
         assert self.policy is not None
         length = self.policy.schedule.length
-        if length is None or trajectory.step < 2 or "length" in self.given:
+        if length is None or steps < 2 or "length" in self.given:
             return
-        if trajectory.step < length if over else trajectory.step == length:
+        if steps < length if over else steps == length:
             self.given.add("length")
-            found = f"ended after {trajectory.step}" if over else f"goes on after {length}"
+            found = f"ended after {steps}" if over else f"goes on after {length}"
             warnings.warn(
                 f"moeca_fx: the policy was made for trajectories of {length} steps, this one {found}; its full steps "
                 "fall elsewhere than intended: run that many, or tune a policy for yours",
@@ -64,7 +81,8 @@ class Advice:
                 _levels_to_the_caller(),
             )
 
-    def _why_nothing_reused(self, trajectory: Trajectory, reason: str) -> str | None:
+    def why_nothing_reused(self, trajectory: Trajectory, reason: str) -> str | None:
+        """Why a trajectory reused nothing, which ended for `reason`; None when it reused something."""
         assert self.policy is not None
         if trajectory.cached_steps == 0:
             schedule = self.policy.schedule
@@ -80,6 +98,8 @@ class Advice:
                 return f"it was over before {schedule} skips a step"
             if trajectory.step > 1:
                 return f"the schedule {schedule} made every step full; lower its threshold's caution or choose another"
+            if trajectory.announced:
+                return f"it had one call: {reason}"
             return f"it had one call before a new trajectory began, because {reason}" + advice * (reason == STOOD_STILL)
         if trajectory.routed_steps and trajectory.branches() == trajectory.recomputed_branches():
             steps = trajectory.routed_steps

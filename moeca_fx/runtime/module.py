@@ -2,8 +2,8 @@
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from typing import Any
 
@@ -16,10 +16,11 @@ from moeca_fx.model_checks import resolve_policy
 from moeca_fx.policies import Method, Policy
 from moeca_fx.runtime.memory import MemoryReport
 from moeca_fx.runtime.runtime import DEFAULT_CONTEXT, Runtime, original_view
+from moeca_fx.runtime.session import Session
 from moeca_fx.runtime.statistics import Statistics
 
 # Methods that a transformed model has besides the original's.
-_ADDED = ("with_policy", "context", "reset", "stats", "reset_stats", "memory", "cache")
+_ADDED = ("with_policy", "context", "session", "reset", "stats", "reset_stats", "memory", "cache")
 
 
 class TransformedModel(nn.Module):
@@ -58,6 +59,22 @@ class TransformedModel(nn.Module):
         For samplers that call the model twice a step: one context for the conditional call, one for the other.
         """
         return self._moeca.context(name)
+
+    @contextmanager
+    def session(self) -> Iterator[Session]:
+        """Calls inside ``with model.session() as session:`` are one run, whose steps ``session.next_step()`` announces.
+
+        No timestep is looked at, each of several calls a step has its own trajectory, and at the end the caches are
+        freed. See `moeca_fx.runtime.session`.
+        """
+        session = self._moeca.open_session()
+        try:
+            with self._moeca.within(session):
+                yield session
+        except BaseException:
+            self._moeca.close(session, quiet=True)
+            raise
+        self._moeca.close(session)
 
     def reset(self, context: str | None = None) -> None:
         """Begin a new trajectory with the next call, in one context or in all, and free the caches."""

@@ -19,7 +19,8 @@ from moeca_fx.passes.cache.graphs import CachedGraphs
 from moeca_fx.policies.policy import Policy
 from moeca_fx.runtime.compiler import CompiledStep, say_once, why_not_compiled
 from moeca_fx.runtime.flops import StepFlops, filled_branches, measure_step_flops
-from moeca_fx.runtime.timestep import find_timestep
+from moeca_fx.runtime.lock import one_at_a_time
+from moeca_fx.runtime.timestep import ANNOUNCED, Announced, find_timestep
 
 Signature = tuple[Any, ...]
 
@@ -34,7 +35,7 @@ class Program:
         graphs: full step and one step a rule; None without a policy.
         sites: located sites.
         out_spec: structure of the model's result; `outputs` is its number of leaves.
-        timestep: index of the timestep among the flat inputs; None without a policy.
+        timestep: index of the timestep among the flat inputs; None when nobody needs it.
         steps: what is compiled, by the names of `CachedGraphs.modules`.
     """
 
@@ -66,6 +67,20 @@ class Program:
         assert self.traced.module is not None
         return self.traced.module
 
+    @property
+    def timestep_index(self) -> int:
+        """`timestep`, where it is needed."""
+        assert self.timestep is not None, "programs whose calls come outside of sessions have one"
+        return self.timestep
+
+    def device(self, leaves: list[Any]) -> torch.device:
+        """Where caches live: with the timestep, or when there is none, with the largest input."""
+        if self.timestep is not None:
+            where: Tensor = leaves[self.timestep]
+        else:
+            where = max((leaf for leaf in leaves if isinstance(leaf, Tensor)), key=Tensor.numel)
+        return where.device
+
     def cache_bytes(self, batch: int) -> int:
         """Bytes of cache that a context takes for a batch, as `estimate_memory` says."""
         if self.graphs is None:
@@ -89,13 +104,14 @@ class Program:
         return pytree.tree_unflatten(own, self.out_spec), rest
 
 
+@one_at_a_time
 def build_program(
     model: nn.Module,
     regions: tuple[MoERegion, ...],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     policy: Policy | None,
-    timestep: str | int | None,
+    timestep: str | int | Announced | None,
     storage: Storage | None = None,
     compile: bool = False,
 ) -> Program:
@@ -105,12 +121,14 @@ def build_program(
 
 
 def finish_program(
-    traced: Compilation, policy: Policy | None, timestep: str | int | None, compile: bool = False
+    traced: Compilation, policy: Policy | None, timestep: str | int | Announced | None, compile: bool = False
 ) -> Program:
     """Run the rest of the pipeline on what `POLICY_FREE` left, which stays as it is."""
     work = run_pipeline(replace(traced, policy=policy), after=POLICY_FREE)
     assert work.module is not None and work.captured is not None and work.sites is not None
-    found = None if policy is None else find_timestep(work.model, work.module, work.args, work.kwargs, timestep)
+    found = None
+    if policy is not None and timestep is not ANNOUNCED:
+        found = find_timestep(work.model, work.module, work.args, work.kwargs, timestep)
     return Program(
         traced=traced,
         plain=work.module,

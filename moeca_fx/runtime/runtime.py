@@ -1,8 +1,9 @@
 """The runtime behind a transformed model: programs, contexts, steps, statistics."""
 
+import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moeca_fx.discover import MoERegion
-from moeca_fx.errors import ConfigError, UnsupportedModelError
+from moeca_fx.errors import ConfigError, InputError, UnsupportedModelError
 from moeca_fx.model_checks import check_autocast
 from moeca_fx.passes.insert_cache import detached_copy
 from moeca_fx.policies.policy import Policy
@@ -24,9 +25,10 @@ from moeca_fx.runtime.chunks import Chunk, join, split_batch, take
 from moeca_fx.runtime.memory import MemoryReport, report
 from moeca_fx.runtime.options import MemoryOptions
 from moeca_fx.runtime.program import Program, Signature, build_program, check_finite, finish_program, signature_of
+from moeca_fx.runtime.session import Ended, Session
 from moeca_fx.runtime.shortage import is_out_of_memory, out_of_memory
 from moeca_fx.runtime.statistics import Statistics
-from moeca_fx.runtime.timestep import timestep_value
+from moeca_fx.runtime.timestep import ANNOUNCED, Announced, timestep_value
 from moeca_fx.runtime.trajectory import STOOD_STILL, Trajectory
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ class Runtime:
     Args:
         regions: proven MoE regions.
         policy: None runs the vectorised graph at every step.
-        timestep: parameter name or position of the timestep; None finds it.
+        timestep: parameter name or position of the timestep; None finds it, `ANNOUNCED` needs none.
         options: how much memory it may use.
 
     Attributes:
@@ -52,7 +54,7 @@ class Runtime:
         self,
         regions: tuple[MoERegion, ...],
         policy: Policy | None,
-        timestep: str | int | None,
+        timestep: str | int | Announced | None,
         options: MemoryOptions,
         compile: bool = False,
     ) -> None:
@@ -64,6 +66,8 @@ class Runtime:
         self.programs: dict[Signature, Program] = {}
         self.trajectories: dict[Key, Trajectory] = {}
         self._active: ContextVar[str] = ContextVar("moeca_fx_context", default=DEFAULT_CONTEXT)
+        self._session: ContextVar[Session | None] = ContextVar("moeca_fx_session", default=None)
+        self._numbers = itertools.count(1)
         self.advice = Advice(policy)
         self.reset_stats()
 
@@ -132,7 +136,7 @@ class Runtime:
                 f"{type(model).__name__} is in training mode; caching is for inference: call .eval() first"
             )
         check_autocast()
-        name = self._active.get()
+        name = self._context_of(args, kwargs)
         # Caches outlive the call, so they must not become inference tensors, which cannot be written to outside.
         with torch.inference_mode(False), torch.no_grad():
             signature, leaves, batch = signature_of(args, kwargs)
@@ -150,6 +154,18 @@ class Runtime:
                     raise
         # Outside of the handler: the failed step's frames, and the memory they hold, must not hang on the error.
         raise refused
+
+    def _context_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+        """The context that a call belongs to: the one that is entered, in a session the call's own."""
+        name, session = self._active.get(), self._session.get()
+        if session is not None:
+            return session.key(name, pytree.tree_leaves((args, dict(kwargs))))
+        if self.timestep is ANNOUNCED:
+            raise InputError(
+                "called outside of a session: the model was transformed with timestep=ANNOUNCED, so timesteps tell "
+                "nothing; wrap the run in `with model.session() as session:`, with session.next_step() after each step"
+            )
+        return name
 
     def _run(self, program: Program, leaves: list[Any], batch: int, name: str) -> Any:
         """One call, in as many chunks as the options ask for."""
@@ -187,14 +203,14 @@ class Runtime:
         self, program: Program, leaves: list[Any], batch: int, call_batch: int, key: Key, tally: Tally
     ) -> tuple[Any, int]:
         """A chunk's result, and `FULL` or the position of the rule it followed."""
-        assert program.graphs is not None and program.timestep is not None and self.policy is not None
+        assert program.graphs is not None and self.policy is not None
         check_finite(leaves)
-        timestep = timestep_value(leaves[program.timestep])
-        trajectory = self._continue_or_begin(key, program, batch, call_batch, timestep)
-        if trajectory.step == self.policy.schedule.settles:
+        session, device = self._session.get(), program.device(leaves)
+        timestep = None if session is not None else timestep_value(leaves[program.timestep_index])
+        trajectory = self._continue_or_begin(key, program, batch, call_batch, timestep, session)
+        if trajectory.step == self.policy.schedule.settles and session is None:
             self.advice.nothing_reused(trajectory, "")
-        device = leaves[program.timestep].device
-        probed, change, prefix = self._probe(program, trajectory, leaves)
+        probed, change, prefix = self._probe(program, trajectory, leaves, device)
         rule = self._choose(trajectory, timestep, change)
         step = program.graphs.full_step if rule == FULL else program.graphs.rules[rule]
         if rule == FULL:
@@ -220,25 +236,24 @@ class Runtime:
         return result, rule
 
     def _probe(
-        self, program: Program, trajectory: Trajectory, leaves: list[Any]
+        self, program: Program, trajectory: Trajectory, leaves: list[Any], device: torch.device
     ) -> tuple[Tensor | None, float, list[Tensor]]:
         """The probe's value, its change (NaN where there is nothing to compare), and the stream to continue from."""
-        assert program.graphs is not None and program.timestep is not None
+        assert program.graphs is not None
         probe = program.graphs.probe
         if probe is None:
             return None, math.nan, []
         before = trajectory.probed
         if before is None:
-            device = leaves[program.timestep].device
             before = torch.zeros(trajectory.batch, *probe.state.shape, dtype=probe.state.dtype, device=device)
         change, value, *prefix = program.run("probe", trajectory.batch, *leaves, before)
         # A probed value may be a view of the caller's tensors.
         return value.clone(), math.nan if trajectory.probed is None else float(change), prefix
 
-    def _choose(self, trajectory: Trajectory, timestep: Tensor, change: float) -> int:
+    def _choose(self, trajectory: Trajectory, timestep: Tensor | None, change: float) -> int:
         """`FULL` or the position of a rule."""
         assert self.policy is not None
-        self.advice.other_length(trajectory, over=False)
+        self.advice.other_length(trajectory.step, over=False)
         chosen, trajectory.memory = self.policy.schedule.choose(trajectory.step, change, trajectory.memory)
         must = trajectory.must_be_full(timestep) or not trajectory.full_steps
         return FULL if must else chosen
@@ -258,16 +273,27 @@ class Runtime:
         return [torch.full((batch, *state.shape), state.empty, dtype=state.dtype, device=device) for state in carried]
 
     def _continue_or_begin(
-        self, key: Key, program: Program, batch: int, call_batch: int, timestep: Tensor
+        self,
+        key: Key,
+        program: Program,
+        batch: int,
+        call_batch: int,
+        timestep: Tensor | None,
+        session: Session | None,
     ) -> Trajectory:
         current, reason = self.trajectories.get(key), ""
         if current is not None:
             reason = current.why_over(program, call_batch, timestep) or ""
             if not reason:
                 return current
-            self.advice.nothing_reused(current, reason)
-            self.advice.other_length(current, over=True)
-        self.trajectories[key] = Trajectory(program, batch, call_batch, doubtful=reason == STOOD_STILL)
+            if session is not None:
+                session.ended.append(Ended(current.step, self.advice.why_nothing_reused(current, reason)))
+            else:
+                self.advice.nothing_reused(current, reason)
+                self.advice.other_length(current.step, over=True)
+        self.trajectories[key] = Trajectory(
+            program, batch, call_batch, doubtful=reason == STOOD_STILL, announced=session is not None
+        )
         self.accounting.trajectories += isinstance(key, str)
         return self.trajectories[key]
 
@@ -287,6 +313,31 @@ class Runtime:
         for key in self._keys(name) if name is not None else list(self.trajectories):
             self.advice.nothing_reused(self.trajectories.pop(key), "reset() was called")
 
+    def open_session(self) -> Session:
+        """A run whose steps are announced; `within` makes calls belong to it, `close` ends it."""
+        return Session(next(self._numbers), self._end)
+
+    def _end(self, contexts: Iterable[str], reason: str) -> list[Ended]:
+        """End the trajectories of a session's contexts, and tell what they were."""
+        over = [(key, self.trajectories.pop(key)) for name in contexts for key in self._keys(name)]
+        first = [trajectory for key, trajectory in over if isinstance(key, str)]  # a call in chunks is one
+        return [Ended(item.step, self.advice.why_nothing_reused(item, reason)) for item in first]
+
+    @contextmanager
+    def within(self, session: Session) -> Iterator[None]:
+        """Calls inside the block belong to a session."""
+        token = self._session.set(session)
+        try:
+            yield
+        finally:
+            self._session.reset(token)
+
+    def close(self, session: Session, quiet: bool = False) -> None:
+        """End a session, free its caches, and unless `quiet` warn when it did not do what its policy was chosen for."""
+        session.close()
+        if not quiet:
+            self.advice.session_over(session.ended)
+
     def forget_programs(self) -> None:
         """Drop graphs and caches: the weights moved or changed their type."""
         self.trajectories.clear()
@@ -303,7 +354,8 @@ class Runtime:
         """Totals so far; waits for the device, and measures FLOPs once for each program and batch size."""
         if self.policy is not None:
             for trajectory in self.trajectories.values():
-                if trajectory.cached_steps or trajectory.step > self.policy.schedule.settles:
+                settled = trajectory.cached_steps or trajectory.step > self.policy.schedule.settles
+                if settled and not trajectory.announced:
                     self.advice.nothing_reused(trajectory, "stats() was called")
         return self.accounting.statistics()
 

@@ -2,7 +2,8 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from enum import Enum
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,6 +11,14 @@ from torch.utils import _pytree as pytree
 
 from moeca_fx.errors import InputError
 
+
+class Announced(Enum):
+    """What stands for a timestep where every call comes within a session, which announces its steps."""
+
+    ANNOUNCED = "announced"
+
+
+ANNOUNCED: Final = Announced.ANNOUNCED
 aten = torch.ops.aten
 _WAVES = (aten.sin.default, aten.cos.default)
 _COMMON_NAMES = ("t", "timestep", "timesteps", "time", "sigma", "sigmas")

@@ -28,6 +28,7 @@ class Trajectory:
         memory: what the schedule remembers.
         probed: the value that the probe's change is measured against; None before the first step.
         doubtful: whether it began because two calls had the same first timestep: two guidance calls a step look so.
+        announced: whether it belongs to a session, which says when it is over.
         paired: whether the next timestep came twice as well; then every step is full, because states would mix.
     """
 
@@ -45,14 +46,20 @@ class Trajectory:
     timestep: Tensor | None = None
     direction: int = 0
     doubtful: bool = False
+    announced: bool = False
     paired: bool = False
 
-    def why_over(self, program: Program, batch: int, timestep: Tensor) -> str | None:
-        """Why a call with these inputs, `batch` samples in all, begins a new trajectory; None when it does not."""
+    def why_over(self, program: Program, batch: int, timestep: Tensor | None) -> str | None:
+        """Why a call with these inputs, `batch` samples in all, begins a new trajectory; None when it does not.
+
+        Without a timestep, in a session, the inputs' kinds alone decide.
+        """
         if program is not self.program:
             return "the shape, dtype or device of the inputs changed"
         if batch != self.call_batch:
             return f"the batch size changed from {self.call_batch} to {batch}"
+        if timestep is None:
+            return None
         assert self.timestep is not None, "a trajectory has made at least one call"
         if timestep.shape != self.timestep.shape:
             return "the shape of the timestep changed"
@@ -62,20 +69,23 @@ class Trajectory:
             return STOOD_STILL
         return None
 
-    def must_be_full(self, timestep: Tensor) -> bool:
+    def must_be_full(self, timestep: Tensor | None) -> bool:
         """Whether this call may belong to another trajectory that runs through the same context.
 
-        After two calls at the first timestep, the next call is full; if its timestep comes twice too, all are.
+        After two calls at the first timestep, the next call is full; if its timestep comes twice too, all are. In a
+        session, which has no timesteps, never.
         """
+        if timestep is None:
+            return False
         if self.doubtful and self.step >= 2 and not self.paired:
             assert self.timestep is not None, "a trajectory has made two calls"
             self.paired = torch.equal(timestep, self.timestep)
             self.doubtful = self.paired
         return self.doubtful
 
-    def advance(self, timestep: Tensor, states: list[Tensor]) -> None:
+    def advance(self, timestep: Tensor | None, states: list[Tensor]) -> None:
         """Record a finished call."""
-        if self.timestep is not None and not self.direction:
+        if timestep is not None and self.timestep is not None and not self.direction:
             self.direction = direction_of(timestep, self.timestep)
         self.timestep = timestep
         self.states = states

@@ -26,6 +26,7 @@ from moeca_fx.discover.inline.tape import NotReplayable, Tape, depends_on, recor
 from moeca_fx.discover.reference import TOLERANCE, branch_sum, choice_as_tokens
 from moeca_fx.discover.scales import off_scale
 
+NO_MATCH = "no values of its run are token rows, a routing over its experts, and their weighted sum"
 _TRIED = 12  # hypotheses that are made into recipes and run
 
 Marker = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -88,9 +89,13 @@ class Block:
             free = self.free_part(values[0], branches, experts)
             total = total if free is None else total + free.to(total.dtype)
             total = total.reshape(-1, *self.shape)
-            return total.to(self.dtype) if rest is None else (rest + total.to(rest.dtype)).to(self.dtype)
+            return total.to(self.dtype) if rest is None else _plus(rest, total).to(self.dtype)
 
         return self.recipe.run(owner, routed, args, kwargs)
+
+
+def _plus(rest: Tensor, total: Tensor) -> Tensor:
+    return rest.reshape(total.shape) + total.to(rest.dtype)
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ def prove_block(recorded: Recorded, experts: Sequence[nn.Module], together: Expe
         NotReplayable: with the reason.
     """
     short, small = recorded.short, recorded.small
-    problem = "no values of its run are token rows, a routing over its experts, and their weighted sum"
+    problem = NO_MATCH
     for match in islice(recorded.search.matches(together, dropped), _TRIED):
         try:
             block = _block(match, short, recorded.long, experts)
@@ -162,6 +167,9 @@ def prove_block(recorded: Recorded, experts: Sequence[nn.Module], together: Expe
             _check_scales(block, short, experts)
         except NotReplayable as reason:
             problem = str(reason)
+            continue
+        except (RuntimeError, ValueError, IndexError) as reason:  # sizes that fit one call and not another
+            problem = f"its replay fails: {reason}"
             continue
         return replace(block, error=error)
     raise NotReplayable(problem)

@@ -136,13 +136,17 @@ def _slice(tape: Tape, wanted: Iterable[int], stop: int) -> list[Entry]:
         entry = makers[number]
         if id(entry) not in needed:
             needed.add(id(entry))
-            _refuse_data(entry)
+            _refuse_data(entry, tape)
             stack += entry.reads()
     return [entry for entry in tape.entries if id(entry) in needed]
 
 
-def _refuse_data(entry: Entry) -> None:
+def _refuse_data(entry: Entry, tape: Tape) -> None:
     tags = getattr(entry.target, "tags", ())
+    if entry.target is torch.ops.aten.index.Tensor:
+        places = [tape.values.get(number) for number in entry.reads()[1:]]
+        if all(place is not None and place.dtype not in (torch.bool, torch.uint8) for place in places):
+            return  # by numbers: as many rows as numbers
     if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
         raise NotReplayable(f"{entry.target} makes sizes from data, outside of the experts")
     if torch.Tag.nondeterministic_seeded in tags:

@@ -18,6 +18,7 @@ from moeca_fx.discover.inline.tape import Ref, Tape
 
 aten = torch.ops.aten
 Kind = Literal["ids", "dense", "choice"]
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 _LIMITS = 40  # capacities that are tried
 
 
@@ -83,7 +84,7 @@ def find_routings(
         dropped: only those with dropped branches, else only those without.
     """
     values = {n: v for n, v in before.items() if v.numel() > 1 and v.dim() and not v.is_inference()}
-    whole = {n: v for n, v in values.items() if not v.is_floating_point() and v.dtype != torch.bool}
+    whole = {n: v for n, v in values.items() if v.dtype in _INTEGERS}
     floats = {n: v for n, v in values.items() if v.is_floating_point()}
     if dropped:
         found = list(_dropped(whole, floats, count, tokens, chosen))
