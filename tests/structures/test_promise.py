@@ -58,5 +58,6 @@ def test_every_structure_transforms_or_is_refused(results: Results) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_nine_of_ten_structures_transform(results: Results) -> None:
     assert results.transformed >= WANTED, results.summary()
