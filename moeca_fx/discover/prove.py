@@ -7,14 +7,16 @@ router and dispatch together (`inline`).
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
+import torch
 from torch import nn
 
 from moeca_fx.discover.candidates import Candidate
 from moeca_fx.discover.experts import ModuleExperts, as_expert
-from moeca_fx.discover.inline.block import NO_MATCH, Block, Call, prove_block, record_block
+from moeca_fx.discover.inline.block import NO_MATCH, Block, Call, crowded, prove_block, record_block
 from moeca_fx.discover.inline.stacked import (
     StackedExperts,
     StackedForm,
@@ -95,9 +97,8 @@ def _prove(
     reasons: list[str] = []
     if isinstance(method, TracedMethod):
         assert block is not None, f"{candidate.path}: a method is looked for under a router only"
-        keyword = _keyword(candidate, run)
         try:
-            return _by_method(candidate, method, block, keyword, seen[method.owner, method.name])
+            return _by_method(model, candidate, run, method, block, seen[method.owner, method.name])
         except NotReplayable as reason:
             reasons.append(f"{method.owner}.{method.name}: {reason}")
     else:
@@ -118,10 +119,11 @@ def _keyword(candidate: Candidate, run: Probe) -> str | None:
 
 
 def _by_method(
-    candidate: Candidate, method: TracedMethod, block: str, keyword: str | None, calls: Sequence[MethodCall]
+    model: nn.Module, candidate: Candidate, run: Probe, method: TracedMethod, block: str, calls: Sequence[MethodCall]
 ) -> MoERegion:
+    keyword = _keyword(candidate, run)
     experts = [as_expert(expert, keyword) for _, expert in candidate.experts]
-    roles = prove_method(experts, calls)
+    roles = prove_method(experts, calls, _crowded_calls(model, run, method, block))
     return MoERegion(
         path=method.owner,
         method=method.name,
@@ -137,6 +139,17 @@ def _by_method(
         layout=roles.layout,
         empty_slots=roles.empty_slots,
     )
+
+
+def _crowded_calls(model: nn.Module, run: Probe, method: TracedMethod, block: str) -> list[MethodCall]:
+    """Calls of the method when all tokens of its block's call are nearly the same."""
+    calls: list[MethodCall] = []
+    for call in run.small.get(block, [])[:1]:
+        more = crowded(call)
+        eager = torch.compiler.set_stance("force_eager")
+        with spied(model.get_submodule(method.owner), method.name, calls), eager:
+            model.get_submodule(block).forward(*more.args, **more.kwargs)
+    return calls
 
 
 def _by_block(model: nn.Module, candidate: Candidate, run: Probe) -> MoERegion:
@@ -201,14 +214,16 @@ def prove_modules(
     """
     modules = [as_expert(model.get_submodule(name), keyword) for name in experts]
     below = [_below(name, path) for name in experts]
-    recorded = record_block(model.get_submodule(path), _opened(below), small, large, below)
-    try:
-        return prove_block(recorded, modules, ModuleExperts(modules), dropped=False)
-    except NotReplayable as problem:
-        try:
-            return prove_block(recorded, modules, ModuleExperts(modules), dropped=True)
-        except NotReplayable as other:
-            raise (problem if str(other) == NO_MATCH else other) from other
+    owner, problem = model.get_submodule(path), NotReplayable(NO_MATCH)
+    for calls in ((small, large), (crowded(small), crowded(large))):
+        more = () if calls[0] is small else (small, large)
+        recorded = replace(record_block(owner, _opened(below), *calls, below), more=more)
+        for dropped in (False, True):
+            try:
+                return prove_block(recorded, modules, ModuleExperts(modules), dropped)
+            except NotReplayable as reason:
+                problem = reason if str(problem) == NO_MATCH else problem
+    raise problem
 
 
 def prove_stacked(
@@ -233,14 +248,17 @@ def prove_stacked(
     forms = [form] if form is not None else list(_forms(holder, count))
     own = [name for name, tensor in stacked_parameters(holder, count).items() if tensor.dim() == 3]
     states = [f"{inner}.{name}" if inner else name for name in own]
-    recorded = record_block(model.get_submodule(path), opened, small, large, states=states)
-    reason = "its stacked parameters have no known form of an expert (docs/structures.md lists them)"
-    for dropped, chosen in product((False, True), forms):
-        experts = stacked_modules(holder, chosen)
-        try:
-            return prove_block(recorded, experts, StackedExperts(holder, chosen, count), dropped), chosen
-        except NotReplayable as problem:
-            reason = reason if str(problem) == NO_MATCH else str(problem)
+    owner = model.get_submodule(path)
+    reason = "its stacked parameters have no known form of an expert (docs/discovery.md lists them)"
+    for calls in ((small, large), (crowded(small), crowded(large))):
+        more = () if calls[0] is small else (small, large)
+        recorded = replace(record_block(owner, opened, *calls, states=states), more=more)
+        for dropped, chosen in product((False, True), forms):
+            experts = stacked_modules(holder, chosen)
+            try:
+                return prove_block(recorded, experts, StackedExperts(holder, chosen, count), dropped), chosen
+            except NotReplayable as problem:
+                reason = reason if str(problem) == NO_MATCH else str(problem)
     raise NotReplayable(reason)
 
 

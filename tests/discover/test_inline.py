@@ -46,16 +46,28 @@ class WithIdle(layers.InlineRouting):
 class Limited(layers.InlineRouting):
     """No expert takes more than two tokens of a sample; what comes later is dropped."""
 
+    limit = 2
+
     def forward(self, z: Tensor) -> Tensor:
         share, which = self.compass(z).softmax(-1).topk(PICKS, dim=-1)  # [B, T, k]
         queue = which.flatten(1)
         before = nn.functional.one_hot(queue, POOL).cumsum(1).gather(2, queue.unsqueeze(-1)).view_as(which) - 1
         total = torch.zeros_like(z)
         for number, stone in enumerate(self.stones):
-            sample, token, place = torch.where((which == number) & (before < 2))
+            sample, token, place = torch.where((which == number) & (before < self.limit))
             part = stone(z[sample, token]) * share[sample, token, place, None]
             total.index_put_((sample, token), part, accumulate=True)
         return total
+
+
+class SeldomLimited(Limited):
+    """The limit is so high that the example inputs never reach it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limit = TOKENS - 1
+        with torch.no_grad():
+            self.compass.weight.mul_(4)
 
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, object]]] = {
@@ -68,6 +80,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, object]]] = {
     "threshold": (Threshold, {"top_k": POOL, "empty_slots": True}),
     "without parameters": (WithIdle, {"free": ((1, f"{LAYER}.stones.1"),), "empty_slots": True}),
     "dropped": (Limited, {"empty_slots": True, "top_k": PICKS}),
+    "dropped, but not of the examples": (SeldomLimited, {"empty_slots": True}),
 }
 
 
