@@ -65,7 +65,8 @@ def _refused_at_once(candidate: Candidate, run: Probe) -> Refusal | None:
         return Refusal(candidate.path, "a list of blocks: it contains another candidate", False)
     calls = run.experts[key_of(candidate)]
     if not candidate.stacked and calls.count < 2:
-        routed = enclosing_router(candidate.path, run.topk) is not None and not candidate.attributes
+        routed = enclosing_router(candidate.path, run.topk) is not None
+        routed = routed and (not candidate.attributes or (calls.count > 0 and candidate.count > 2))
         return Refusal(candidate.path, f"only {calls.count} of {candidate.count} experts ran in the probe run", routed)
     return None
 

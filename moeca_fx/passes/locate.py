@@ -15,7 +15,7 @@ from dataclasses import replace
 from torch import fx
 
 from moeca_fx.discover import Layout, MoERegion
-from moeca_fx.errors import UnsupportedModelError
+from moeca_fx.errors import UnprovenRegionError, UnsupportedModelError
 from moeca_fx.graph.layout import STREAM, NotTokenWise, TokenAxes, propagate, shape_of
 from moeca_fx.graph.rewrite import module_path
 from moeca_fx.graph.sites import AnySite, AttentionSite, DenseFFNSite, MoESite, Site, Sites
@@ -31,7 +31,7 @@ from moeca_fx.graph.slicing import (
     with_gate,
 )
 from moeca_fx.ops.experts import is_marker
-from moeca_fx.passes.empty_ids import may_be_empty
+from moeca_fx.passes.empty_ids import columns, may_be_empty
 from moeca_fx.passes.locate_attention import SDPA, attention_sites, stream_tokens
 from moeca_fx.passes.router_form import describe_router
 
@@ -88,6 +88,12 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
         raise UnsupportedModelError(f"{region.block}: the experts' input mixes tokens: {problem}") from problem
     if axes[x] not in (STREAM, TokenAxes(0, 0)):
         raise UnsupportedModelError(f"{region.block}: the experts' rows are not ordered sample by sample")
+    if region.layout == "token" and not region.empty_slots and columns(expert) > region.num_experts:
+        raise UnprovenRegionError(
+            f"{region.block}: its router chooses among {columns(expert)}, it has {region.num_experts} experts, and no "
+            "token of the example inputs was sent beyond them, so that what happens there is not known; pass example "
+            "inputs that differ more"
+        )
     shared = _shared_expert(marker, x, residual)
     companion = next((site for site in attention if site.residual_out == residual.residual_in.name), None)
     return MoESite(
