@@ -85,12 +85,18 @@ def spied(owner: nn.Module, name: str, calls: list[MethodCall]) -> Iterator[None
         yield
 
 
-def prove_method(experts: Sequence[nn.Module], calls: Sequence[MethodCall], method: Callable[..., Any]) -> Roles:
+def prove_method(
+    experts: Sequence[nn.Module],
+    calls: Sequence[MethodCall],
+    crowded: Sequence[MethodCall],
+    method: Callable[..., Any],
+) -> Roles:
     """Find the roles of a method's arguments.
 
     Args:
         experts: one module an expert.
         calls: of one forward of the model.
+        crowded: calls in which all tokens ask for the same experts, so that limits show; the same roles must hold.
         method: bound; called again where one call does not show every expert's factor.
 
     Raises:
@@ -104,46 +110,45 @@ def prove_method(experts: Sequence[nn.Module], calls: Sequence[MethodCall], meth
         raise NotReplayable(f"returns {type(output).__name__}; expected one tensor")
     if not bool(torch.isfinite(output).all()):
         raise NotReplayable("returned NaN or infinity in the probe run; check the weights and the example inputs")
-    limit = TOLERANCE.get(output.dtype, 0.0)
+    reason = "no arguments have the shapes of token rows, expert ids and routing weights"
+    nearest = float("inf")
     off: OffScale | None = None
-    nearest, reason = float("inf"), "no arguments have the shapes of token rows, expert ids and routing weights"
-    for layout, (x, expert, weight) in _triples(arguments, output, len(experts)):
-        names = x, expert, weight
-        rows, ids, share = (arguments[name] for name in names)
+    for layout, names in _triples(arguments, output, len(experts)):
+        try:
+            error, empty = _check(experts, layout, names, calls[0])
+            for call in crowded:
+                other, also_empty = _check(experts, layout, names, call)
+                error, empty = max(error, other), empty or also_empty
+        except _Differs as found:
+            if found.error < nearest:
+                nearest, reason = found.error, str(found)
+            continue
+        rows, ids = arguments[names[0]], arguments[names[1]]
         slots = ids.shape[-1] if layout == "expert" else ids.numel() // (rows.numel() // rows.shape[-1])
         try:
-            if layout == "expert":
-                ids, share = choice_as_tokens(rows, ids, share)
-            total = branch_sum(experts, rows, ids, share).reshape(output.shape)
-        except (RuntimeError, TypeError, ValueError) as problem:
-            reason = f"an expert could not be run on token rows alone: {problem}"
+            samples = _samples(method, [calls[0], *crowded], names, layout, len(experts))
+            check_scales(experts, samples, off is not None)
+        except OffScale as problem:
+            off = off or problem
             continue
-        error = float((total - output.double()).abs().max() / output.abs().max().double().clamp_min(1e-30))
-        nearest = min(nearest, error)
-        if error <= limit:
-            try:
-                check_scales(experts, _samples(method, calls[0], names, layout, len(experts)), off is not None)
-            except OffScale as problem:
-                off = off or problem
-                continue
-            empty = layout == "token" and bool((ids == len(experts)).any())
-            return Roles(x, expert, weight, slots, layout, empty, error)
-        reason = f"sum_k weight_k * expert_k(x) differs from its output by {nearest:.1e} relative (allowed {limit:.0e})"
+        return Roles(*names, slots, layout, empty, error)
     raise off or NotReplayable(reason)
 
 
 def _samples(
-    method: Callable[..., Any], call: MethodCall, names: candidates.Roles, layout: Layout, count: int
+    method: Callable[..., Any], calls: Sequence[MethodCall], names: candidates.Roles, layout: Layout, count: int
 ) -> Iterator[Sample]:
-    """The call, and calls in which experts exchange their tokens, busy ones with idle ones first."""
-    given, output = call
-    rows, ids, share = (given[name] for name in names)
+    """The calls, and calls in which experts exchange their tokens, busy ones with idle ones first."""
 
-    def sample(chosen: Tensor, result: Tensor, proven: bool) -> Sample:
+    def sample(rows: Tensor, chosen: Tensor, share: Tensor, result: Tensor, proven: bool) -> Sample:
         pair = choice_as_tokens(rows, chosen, share) if layout == "expert" else (chosen, share)
         return Sample(rows, *pair, result.double().reshape(-1, result.shape[-1]), result, proven)
 
-    yield sample(ids, output, True)
+    for given, output in calls:
+        rows, ids, share = (given[name] for name in names)
+        yield sample(rows, ids, share, output, True)
+    given, output = calls[0]
+    rows, ids, share = (given[name] for name in names)
     others = [value for name, value in given.items() if name not in names and isinstance(value, Tensor)]
     if others:  # they may hold what follows from the ids, such as counts
         return
@@ -157,7 +162,7 @@ def _samples(
         except (RuntimeError, ValueError, IndexError):  # ids that the method cannot get from its router
             return
         if isinstance(result, Tensor) and result.shape == output.shape:
-            yield sample(chosen, result, False)
+            yield sample(rows, chosen, share, result, False)
 
 
 def _exchanged(ids: Tensor, count: int, turn: int) -> Tensor:
@@ -167,6 +172,39 @@ def _exchanged(ids: Tensor, count: int, turn: int) -> Tensor:
     table = torch.empty_like(busy)
     table[busy] = busy.flip(0).roll(turn)
     return torch.where(real, table.to(ids.dtype)[ids.clamp(0, count - 1).long()], ids)
+
+
+class _Differs(Exception):
+    """Roles that do not explain a call; `error` is how far they are off."""
+
+    def __init__(self, message: str, error: float) -> None:
+        super().__init__(message)
+        self.error = error
+
+
+def _check(
+    experts: Sequence[nn.Module], layout: Layout, names: candidates.Roles, call: MethodCall
+) -> tuple[float, bool]:
+    """(error relative to the largest output, whether an id stands for no expert) of one call under these roles.
+
+    Raises:
+        _Differs: it is no weighted sum over the experts.
+    """
+    arguments, output = call
+    rows, ids, share = (arguments[name] for name in names)
+    try:
+        if layout == "expert":
+            ids, share = choice_as_tokens(rows, ids, share)
+        total = branch_sum(experts, rows, ids, share).reshape(output.shape)
+    except (RuntimeError, TypeError, ValueError) as problem:
+        raise _Differs(f"an expert could not be run on token rows alone: {problem}", 1e30) from problem
+    error = float((total - output.double()).abs().max() / output.abs().max().double().clamp_min(1e-30))
+    limit = TOLERANCE.get(output.dtype, 0.0)
+    if not error <= limit:
+        raise _Differs(
+            f"sum_k weight_k * expert_k(x) differs from its output by {error:.1e} relative (allowed {limit:.0e})", error
+        )
+    return error, layout == "token" and bool((ids >= len(experts)).any())
 
 
 def _triples(arguments: Mapping[str, Any], output: Tensor, count: int) -> Iterator[tuple[Layout, candidates.Roles]]:

@@ -5,16 +5,18 @@ of the model is traced as it is (`method`). Otherwise the modules around the exp
 router and dispatch together (`inline`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
+import torch
 from torch import nn
 
 from moeca_fx.discover.candidates import Candidate
 from moeca_fx.discover.experts import ModuleExperts, as_expert
-from moeca_fx.discover.inline.block import NO_MATCH, Block, Call, prove_block, record_block
+from moeca_fx.discover.inline.block import NO_MATCH, Block, Call, crowded, prove_block, record_block
 from moeca_fx.discover.inline.stacked import (
     StackedExperts,
     StackedForm,
@@ -64,7 +66,8 @@ def _refused_at_once(candidate: Candidate, run: Probe) -> Refusal | None:
         return Refusal(candidate.path, "a list of blocks: it contains another candidate", False)
     calls = run.experts[key_of(candidate)]
     if not candidate.stacked and calls.count < 2:
-        routed = enclosing_router(candidate.path, run.topk) is not None and not candidate.attributes
+        routed = enclosing_router(candidate.path, run.topk) is not None
+        routed = routed and (not candidate.attributes or (calls.count > 0 and candidate.count > 2))
         return Refusal(candidate.path, f"only {calls.count} of {candidate.count} experts ran in the probe run", routed)
     return None
 
@@ -96,10 +99,8 @@ def _prove(
     reasons: list[str] = []
     if isinstance(method, TracedMethod):
         assert block is not None, f"{candidate.path}: a method is looked for under a router only"
-        keyword = _keyword(candidate, run)
         try:
-            bound = getattr(model.get_submodule(method.owner), method.name)
-            return _by_method(candidate, method, block, keyword, seen[method.owner, method.name], bound)
+            return _by_method(model, candidate, run, method, block, seen[method.owner, method.name])
         except OffScale as reason:
             return Refusal(candidate.path, f"{method.owner}.{method.name}: {reason}", True)
         except NotReplayable as reason:
@@ -112,7 +113,7 @@ def _prove(
         reasons.append(str(reason))
     routed = block is not None and not candidate.attributes and not calls.on_every_token
     if calls.on_every_token:
-        reasons.insert(0, "each of them runs on every token")
+        reasons.append("each of them runs on every token")
     return Refusal(candidate.path, "; ".join(reasons), routed)
 
 
@@ -122,15 +123,12 @@ def _keyword(candidate: Candidate, run: Probe) -> str | None:
 
 
 def _by_method(
-    candidate: Candidate,
-    method: TracedMethod,
-    block: str,
-    keyword: str | None,
-    calls: Sequence[MethodCall],
-    bound: Callable[..., Any],
+    model: nn.Module, candidate: Candidate, run: Probe, method: TracedMethod, block: str, calls: Sequence[MethodCall]
 ) -> MoERegion:
+    keyword = _keyword(candidate, run)
     experts = [as_expert(expert, keyword) for _, expert in candidate.experts]
-    roles = prove_method(experts, calls, bound)
+    bound = getattr(model.get_submodule(method.owner), method.name)
+    roles = prove_method(experts, calls, _crowded_calls(model, run, method, block), bound)
     return MoERegion(
         path=method.owner,
         method=method.name,
@@ -148,13 +146,24 @@ def _by_method(
     )
 
 
+def _crowded_calls(model: nn.Module, run: Probe, method: TracedMethod, block: str) -> list[MethodCall]:
+    """Calls of the method when all tokens of its block's call are nearly the same."""
+    calls: list[MethodCall] = []
+    for call in run.small.get(block, [])[:1]:
+        more = crowded(call)
+        eager = torch.compiler.set_stance("force_eager")
+        with spied(model.get_submodule(method.owner), method.name, calls), eager:
+            model.get_submodule(block).forward(*more.args, **more.kwargs)
+    return calls
+
+
 def _by_block(model: nn.Module, candidate: Candidate, run: Probe) -> MoERegion:
     """Try the modules around the experts, innermost first.
 
     Raises:
         NotReplayable: with the reason of each.
     """
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for path in [path for path in enclosing(candidate) if path][:_LEVELS]:
         if not run.small.get(path):
             continue
@@ -163,8 +172,9 @@ def _by_block(model: nn.Module, candidate: Candidate, run: Probe) -> MoERegion:
         except OffScale as reason:  # what lies further out holds the same sum
             raise OffScale(f"{path}.forward: {reason}") from reason
         except NotReplayable as reason:
-            reasons.append(f"{path}.forward: {reason}")
-    raise NotReplayable("; ".join(reasons) or "no module around the experts was called")
+            reasons.setdefault(str(reason), []).append(f"{path}.forward")
+    said = "; ".join(f"{', '.join(paths)}: {reason}" for reason, paths in reasons.items())
+    raise NotReplayable(said or "no module around the experts was called")
 
 
 def _block_at(model: nn.Module, candidate: Candidate, run: Probe, path: str) -> MoERegion:
@@ -211,16 +221,18 @@ def prove_modules(
     """
     modules = [as_expert(model.get_submodule(name), keyword) for name in experts]
     below = [_below(name, path) for name in experts]
-    recorded = record_block(model.get_submodule(path), _opened(below), small, large, below)
-    try:
-        return prove_block(recorded, modules, ModuleExperts(modules), dropped=False)
-    except OffScale:
-        raise
-    except NotReplayable as problem:
-        try:
-            return prove_block(recorded, modules, ModuleExperts(modules), dropped=True)
-        except NotReplayable as other:
-            raise (problem if str(other) == NO_MATCH else other) from other
+    owner, problem = model.get_submodule(path), NotReplayable(NO_MATCH)
+    for calls in ((small, large), (crowded(small), crowded(large))):
+        more = () if calls[0] is small else (small, large)
+        recorded = replace(record_block(owner, _opened(below), *calls, below), more=more)
+        for dropped in (False, True):
+            try:
+                return prove_block(recorded, modules, ModuleExperts(modules), dropped)
+            except OffScale:
+                raise
+            except NotReplayable as reason:
+                problem = reason if str(problem) == NO_MATCH else problem
+    raise problem
 
 
 def prove_stacked(
@@ -245,17 +257,20 @@ def prove_stacked(
     forms = [form] if form is not None else list(_forms(holder, count))
     own = [name for name, tensor in stacked_parameters(holder, count).items() if tensor.dim() == 3]
     states = [f"{inner}.{name}" if inner else name for name in own]
-    recorded = record_block(model.get_submodule(path), opened, small, large, states=states)
-    reason = "its stacked parameters have no known form of an expert (docs/structures.md lists them)"
+    owner = model.get_submodule(path)
+    reason = "its stacked parameters have no known form of an expert (docs/discovery.md lists them)"
     off: OffScale | None = None
-    for dropped, chosen in product((False, True), forms):
-        experts = stacked_modules(holder, chosen)
-        try:
-            return prove_block(recorded, experts, StackedExperts(holder, chosen, count), dropped, off), chosen
-        except OffScale as problem:
-            off = problem
-        except NotReplayable as problem:
-            reason = reason if str(problem) == NO_MATCH else str(problem)
+    for calls in ((small, large), (crowded(small), crowded(large))):
+        more = () if calls[0] is small else (small, large)
+        recorded = replace(record_block(owner, opened, *calls, states=states), more=more)
+        for dropped, chosen in product((False, True), forms):
+            experts = stacked_modules(holder, chosen)
+            try:
+                return prove_block(recorded, experts, StackedExperts(holder, chosen, count), dropped, off), chosen
+            except OffScale as problem:
+                off = problem
+            except NotReplayable as problem:
+                reason = reason if str(problem) == NO_MATCH else str(problem)
     raise off or NotReplayable(reason)
 
 

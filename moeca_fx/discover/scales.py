@@ -10,6 +10,7 @@ Few numbers average little out, and an expert that no token chose shows nothing,
 expert's factor is known well enough; they are made one by one, and models of real width need the first alone.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -77,7 +78,7 @@ class _Evidence:
     def unsure(self) -> float:
         """How far `off` may be off by rounding: as expected of the dtype, or as seen, whichever is more."""
         seen = self.lplp - 2 * self.off * self.lppp + self.off**2 * self.pppp
-        return _SURE * float(max(seen, self.rprp, 0.0)) ** 0.5 / self.pp
+        return _SURE * math.sqrt(max(seen, self.rprp)) / self.pp
 
 
 class OffScale(NotReplayable):

@@ -28,6 +28,7 @@ from moeca_fx.discover.scales import OffScale, Sample, check_scales
 
 NO_MATCH = "no values of its run are token rows, a routing over its experts, and their weighted sum"
 _NOT_FINITE = "it returned NaN or infinity; check the weights and the example inputs"
+_APART = 0.02  # what is left of the differences between tokens in a crowded call
 _TRIED = 12  # hypotheses that are made into recipes and run
 _MORE_CALLS = 6  # of a block, at most, where two do not show every expert's factor
 
@@ -122,6 +123,7 @@ class Recorded:
         short, long: their tapes.
         search: over the first tape.
         opened, paths, states: as for `record_block`.
+        more: arguments of other calls, which must be explained too.
     """
 
     owner: nn.Module
@@ -133,6 +135,7 @@ class Recorded:
     opened: frozenset[str]
     paths: frozenset[str]
     states: frozenset[str]
+    more: Sequence[Call] = ()
 
 
 def record_block(
@@ -185,7 +188,7 @@ def prove_block(
     for match in islice(recorded.search.matches(together, dropped), _TRIED):
         try:
             block = _block(match, short, recorded.long, experts)
-            calls = (small, recorded.large, _changed(small))
+            calls = (small, recorded.large, _changed(small), crowded(small), *recorded.more)
             error = max(_error(block, recorded.owner, experts, call) for call in calls)
             if error > TOLERANCE.get(block.dtype, 0.0):
                 raise NotReplayable(f"its replay differs from it by {error:.1e} relative")
@@ -228,6 +231,19 @@ def _changed(call: Call) -> Call:
     """The same shapes, other data."""
 
     args, kwargs = pytree.tree_map(other_values, (call.args, dict(call.kwargs)))
+    return Call(args, kwargs, call.samples)
+
+
+def crowded(call: Call) -> Call:
+    """Nearly the same token everywhere: all of them ask for the same experts, so that every limit shows."""
+
+    def crowd(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 2 or not leaf.numel():
+            return leaf
+        rows = leaf.reshape(-1, leaf.shape[-1])
+        return (rows[:1] + (rows - rows[:1]) * _APART).to(leaf.dtype).view(leaf.shape)
+
+    args, kwargs = pytree.tree_map(crowd, (call.args, dict(call.kwargs)))
     return Call(args, kwargs, call.samples)
 
 
