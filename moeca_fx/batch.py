@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from moeca_fx.errors import InputError
+from moeca_fx.reasons import Reason
 
 
 def at_least_two(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -33,7 +34,8 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     if not sizes:
         raise InputError(
             "example inputs: expected at least one tensor with a leading batch dimension, found none; "
-            "pass example_inputs=(x, t, ...) as the model's forward takes them"
+            "pass example_inputs=(x, t, ...) as the model's forward takes them",
+            code=Reason.INPUTS,
         )
     return max(sizes, key=sizes.count)  # the first of equally frequent ones
 

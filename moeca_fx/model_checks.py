@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from moeca_fx.errors import InputError, UnsupportedModelError
 from moeca_fx.policies import Method, Policy, as_method
+from moeca_fx.reasons import Reason
 
 _SHOWN = 3
 
@@ -19,32 +20,40 @@ def check_model(model: nn.Module) -> None:
     """Raise `UnsupportedModelError`, naming the modules: transformed already, training, hooked or quantised."""
     name = type(model).__name__
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"expected a torch.nn.Module, found {name}; pass the denoiser, not the pipeline")
+        raise UnsupportedModelError(
+            f"expected a torch.nn.Module, found {name}; pass the denoiser, not the pipeline", code=Reason.NOT_A_MODULE
+        )
     if "_moeca" in vars(model):
-        raise UnsupportedModelError(f"{name}: is transformed already; pass the original model, with any policy")
+        raise UnsupportedModelError(
+            f"{name}: is transformed already; pass the original model, with any policy", code=Reason.TRANSFORMED
+        )
     check_autocast()
     patched = [path or name for path, module in model.named_modules() if "forward" in vars(module)]
     if patched:
         raise UnsupportedModelError(
             f"{_list(patched)}: forward was replaced on the instance, which hides what the model computes; undo that "
-            "(the tool that did it: offloading, compilation, a patch) and transform again"
+            "(the tool that did it: offloading, compilation, a patch) and transform again",
+            code=Reason.PATCHED,
         )
     training = [path or name for path, module in model.named_modules() if module.training]
     if training:
         raise UnsupportedModelError(
-            f"{_list(training)}: in training mode; caching is for inference: call model.eval() first"
+            f"{_list(training)}: in training mode; caching is for inference: call model.eval() first",
+            code=Reason.TRAINING,
         )
     hooked = [path or name for path, module in model.named_modules() if _has_hooks(module)]
     if hooked:
         raise UnsupportedModelError(
             f"{_list(hooked)}: has forward or backward hooks, which a compiled graph would not run; remove them (or "
-            "the tool that added them: offloading, profiling, adapters) and transform again"
+            "the tool that added them: offloading, profiling, adapters) and transform again",
+            code=Reason.HOOKED,
         )
     quantised = [path for path, module in model.named_modules() if _is_quantised(module)]
     if quantised:
         raise UnsupportedModelError(
             f"{_list(quantised)}: quantised weights; expected floating-point parameters: "
-            "transform the unquantised model"
+            "transform the unquantised model",
+            code=Reason.QUANTISED,
         )
 
 
@@ -53,7 +62,8 @@ def check_autocast() -> None:
     if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
         raise UnsupportedModelError(
             "autocast is on: a transformed model runs in the dtype of its weights; leave the autocast block and cast "
-            "the model instead, e.g. model.bfloat16()"
+            "the model instead, e.g. model.bfloat16()",
+            code=Reason.AUTOCAST,
         )
 
 
@@ -70,17 +80,23 @@ def resolve_policy(policy: object) -> Policy:
 def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raise `InputError` when the example inputs do not fit forward's signature or are not finite."""
     if not isinstance(args, tuple):
-        raise InputError(f"example_inputs: expected a tuple, found {type(args).__name__}; pass (x, t, ...)")
+        raise InputError(
+            f"example_inputs: expected a tuple, found {type(args).__name__}; pass (x, t, ...)", code=Reason.INPUTS
+        )
     signature = inspect.signature(model.forward)
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise InputError(
-            f"example inputs do not fit {type(model).__name__}.forward{signature}: {error}; pass what one call takes"
+            f"example inputs do not fit {type(model).__name__}.forward{signature}: {error}; pass what one call takes",
+            code=Reason.INPUTS,
         ) from error
     for index, leaf in enumerate(pytree.tree_leaves((args, dict(kwargs)))):
         if isinstance(leaf, Tensor) and count_not_finite(leaf):
-            raise InputError(f"example input {index}: expected finite values, found NaN or infinity; pass a real input")
+            raise InputError(
+                f"example input {index}: expected finite values, found NaN or infinity; pass a real input",
+                code=Reason.INPUTS,
+            )
 
 
 def count_not_finite(tensor: Tensor) -> int:
@@ -97,7 +113,8 @@ def run_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise InputError(
             f"{type(model).__name__} cannot run on the example inputs: {type(error).__name__}: {error}; pass inputs of "
-            "the shapes and dtypes that one sampling step uses"
+            "the shapes and dtypes that one sampling step uses",
+            code=Reason.INPUTS,
         ) from error
 
 

@@ -18,6 +18,7 @@ from moeca_fx.model_checks import check_inputs, check_model, resolve_policy
 from moeca_fx.passes import Compilation, run_pipeline
 from moeca_fx.passes.insert_cache import plan_states
 from moeca_fx.policies import Method, MoECa, Policy
+from moeca_fx.reasons import Reason
 from moeca_fx.runtime.memory import MemoryReport, report
 from moeca_fx.runtime.module import TransformedModel, make_transformed, share_weights
 from moeca_fx.runtime.options import memory_options
@@ -131,13 +132,15 @@ def find_regions(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     if unproven:
         reasons = "; ".join(f"{refusal.path}: {refusal.reason}" for refusal in unproven)
         raise UnprovenRegionError(
-            f"{type(model).__name__}: a mixture-of-experts region could not be proven, nothing was changed. {reasons}"
+            f"{type(model).__name__}: a mixture-of-experts region could not be proven, nothing was changed. {reasons}",
+            code=Reason.most_telling(refusal.code for refusal in unproven),
         )
     if not found.regions:
         seen = [*(f"{refusal.path}: {refusal.reason}" for refusal in found.refused), *unlike_experts(model)]
         looked = "; ".join(seen) or "no candidates"
         raise NoMoEFoundError(
             f"{type(model).__name__}: found no mixture-of-experts layer (expected a list of identical experts under a "
-            f"top-k router). Looked at: {looked}. For a dense model use another cache"
+            f"top-k router). Looked at: {looked}. For a dense model use another cache",
+            code=Reason.NO_EXPERTS,
         )
     return found

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from moeca_fx.discover.candidates import find_candidates
+from moeca_fx.discover.journal import Journal
 from moeca_fx.discover.probe import probe
 from moeca_fx.discover.prove import prove
 from moeca_fx.discover.records import Discovery, Layout, MoERegion, Refusal
@@ -20,22 +21,27 @@ from moeca_fx.discover.records import Discovery, Layout, MoERegion, Refusal
 __all__ = ["Discovery", "Layout", "MoERegion", "Refusal", "discover"]
 
 
-def discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Discovery:
+def discover(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], journal: Journal | None = None
+) -> Discovery:
     """Find and prove every token-level MoE region; runs the model twice.
 
     Args:
         model: a model in eval mode; left as it was.
         args, kwargs: example inputs of its forward.
+        journal: gets what was tried.
 
     Returns:
         The proven regions and the refused candidates, each with its reason.
     """
     with torch.no_grad():
-        return _discover(model, args, kwargs)
+        return _discover(model, args, kwargs, journal or Journal())
 
 
-def _discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Discovery:
-    candidates = find_candidates(model)
-    run = probe(model, candidates, args, kwargs)
-    regions, refused = prove(model, candidates, run, args, kwargs)
+def _discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], journal: Journal) -> Discovery:
+    with journal.stage("candidates"):
+        candidates = journal.candidates = find_candidates(model)
+    with journal.stage("probe"):
+        run = journal.run = probe(model, candidates, args, kwargs)
+    regions, refused = prove(model, candidates, run, args, kwargs, journal)
     return Discovery(regions=tuple(regions), refused=tuple(refused))

@@ -18,6 +18,7 @@ from moeca_fx.discover.inline.tape import NotReplayable
 from moeca_fx.discover.records import Layout
 from moeca_fx.discover.reference import TOLERANCE, branch_sum, choice_as_tokens
 from moeca_fx.discover.scales import off_scale
+from moeca_fx.reasons import Reason
 
 MethodCall = tuple[dict[str, Any], Any]
 Spied = dict[tuple[str, str], list[MethodCall]]
@@ -94,14 +95,17 @@ def prove_method(experts: Sequence[nn.Module], calls: Sequence[MethodCall]) -> R
         NotReplayable: with the reason.
     """
     if len(calls) != 1:
-        raise NotReplayable(f"called {len(calls)} times in one forward; exactly one call is supported")
+        problem = f"called {len(calls)} times in one forward; exactly one call is supported"
+        raise NotReplayable(problem, Reason.CALLED_AGAIN)
     arguments, output = calls[0]
     if not isinstance(output, Tensor):
-        raise NotReplayable(f"returns {type(output).__name__}; expected one tensor")
+        raise NotReplayable(f"returns {type(output).__name__}; expected one tensor", Reason.RESULT)
     if not bool(torch.isfinite(output).all()):
-        raise NotReplayable("returned NaN or infinity in the probe run; check the weights and the example inputs")
+        problem = "returned NaN or infinity in the probe run; check the weights and the example inputs"
+        raise NotReplayable(problem, Reason.NOT_FINITE)
     limit = TOLERANCE.get(output.dtype, 0.0)
-    nearest, reason = float("inf"), "no arguments have the shapes of token rows, expert ids and routing weights"
+    nearest, code = float("inf"), Reason.ROLES_UNKNOWN
+    reason = "no arguments have the shapes of token rows, expert ids and routing weights"
     for layout, (x, expert, weight) in _triples(arguments, output, len(experts)):
         rows, ids, share = (arguments[name] for name in (x, expert, weight))
         slots = ids.shape[-1] if layout == "expert" else ids.numel() // (rows.numel() // rows.shape[-1])
@@ -110,19 +114,20 @@ def prove_method(experts: Sequence[nn.Module], calls: Sequence[MethodCall]) -> R
                 ids, share = choice_as_tokens(rows, ids, share)
             total = branch_sum(experts, rows, ids, share).reshape(output.shape)
         except (RuntimeError, TypeError, ValueError) as problem:
-            reason = f"an expert could not be run on token rows alone: {problem}"
+            reason, code = f"an expert could not be run on token rows alone: {problem}", Reason.NOT_BY_ROWS
             continue
         error = float((total - output.double()).abs().max() / output.abs().max().double().clamp_min(1e-30))
         nearest = min(nearest, error)
         if error <= limit:
             problem_found = off_scale(experts, rows, ids, share, output.double().reshape(-1, output.shape[-1]), output)
             if problem_found is not None:
-                reason = problem_found
+                reason, code = problem_found, Reason.WEIGHTS_OFF
                 continue
             empty = layout == "token" and bool((ids >= len(experts)).any())
             return Roles(x, expert, weight, slots, layout, empty, error)
         reason = f"sum_k weight_k * expert_k(x) differs from its output by {nearest:.1e} relative (allowed {limit:.0e})"
-    raise NotReplayable(reason)
+        code = Reason.NOT_A_WEIGHTED_SUM
+    raise NotReplayable(reason, code)
 
 
 def _triples(arguments: Mapping[str, Any], output: Tensor, count: int) -> Iterator[tuple[Layout, candidates.Roles]]:

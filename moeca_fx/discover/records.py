@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeca_fx.discover.inline.stacked import StackedForm
+from moeca_fx.reasons import Reason
 
 Layout = Literal["token", "expert"]
 """Who chooses: each token its k experts (token choice), or each expert its C tokens (expert choice)."""
@@ -68,11 +69,18 @@ class Refusal:
         path: module path of the candidate.
         reason: why, and what could be done.
         is_moe: whether it ran under a router (a top-k): then the model cannot be transformed without it.
+        codes: the documented reason of every attempt; none repeats.
     """
 
     path: str
     reason: str
     is_moe: bool
+    codes: tuple[Reason, ...] = ()
+
+    @property
+    def code(self) -> Reason | None:
+        """The one that tells most."""
+        return Reason.most_telling(self.codes)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from moeca_fx.graph.functional import functional_module
 from moeca_fx.model_checks import run_once
 from moeca_fx.ops.experts import live_regions
 from moeca_fx.passes.markers import marked_regions, region_call, regions_as_markers
+from moeca_fx.reasons import Reason
 
 _unique = itertools.count()
 _REPLAYED = 10.0  # how often the tolerance of one region a model of many may differ by
@@ -91,7 +92,8 @@ def capture(
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CaptureError(
                 f"torch.export could not trace {type(model).__name__}: {first_line}; data-dependent Python outside a "
-                "proven mixture-of-experts region is the usual cause"
+                "proven mixture-of-experts region is the usual cause",
+                code=Reason.NOT_TRACEABLE,
             ) from error
     in_spec, out_spec = module._in_spec, module._out_spec
     assert in_spec is not None and out_spec is not None, "an exported module knows its structure"
@@ -129,7 +131,8 @@ def _check_batch_open(
         if batched and not free_symbols(node.meta["val"].shape[0]):
             raise CaptureError(
                 f"{type(model).__name__}: its own code fixes the batch size (input {node.name!r} has {size} samples in "
-                "the trace); expected an open one: replace Python loops over the batch by tensor operations"
+                "the trace); expected an open one: replace Python loops over the batch by tensor operations",
+                code=Reason.FIXED_BATCH,
             )
 
 
@@ -165,5 +168,6 @@ def _check_equal(
             raise CaptureError(
                 f"output {index} of the captured graph differs from {type(model).__name__} by {error:.1e}, expected "
                 + (f"at most {allowed:.1e}" if replayed else "equality bit for bit")
-                + "; the model may hold state, dropout or data-dependent Python"
+                + "; the model may hold state, dropout or data-dependent Python",
+                code=Reason.TRACE_DIFFERS,
             )

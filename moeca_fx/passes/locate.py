@@ -34,6 +34,7 @@ from moeca_fx.graph.slicing import (
 from moeca_fx.ops.experts import is_marker
 from moeca_fx.passes.empty_ids import may_be_empty
 from moeca_fx.passes.router_form import describe_router
+from moeca_fx.reasons import Reason
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -129,15 +130,19 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
     if residual is None or tokens is None:
         raise UnsupportedModelError(
             f"{region.block}: expected a residual addition over a token stream [B, T, H] with a fixed number of tokens "
-            "after the experts, found none; write the block as x + gate * moe(x)"
+            "after the experts, found none; write the block as x + gate * moe(x)",
+            code=Reason.NO_RESIDUAL,
         )
     x, expert, weight = (operand for operand in marker.args[:3] if isinstance(operand, fx.Node))
     try:
         axes = propagate({residual.residual_in: STREAM}, between([residual.residual_in], [x]))
     except NotTokenWise as problem:
-        raise UnsupportedModelError(f"{region.block}: the experts' input mixes tokens: {problem}") from problem
+        raise UnsupportedModelError(
+            f"{region.block}: the experts' input mixes tokens: {problem}", code=Reason.MIXES_TOKENS
+        ) from problem
     if axes[x] not in (STREAM, TokenAxes(0, 0)):
-        raise UnsupportedModelError(f"{region.block}: the experts' rows are not ordered sample by sample")
+        problem_found = "the experts' rows are not ordered sample by sample"
+        raise UnsupportedModelError(f"{region.block}: {problem_found}", code=Reason.MIXES_TOKENS)
     shared = _shared_expert(marker, x, residual)
     companion = next((site for site in attention if site.residual_out == residual.residual_in.name), None)
     return MoESite(

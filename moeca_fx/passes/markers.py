@@ -67,7 +67,8 @@ def _block(model: nn.Module, region: MoERegion, small: Calls, large: Calls) -> B
         return prove_modules(model, _all_experts(region), region.keyword, region.path, *calls)
     except NotReplayable as reason:
         raise UnprovenRegionError(
-            f"{region.path}: was proven on the inputs of transform, and is not on those of this call: {reason}"
+            f"{region.path}: was proven on the inputs of transform, and is not on those of this call: {reason}",
+            code=reason.code,
         ) from reason
 
 

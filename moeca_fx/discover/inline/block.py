@@ -21,10 +21,12 @@ from torch.utils import _pytree as pytree
 from moeca_fx.batch import other_values
 from moeca_fx.discover.inline.branches import COPY, Branches, branches_of, may_be_empty
 from moeca_fx.discover.inline.match import Experts, Match, Search
+from moeca_fx.discover.inline.nearest import Nearest
 from moeca_fx.discover.inline.recipe import Recipe, make_recipe
 from moeca_fx.discover.inline.tape import NotReplayable, Tape, depends_on, record
 from moeca_fx.discover.reference import TOLERANCE, branch_sum, choice_as_tokens
 from moeca_fx.discover.scales import off_scale
+from moeca_fx.reasons import Reason
 
 NO_MATCH = "no values of its run are token rows, a routing over its experts, and their weighted sum"
 _TRIED = 12  # hypotheses that are made into recipes and run
@@ -124,6 +126,7 @@ def record_block(
     large: Call,
     paths: Sequence[str] = (),
     states: Sequence[str] = (),
+    nearest: Nearest | None = None,
 ) -> Recorded:
     """Run a block on both calls.
 
@@ -133,13 +136,14 @@ def record_block(
         small, large: arguments.
         paths: of the experts below the owner; none for stacked ones.
         states: paths below the owner of the parameters that stack experts.
+        nearest: remembers the hypothesis that came nearest.
 
     Raises:
         NotReplayable: it cannot be recorded.
     """
     short, long = (record(owner, opened, call.args, call.kwargs) for call in (small, large))
     after = depends_on(short, frozenset(paths), frozenset(states))
-    search = Search(short, small.samples, _rows_seen(short, paths), after)
+    search = Search(short, small.samples, _rows_seen(short, paths), after, nearest=nearest)
     return Recorded(owner, small, large, short, long, search)
 
 
@@ -156,23 +160,23 @@ def prove_block(recorded: Recorded, experts: Sequence[nn.Module], together: Expe
         NotReplayable: with the reason.
     """
     short, small = recorded.short, recorded.small
-    problem = NO_MATCH
+    problem = NotReplayable(NO_MATCH, Reason.ROUTING_UNKNOWN)
     for match in islice(recorded.search.matches(together, dropped), _TRIED):
         try:
             block = _block(match, short, recorded.long, experts)
             calls = (small, recorded.large, _changed(small))
             error = max(_error(block, recorded.owner, experts, call) for call in calls)
             if error > TOLERANCE.get(block.dtype, 0.0):
-                raise NotReplayable(f"its replay differs from it by {error:.1e} relative")
+                raise NotReplayable(f"its replay differs from it by {error:.1e} relative", Reason.REPLAY_DIFFERS)
             _check_scales(block, short, experts)
         except NotReplayable as reason:
-            problem = str(reason)
+            problem = reason
             continue
         except (RuntimeError, ValueError, IndexError) as reason:  # sizes that fit one call and not another
-            problem = f"its replay fails: {reason}"
+            problem = NotReplayable(f"its replay fails: {reason}", Reason.REPLAY_FAILS)
             continue
         return replace(block, error=error)
-    raise NotReplayable(problem)
+    raise problem
 
 
 def _block(match: Match, short: Tape, long: Tape, experts: Sequence[nn.Module]) -> Block:
@@ -182,7 +186,9 @@ def _block(match: Match, short: Tape, long: Tape, experts: Sequence[nn.Module]) 
     value = short.values[match.total]
     free = tuple(index for index, expert in enumerate(experts) if next(expert.parameters(), None) is None)
     if free and routing.kind == "choice":
-        raise NotReplayable("its experts choose tokens, and some of them have no parameters")
+        raise NotReplayable(
+            "its experts choose tokens, and some of them have no parameters", Reason.FREE_EXPERTS_CHOOSE
+        )
     return Block(match, recipe, tuple(value.shape[1:]), value.dtype, free, len(experts), 0.0)
 
 
@@ -224,15 +230,18 @@ def _error(block: Block, owner: nn.Module, experts: Sequence[nn.Module], call: C
     for a, b in zip(want, have, strict=True):
         if isinstance(a, Tensor):
             if a.shape != b.shape or a.dtype != b.dtype:
-                raise NotReplayable(f"its replay gives {tuple(b.shape)} {b.dtype}, it {tuple(a.shape)} {a.dtype}")
+                shapes = f"{tuple(b.shape)} {b.dtype}, it {tuple(a.shape)} {a.dtype}"
+                raise NotReplayable(f"its replay gives {shapes}", Reason.REPLAY_DIFFERS)
             if not a.numel():
                 continue
             if not bool(torch.isfinite(a).all()):
-                raise NotReplayable("it returned NaN or infinity; check the weights and the example inputs")
+                raise NotReplayable(
+                    "it returned NaN or infinity; check the weights and the example inputs", Reason.NOT_FINITE
+                )
             difference = (a.double() - b.double()).abs().max()
             worst = max(worst, float(difference / a.abs().max().double().clamp_min(1e-30)))
         elif a != b:
-            raise NotReplayable(f"its replay gives {b!r} where it gives {a!r}")
+            raise NotReplayable(f"its replay gives {b!r} where it gives {a!r}", Reason.REPLAY_DIFFERS)
     return worst
 
 
@@ -257,4 +266,4 @@ def _check_scales(block: Block, tape: Tape, experts: Sequence[nn.Module]) -> Non
     real = [expert for index, expert in enumerate(experts) if index not in block.free]
     problem = off_scale(real, x, ids, weight, routed, total)
     if problem is not None:
-        raise NotReplayable(problem)
+        raise NotReplayable(problem, Reason.WEIGHTS_OFF)

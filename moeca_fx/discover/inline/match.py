@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moeca_fx.discover.inline.nearest import Nearest
 from moeca_fx.discover.inline.routings import Routing, Shares, find_routings
 from moeca_fx.discover.inline.tape import Tape
 
@@ -60,6 +61,7 @@ class Search:
         samples: batch size of the call.
         seen: rows that experts were called with; only token rows among which they are come into question.
         after: values that the experts have a part in: the routed sum is one of them, nothing else that is looked for.
+        nearest: remembers the hypothesis that came nearest; None when nobody asks.
     """
 
     tape: Tape
@@ -67,8 +69,9 @@ class Search:
     seen: Sequence[Tensor]
     after: frozenset[int]
     shares: dict[tuple[int, int, bool], Shares] = field(default_factory=dict)
-    sums: dict[tuple[int, int], "_Sums"] = field(default_factory=dict)
+    sums: dict[tuple[int, int], "Sums"] = field(default_factory=dict)
     rows: list[tuple[int, Tensor]] | None = None
+    nearest: Nearest | None = None
 
     @property
     def before(self) -> dict[int, Tensor]:
@@ -98,13 +101,15 @@ class Search:
             found = find_routings(self.tape, self.before, count, tokens, self.samples, chosen, dropped)
             self.shares[tokens, count, dropped] = found
         if (tokens, width) not in self.sums:
-            self.sums[tokens, width] = _Sums(self.tape, self.after, tokens, width, chosen)
+            self.sums[tokens, width] = Sums(self.tape, self.after, tokens, width, chosen)
         shares = self.shares[tokens, count, dropped]
         channels = _some(width, _CHANNELS)
         own = rows[chosen].double() if rows.shape[-1] == width else torch.zeros(len(chosen), width, dtype=torch.float64)
         parts = torch.cat([outputs, own[:, None]], 1)[..., channels]  # [J, E + 1, c]
         routed = torch.einsum("rje,jec->rjc", shares.weights, parts)
         limit = _NEAR.get(rows.dtype, 0.0)
+        if self.nearest is not None:
+            self.nearest.look(self, self.sums[tokens, width], shares, x, routed, chosen, limit)
         for index, total, rest in self.sums[tokens, width].holding(routed, limit):
             yield Match(x, shares.routings[index], total, rest)
 
@@ -139,7 +144,7 @@ def _some(number: int, most: int) -> Tensor:
     return torch.arange(count) * number // count
 
 
-class _Sums:
+class Sums:
     """Values of the tape that may hold the routed sum [N, H]."""
 
     def __init__(self, tape: Tape, after: frozenset[int], tokens: int, width: int, chosen: Tensor) -> None:
