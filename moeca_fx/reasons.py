@@ -163,6 +163,12 @@ class Reason(StrEnum):
         "no values of the layer's run are token rows, a routing, and the weighted sum of the experts",
         "move the loop over experts into a method of rows, ids and weights, or " + _ENTRY,
     )
+    NEEDS_DATA = (
+        "needs-data",
+        _UNPROVEN,
+        "a model without weights (on the meta device) routes inside of the layer, which takes data to prove",
+        "load the weights, or fill the layer with random ones",
+    )
     NO_DISPATCH = (
         "no-dispatch",
         _UNPROVEN,
@@ -256,12 +262,6 @@ class Reason(StrEnum):
         _CAPTURE,
         "torch.export cannot follow the Python of the model outside of its experts",
         "replace what reads data (`.item()`, `if tensor`) by tensor operations, or compute it before the model",
-    )
-    FIXED_BATCH = (
-        "fixed-batch",
-        _CAPTURE,
-        "the model's code fixes the batch size",
-        "replace loops over the batch by tensor operations",
     )
     TRACE_DIFFERS = (
         "trace-differs",

@@ -84,12 +84,13 @@ def spied(owner: nn.Module, name: str, calls: list[MethodCall]) -> Iterator[None
         yield
 
 
-def prove_method(experts: Sequence[nn.Module], calls: Sequence[MethodCall]) -> Roles:
+def prove_method(experts: Sequence[nn.Module], calls: Sequence[MethodCall], crowded: Sequence[MethodCall]) -> Roles:
     """Find the roles of a method's arguments.
 
     Args:
         experts: one module an expert.
         calls: of one forward of the model.
+        crowded: calls in which all tokens ask for the same experts, so that limits show; the same roles must hold.
 
     Raises:
         NotReplayable: with the reason.
@@ -103,31 +104,58 @@ def prove_method(experts: Sequence[nn.Module], calls: Sequence[MethodCall]) -> R
     if not bool(torch.isfinite(output).all()):
         problem = "returned NaN or infinity in the probe run; check the weights and the example inputs"
         raise NotReplayable(problem, Reason.NOT_FINITE)
-    limit = TOLERANCE.get(output.dtype, 0.0)
-    nearest, code = float("inf"), Reason.ROLES_UNKNOWN
     reason = "no arguments have the shapes of token rows, expert ids and routing weights"
-    for layout, (x, expert, weight) in _triples(arguments, output, len(experts)):
-        rows, ids, share = (arguments[name] for name in (x, expert, weight))
-        slots = ids.shape[-1] if layout == "expert" else ids.numel() // (rows.numel() // rows.shape[-1])
+    nearest, code = float("inf"), Reason.ROLES_UNKNOWN
+    for layout, names in _triples(arguments, output, len(experts)):
         try:
-            if layout == "expert":
-                ids, share = choice_as_tokens(rows, ids, share)
-            total = branch_sum(experts, rows, ids, share).reshape(output.shape)
-        except (RuntimeError, TypeError, ValueError) as problem:
-            reason, code = f"an expert could not be run on token rows alone: {problem}", Reason.NOT_BY_ROWS
+            error, empty = _check(experts, layout, names, calls[0])
+            for call in crowded:
+                other, also_empty = _check(experts, layout, names, call)
+                error, empty = max(error, other), empty or also_empty
+        except _Differs as found:
+            if found.error < nearest:
+                nearest, reason, code = found.error, str(found), found.code
             continue
-        error = float((total - output.double()).abs().max() / output.abs().max().double().clamp_min(1e-30))
-        nearest = min(nearest, error)
-        if error <= limit:
-            problem_found = off_scale(experts, rows, ids, share, output.double().reshape(-1, output.shape[-1]), output)
-            if problem_found is not None:
-                reason, code = problem_found, Reason.WEIGHTS_OFF
-                continue
-            empty = layout == "token" and bool((ids >= len(experts)).any())
-            return Roles(x, expert, weight, slots, layout, empty, error)
-        reason = f"sum_k weight_k * expert_k(x) differs from its output by {nearest:.1e} relative (allowed {limit:.0e})"
-        code = Reason.NOT_A_WEIGHTED_SUM
+        rows, ids = arguments[names[0]], arguments[names[1]]
+        slots = ids.shape[-1] if layout == "expert" else ids.numel() // (rows.numel() // rows.shape[-1])
+        return Roles(*names, slots, layout, empty, error)
     raise NotReplayable(reason, code)
+
+
+class _Differs(Exception):
+    """Roles that do not explain a call; `error` is how far they are off."""
+
+    def __init__(self, message: str, error: float, code: Reason) -> None:
+        super().__init__(message)
+        self.error, self.code = error, code
+
+
+def _check(
+    experts: Sequence[nn.Module], layout: Layout, names: candidates.Roles, call: MethodCall
+) -> tuple[float, bool]:
+    """(error relative to the largest output, whether an id stands for no expert) of one call under these roles.
+
+    Raises:
+        _Differs: it is no weighted sum over the experts.
+    """
+    arguments, output = call
+    rows, ids, share = (arguments[name] for name in names)
+    try:
+        if layout == "expert":
+            ids, share = choice_as_tokens(rows, ids, share)
+        total = branch_sum(experts, rows, ids, share).reshape(output.shape)
+    except (RuntimeError, TypeError, ValueError) as problem:
+        said = f"an expert could not be run on token rows alone: {problem}"
+        raise _Differs(said, 1e30, Reason.NOT_BY_ROWS) from problem
+    error = float((total - output.double()).abs().max() / output.abs().max().double().clamp_min(1e-30))
+    limit = TOLERANCE.get(output.dtype, 0.0)
+    if not error <= limit:
+        said = f"sum_k weight_k * expert_k(x) differs from its output by {error:.1e} relative (allowed {limit:.0e})"
+        raise _Differs(said, error, Reason.NOT_A_WEIGHTED_SUM)
+    problem_found = off_scale(experts, rows, ids, share, output.double().reshape(-1, output.shape[-1]), output)
+    if problem_found is not None:
+        raise _Differs(problem_found, error, Reason.WEIGHTS_OFF)
+    return error, layout == "token" and bool((ids >= len(experts)).any())
 
 
 def _triples(arguments: Mapping[str, Any], output: Tensor, count: int) -> Iterator[tuple[Layout, candidates.Roles]]:

@@ -7,15 +7,17 @@ router and dispatch together (`inline`).
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
 
+import torch
 from torch import nn
 
 from moeca_fx.discover.candidates import Candidate
 from moeca_fx.discover.experts import ModuleExperts, as_expert
-from moeca_fx.discover.inline.block import NO_MATCH, Block, Call, prove_block, record_block
+from moeca_fx.discover.inline.block import NO_MATCH, Block, Call, crowded, prove_block, record_block
 from moeca_fx.discover.inline.nearest import Nearest
 from moeca_fx.discover.inline.stacked import (
     StackedExperts,
@@ -72,9 +74,8 @@ def prove(
 
 def _refused_at_once(candidate: Candidate, run: Probe) -> Refusal | None:
     if candidate.nested:
-        return Refusal(
-            candidate.path, "a list of blocks: it contains another candidate", False, (Reason.LIST_OF_BLOCKS,)
-        )
+        problem = "a list of blocks: it contains another candidate"
+        return Refusal(candidate.path, problem, False, (Reason.LIST_OF_BLOCKS,))
     calls = run.experts[key_of(candidate)]
     if not candidate.stacked and calls.count < 2:
         routed = enclosing_router(candidate.path, run.topk) is not None and not candidate.attributes
@@ -111,7 +112,7 @@ def _prove(
     codes: list[Reason] = []
     if isinstance(method, TracedMethod):
         assert block is not None, f"{candidate.path}: a method is looked for under a router only"
-        proof = partial(_by_method, candidate, method, block, _keyword(candidate, run), seen[method.owner, method.name])
+        proof = partial(_by_method, model, candidate, run, method, block, seen[method.owner, method.name])
         try:
             return journal.attempt(candidate.path, "method", f"{method.owner}.{method.name}", proof)
         except NotReplayable as reason:
@@ -127,7 +128,7 @@ def _prove(
         codes.append(reason.code)
     routed = block is not None and not candidate.attributes and not calls.on_every_token
     if calls.on_every_token:
-        reasons.insert(0, "each of them runs on every token")
+        reasons.append("each of them runs on every token")
         codes.append(Reason.EVERY_TOKEN)
     return Refusal(candidate.path, "; ".join(reasons), routed, tuple(dict.fromkeys(codes)))
 
@@ -138,15 +139,17 @@ def _keyword(candidate: Candidate, run: Probe) -> str | None:
 
 
 def _by_method(
+    model: nn.Module,
     candidate: Candidate,
+    run: Probe,
     method: TracedMethod,
     block: str,
-    keyword: str | None,
     calls: Sequence[MethodCall],
     _nearest: Nearest | None,
 ) -> tuple[MoERegion, str]:
+    keyword = _keyword(candidate, run)
     experts = [as_expert(expert, keyword) for _, expert in candidate.experts]
-    roles = prove_method(experts, calls)
+    roles = prove_method(experts, calls, _crowded_calls(model, run, method, block))
     region = MoERegion(
         path=method.owner,
         method=method.name,
@@ -165,13 +168,25 @@ def _by_method(
     return region, f"rows: {roles.x}, ids: {roles.expert}, weights: {roles.weight}"
 
 
+def _crowded_calls(model: nn.Module, run: Probe, method: TracedMethod, block: str) -> list[MethodCall]:
+    """Calls of the method when all tokens of its block's call are nearly the same."""
+    calls: list[MethodCall] = []
+    for call in run.small.get(block, [])[:1]:
+        more = crowded(call)
+        eager = torch.compiler.set_stance("force_eager")
+        with spied(model.get_submodule(method.owner), method.name, calls), eager:
+            model.get_submodule(block).forward(*more.args, **more.kwargs)
+    return calls
+
+
 def _by_block(model: nn.Module, candidate: Candidate, run: Probe, journal: Journal) -> MoERegion:
     """Try the modules around the experts, innermost first.
 
     Raises:
         NotReplayable: with the reason of each.
     """
-    reasons, codes = [], []
+    reasons: dict[str, list[str]] = {}
+    codes: list[Reason] = []
     for path in [path for path in enclosing(candidate) if path][:_LEVELS]:
         if not run.small.get(path):
             continue
@@ -179,9 +194,10 @@ def _by_block(model: nn.Module, candidate: Candidate, run: Probe, journal: Journ
             proof = partial(_block_at, model, candidate, run, path)
             return journal.attempt(candidate.path, "block", f"{path}.forward", proof)
         except NotReplayable as reason:
-            reasons.append(f"{path}.forward: {reason}")
+            reasons.setdefault(str(reason), []).append(f"{path}.forward")
             codes.append(reason.code)
-    problem = "; ".join(reasons) or "no module around the experts was called"
+    said = "; ".join(f"{', '.join(paths)}: {reason}" for reason, paths in reasons.items())
+    problem = said or "no module around the experts was called"
     raise NotReplayable(problem, Reason.most_telling(codes) or Reason.NO_DISPATCH)
 
 
@@ -240,14 +256,16 @@ def prove_modules(
     """
     modules = [as_expert(model.get_submodule(name), keyword) for name in experts]
     below = [_below(name, path) for name in experts]
-    recorded = record_block(model.get_submodule(path), _opened(below), small, large, below, nearest=nearest)
-    try:
-        return prove_block(recorded, modules, ModuleExperts(modules), dropped=False)
-    except NotReplayable as problem:
-        try:
-            return prove_block(recorded, modules, ModuleExperts(modules), dropped=True)
-        except NotReplayable as other:
-            raise (problem if str(other) == NO_MATCH else other) from other
+    owner, problem = model.get_submodule(path), NotReplayable(NO_MATCH, Reason.ROUTING_UNKNOWN)
+    for calls in ((small, large), (crowded(small), crowded(large))):
+        more = () if calls[0] is small else (small, large)
+        recorded = replace(record_block(owner, _opened(below), *calls, below, nearest=nearest), more=more)
+        for dropped in (False, True):
+            try:
+                return prove_block(recorded, modules, ModuleExperts(modules), dropped)
+            except NotReplayable as reason:
+                problem = reason if str(problem) == NO_MATCH else problem
+    raise problem
 
 
 def prove_stacked(
@@ -280,15 +298,18 @@ def prove_stacked(
     forms = [form] if form is not None else list(_forms(holder, count))
     own = [name for name, tensor in stacked_parameters(holder, count).items() if tensor.dim() == 3]
     states = [f"{inner}.{name}" if inner else name for name in own]
-    recorded = record_block(model.get_submodule(path), opened, small, large, states=states, nearest=nearest)
-    unknown = "its stacked parameters have no known form of an expert (docs/structures.md lists them)"
+    owner = model.get_submodule(path)
+    unknown = "its stacked parameters have no known form of an expert (docs/discovery.md lists them)"
     reason = NotReplayable(unknown, Reason.STACKED_FORM)
-    for dropped, chosen in product((False, True), forms):
-        experts = stacked_modules(holder, chosen)
-        try:
-            return prove_block(recorded, experts, StackedExperts(holder, chosen, count), dropped), chosen
-        except NotReplayable as problem:
-            reason = reason if str(problem) == NO_MATCH else problem
+    for calls in ((small, large), (crowded(small), crowded(large))):
+        more = () if calls[0] is small else (small, large)
+        recorded = replace(record_block(owner, opened, *calls, states=states, nearest=nearest), more=more)
+        for dropped, chosen in product((False, True), forms):
+            experts = stacked_modules(holder, chosen)
+            try:
+                return prove_block(recorded, experts, StackedExperts(holder, chosen, count), dropped), chosen
+            except NotReplayable as problem:
+                reason = reason if str(problem) == NO_MATCH else problem
     raise reason
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-_ALLOWED = 4e-3
-_SURE = 4.0  # standard deviations of the rounding error
+ALLOWED = 4e-3
+SURE = 4.0  # standard deviations of the rounding error
 
 
 def off_scale(
@@ -43,6 +43,6 @@ def off_scale(
             continue
         off = float((left[token] * part).sum()) / size
         noise = step * float((rounded.reshape(routed.shape)[token].double() * part).norm()) / size
-        if abs(off) > max(_ALLOWED, _SURE * noise):
+        if abs(off) > max(ALLOWED, SURE * noise):
             return f"expert {index} enters the sum with {1 + off:.4f} times its routing weight"
     return None

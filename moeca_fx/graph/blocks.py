@@ -5,6 +5,7 @@ from itertools import groupby, pairwise
 
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.sites import AttentionSite, Site, Sites
+from moeca_fx.reasons import Reason
 
 
 @dataclass(frozen=True)
@@ -14,10 +15,11 @@ class Block:
     path: str
     sites: tuple[Site, ...]
 
-    @property
-    def attention(self) -> AttentionSite | None:
-        """Its first attention, if any."""
-        return next((site for site in self.sites if isinstance(site, AttentionSite)), None)
+    def attention_before(self, site: Site) -> AttentionSite | None:
+        """The block's attention whose map ranks the tokens that `site` reads: on its stream, else over as many."""
+        found = [other for other in self.sites if isinstance(other, AttentionSite) and other.tokens == site.tokens]
+        found = [other for other in found if not other.joint or other.first_token is not None]
+        return next((other for other in found if other.residual_out == site.residual_in), next(iter(found), None))
 
 
 def blocks_of(sites: Sites) -> tuple[Block, ...]:
@@ -39,7 +41,8 @@ def check_one_stream(sites: Sites, purpose: str) -> None:
         if after.residual_in != before.residual_out:
             raise UnsupportedModelError(
                 f"{after.path}: expected the token stream that {before.path} leaves, found another one; {purpose} "
-                "needs one stream through all blocks: choose a policy at the output, sublayer or branch level"
+                "needs one stream through all blocks: choose a policy at the output, sublayer or branch level",
+                code=Reason.POLICY,
             )
 
 

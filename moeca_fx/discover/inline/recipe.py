@@ -9,7 +9,7 @@
 Both tapes must have the same entries on the way; a size that differs must grow in proportion to the batch.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -64,7 +64,7 @@ class Recipe:
 
         Args:
             owner: the module that the tape was recorded on, or one of the same structure.
-            routed: (module runner, values of `wanted`) -> the routed value.
+            routed: values of `wanted` -> the routed value.
             args, kwargs: of the call.
         """
         leaves = pytree.tree_leaves((args, dict(kwargs)))
@@ -78,19 +78,17 @@ class Recipe:
         return pytree.tree_unflatten([_filled(leaf, values, unit) for leaf in self.outputs], self.out_spec)
 
 
-def make_recipe(small: Tape, large: Tape, wanted: Iterable[int], routed: int, extra: Iterable[int] = ()) -> Recipe:
+def make_recipe(small: Tape, large: Tape, wanted: Sequence[int], routed: int) -> Recipe:
     """The common recipe of two tapes of the same call at two batch sizes.
 
     Args:
         small, large: the tapes.
-        wanted: values of `small` that the experts take.
-        routed: value of `small` that the experts give, possibly with other terms added (`extra`).
-        extra: more values that the routed function takes.
+        wanted: values of `small` that the routed function takes.
+        routed: value of `small` that it gives.
 
     Raises:
         NotReplayable: what lies on the way depends on data, or the tapes differ.
     """
-    wanted = (*wanted, *extra)
     assert small.out_spec is not None
     if small.out_spec != large.out_spec:
         raise NotReplayable("the structure of its result depends on the batch size", Reason.DEPENDS_ON_THE_BATCH)
@@ -109,11 +107,10 @@ def make_recipe(small: Tape, large: Tape, wanted: Iterable[int], routed: int, ex
     used |= {leaf.number for leaf in results if isinstance(leaf, Ref)}
     sources = {number: source for number, source in small.sources.items() if number in used}
     _check_constants(sources, large, twins)
-    cut = len(before)
+    early = {number for entry in before for number in entry.outputs}
     composed = with_composites(kept, {*wanted, *outputs})
-    before_names = {number for entry in kept[:cut] for number in entry.outputs}
-    first = tuple(entry for entry in composed if set(entry.outputs) <= before_names)
-    rest = tuple(entry for entry in composed if not set(entry.outputs) <= before_names)
+    first = tuple(entry for entry in composed if entry.outputs[0] in early)
+    rest = tuple(entry for entry in composed if entry.outputs[0] not in early)
     return Recipe(sources, first, tuple(wanted), routed, rest, results, small.out_spec, unit)
 
 
