@@ -5,6 +5,7 @@ pipe = moeca_fx.apply(pipe, policy=moeca_fx.MoECa(interval=4))  # a diffusers pi
 """
 
 from moeca_fx import errors, policies, registry, zoo
+from moeca_fx.diagnosis import doctor
 from moeca_fx.inspection import inspect
 from moeca_fx.pipelines import apply, remove, stats
 from moeca_fx.policies import MoECa
@@ -22,6 +23,7 @@ __all__ = [
     "OtherLengthWarning",
     "__version__",
     "apply",
+    "doctor",
     "errors",
     "estimate_memory",
     "inspect",

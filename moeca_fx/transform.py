@@ -9,6 +9,7 @@ from torch import nn
 from moeca_fx.batch import batch_size
 from moeca_fx.discover import Discovery, discover
 from moeca_fx.discover.behaviour import check_behaviour
+from moeca_fx.discover.journal import Journal
 from moeca_fx.discover.state import State, first_output
 from moeca_fx.discover.unlike import unlike_experts
 from moeca_fx.errors import ConfigError, NoMoEFoundError, UnprovenRegionError, UnsupportedModelError
@@ -122,8 +123,14 @@ def estimate_memory(
     return report(((state, state.bytes(size)) for state in states), size)
 
 
-def find_regions(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Discovery:
+def find_regions(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], journal: Journal | None = None
+) -> Discovery:
     """Check the model and its inputs, and discover; everything that ran under a router must be proven.
+
+    Args:
+        model, args, kwargs: as for `transform`.
+        journal: gets what was tried.
 
     Raises:
         As `transform`.
@@ -132,10 +139,11 @@ def find_regions(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     check_inputs(model, args, kwargs)
     before = State(model)
     with first_output(model) as output:
-        found = discover(model, args, kwargs)
+        found = discover(model, args, kwargs, journal)
     unproven = [refusal for refusal in found.refused if refusal.is_moe]
     if (found.regions or unproven) and not has_no_data(model):
-        check_behaviour(model, args, kwargs, output[0], before)
+        with (journal or Journal()).stage("behaviour"):
+            check_behaviour(model, args, kwargs, output[0], before)
     if unproven:
         reasons = "; ".join(f"{refusal.path}: {refusal.reason}" for refusal in unproven)
         raise UnprovenRegionError(

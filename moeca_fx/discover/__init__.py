@@ -58,4 +58,5 @@ def _discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
             run_again(model, run, args, kwargs, ())
     if places:
         found = with_entries(model, places, recording, run.why_no_large, found, journal)
-    return Discovery(regions=tuple(found[0]), refused=tuple(found[1]))
+    journal.found = Discovery(regions=tuple(found[0]), refused=tuple(found[1]))
+    return journal.found

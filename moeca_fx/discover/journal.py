@@ -14,7 +14,7 @@ from moeca_fx.discover.candidates import Candidate
 from moeca_fx.discover.inline.nearest import Nearest, NearMiss
 from moeca_fx.discover.inline.tape import NotReplayable
 from moeca_fx.discover.probe import Probe
-from moeca_fx.discover.records import MoERegion
+from moeca_fx.discover.records import Discovery, MoERegion
 from moeca_fx.reasons import Reason
 
 Kind = Literal["method", "block", "entry"]
@@ -57,6 +57,7 @@ class Journal:
         run: the probe's.
         seconds: by stage.
         attempts: in order.
+        found: what discovery returned; None before.
     """
 
     near_misses: bool = False
@@ -64,6 +65,7 @@ class Journal:
     run: Probe | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     attempts: list[Attempt] = field(default_factory=list)
+    found: Discovery | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

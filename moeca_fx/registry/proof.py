@@ -101,7 +101,7 @@ def prove_entry(model: nn.Module, path: str, entry: Entry, small: Call, large: C
 
 
 def _experts(model: nn.Module, owner: nn.Module, entry: Entry) -> list[nn.Module]:
-    experts = _guarded(entry, "experts", lambda: list(entry.experts(owner)))
+    experts: list[nn.Module] = _guarded(entry, "experts", lambda: list(entry.experts(owner)))
     if len(experts) < 2 or not all(isinstance(expert, nn.Module) for expert in experts):
         kinds = sorted({type(expert).__name__ for expert in experts}) or ["nothing"]
         raise _failed(entry, "experts", f"expected at least two modules, found {len(experts)} of {', '.join(kinds)}")
@@ -134,7 +134,8 @@ class _Checked:
     def __call__(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """The routed sum in the shape of the rows."""
         self._check(rows, ids, weights)
-        return _guarded(self.entry, "experts", lambda: self.reference(rows, ids, weights))
+        routed: Tensor = _guarded(self.entry, "experts", lambda: self.reference(rows, ids, weights))
+        return routed
 
     def _check(self, rows: Tensor, ids: Tensor, weights: Tensor) -> None:
         tensors = all(isinstance(value, Tensor) for value in (rows, ids, weights))

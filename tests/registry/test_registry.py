@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def _empty() -> Iterator[None]:
 
 
 def _refusal(entry: Entry, dtype: torch.dtype = torch.float32) -> UnprovenRegionError:
-    register(entry)
+    register(replace(entry, prefer=True))  # what discovery tries by itself takes seconds and is tested below
     inputs = tuple(value.to(dtype) for value in toy_inputs())
     with pytest.raises(UnprovenRegionError) as caught:
         moeca_fx.transform(toy(Odd).to(dtype), inputs)
@@ -71,7 +72,7 @@ def test_the_entry_is_proven_equal_and_reuses() -> None:
 
 
 def test_its_graph_reads_the_models_own_weights() -> None:
-    register(ENTRY)
+    register(with_(prefer=True))
     model = toy(Odd)
     fast = moeca_fx.transform(model, toy_inputs(), policy=None, compile=False)
     with torch.no_grad():
@@ -80,7 +81,7 @@ def test_its_graph_reads_the_models_own_weights() -> None:
 
 
 def test_a_transformed_model_keeps_its_entry() -> None:
-    register(ENTRY)
+    register(with_(prefer=True))
     model = toy(Odd)
     fast = moeca_fx.transform(model, toy_inputs(), policy=None, compile=False)
     unregister("odd")
@@ -102,7 +103,7 @@ def test_an_expert_that_is_one_percent_off_is_refused(factor: float, dtype: torc
 
 
 def test_the_right_entry_is_proven_in_bf16() -> None:
-    register(ENTRY)
+    register(with_(prefer=True))
     inputs = tuple(value.bfloat16() for value in toy_inputs())
     assert len(discover(toy(Odd).bfloat16(), inputs, {}).regions) == 1
 
@@ -158,14 +159,20 @@ def test_wrong_entries_are_refused_and_named(entry: Entry, code: Reason, message
     error = _refusal(entry)
     assert error.code is code
     assert "entry 'odd'" in str(error) and message in str(error)
-    assert "no known form of an expert" in str(error)  # why it was not found out stays in the message
+
+
+def test_why_it_was_not_found_out_stays_in_the_message() -> None:
+    register(with_(route=_raises))
+    (refusal,) = discover(toy(Odd), toy_inputs(), {}).refused
+    assert refusal.is_moe and refusal.codes == (Reason.ENTRY_FAILED, Reason.STACKED_FORM)
+    assert "route: raised KeyError" in refusal.reason and "no known form of an expert" in refusal.reason
 
 
 def test_a_method_may_be_the_region() -> None:
     def finish(_layer: Odd, routed: Tensor, _rows: Tensor) -> Tensor:
         return routed
 
-    register(with_(region="routed", finish=finish))
+    register(with_(region="routed", finish=finish, prefer=True))
     model = toy(Odd)
     (region,) = discover(model, toy_inputs(), {}).regions
     assert (region.path, region.method) == (PATH, "routed")
@@ -191,7 +198,7 @@ def test_experts_may_choose() -> None:
         share, token = layer.compass(z).softmax(-1).transpose(1, 2).topk(3, dim=-1)
         return z, token, share
 
-    register(with_(match=Choosing, route=route, layout="expert"))
+    register(with_(match=Choosing, route=route, layout="expert", prefer=True))
     model = toy(Choosing)
     (region,) = discover(model, toy_inputs(), {}).regions
     assert (region.layout, region.top_k) == ("expert", 3)
@@ -215,7 +222,7 @@ def test_automatic_proof_comes_first() -> None:
 
 
 def test_unless_the_entry_is_preferred() -> None:
-    entry = register(Entry(**{**vars(BLEND), "prefer": True}))
+    entry = register(replace(BLEND, prefer=True))
     model = toy()
     (region,) = discover(model, toy_inputs(), {}).regions
     assert (region.path, region.entry) == (PATH, entry)
