@@ -94,7 +94,7 @@ def _discovery(
     regions = None
     try:
         regions = find_regions(model, args, kwargs, journal)
-    except Exception as error:  # a diagnosis tells where it stopped, whatever stopped it
+    except Exception as error:  # noqa: BLE001  # a diagnosis tells where it stopped, whatever stopped it
         problem = error
     seen = regions or journal.found
     if seen is not None and regions is None:
@@ -109,7 +109,8 @@ def _discovery(
         stages.stop(name, journal.seconds.get(name, took), problem)
         raise Stopped
     for kind in _PROOFS:
-        tried = [attempt for attempt in journal.attempts if attempt.kind == kind]
+        own = [attempt for attempt in journal.attempts if attempt.kind == kind]
+        tried = [attempt for attempt in own if attempt.error is not None or attempt.code is not None]
         seconds = sum(attempt.seconds for attempt in tried)
         stages.add(f"proof by {kind}", seconds, _proven(tried))
     if isinstance(problem, UnsupportedModelError):

@@ -35,8 +35,7 @@ class Stage:
     note: str = ""
 
     def __str__(self) -> str:
-        took = "" if self.status == "not reached" else f"{self.seconds:8.2f} s"
-        return f"  {self.status:<12}{self.name:<20}{took:>10}  {self.note}".rstrip()
+        return f"  {self.status:<9}{self.name:<20}{self.seconds:8.2f} s  {self.note}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,9 @@ class DoctorReport:
         return {**asdict(self), "ok": self.ok, "stopped": self.stopped}
 
     def __str__(self) -> str:
-        lines = [self.model, *(str(stage) for stage in self.stages)]
+        lines = [self.model, *(str(stage) for stage in self.stages if stage.status != "not reached")]
+        beyond = [stage.name for stage in self.stages if stage.status == "not reached"]
+        lines += [f"  not reached: {', '.join(beyond)}"] if beyond else []
         for candidate in self.candidates:
             lines += ["", str(candidate)]
         lines.append("")

@@ -28,7 +28,7 @@ from moeca_fx.discover.inline.stacked import (
 )
 from moeca_fx.discover.inline.tape import NotReplayable
 from moeca_fx.discover.inline.words import match_in_words
-from moeca_fx.discover.journal import Journal
+from moeca_fx.discover.journal import Attempt, Journal
 from moeca_fx.discover.method import MethodCall, Spied, TracedMethod, prove_method, spied
 from moeca_fx.discover.probe import Probe, enclosing, enclosing_router, innermost_method, key_of, run_again
 from moeca_fx.discover.records import MoERegion, Refusal
@@ -120,6 +120,7 @@ def _prove(
             codes.append(reason.code)
     else:
         reasons.append(method)
+        journal.attempts.append(Attempt(candidate.path, "method", "not tried", 0.0, problem=method))
         codes += [Reason.NO_ROUTER] if block is None else []
     try:
         return _by_block(model, candidate, run, journal)
