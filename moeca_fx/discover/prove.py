@@ -28,6 +28,7 @@ from moeca_fx.discover.inline.tape import NotReplayable
 from moeca_fx.discover.method import MethodCall, Spied, TracedMethod, prove_method, spied
 from moeca_fx.discover.probe import Probe, enclosing, enclosing_router, innermost_method, key_of, run_again
 from moeca_fx.discover.records import MoERegion, Refusal
+from moeca_fx.discover.scales import OffScale
 
 _LEVELS = 3  # modules around the experts that are tried as the block
 
@@ -100,6 +101,8 @@ def _prove(
         assert block is not None, f"{candidate.path}: a method is looked for under a router only"
         try:
             return _by_method(model, candidate, run, method, block, seen[method.owner, method.name])
+        except OffScale as reason:
+            return Refusal(candidate.path, f"{method.owner}.{method.name}: {reason}", True)
         except NotReplayable as reason:
             reasons.append(f"{method.owner}.{method.name}: {reason}")
     else:
@@ -124,7 +127,8 @@ def _by_method(
 ) -> MoERegion:
     keyword = _keyword(candidate, run)
     experts = [as_expert(expert, keyword) for _, expert in candidate.experts]
-    roles = prove_method(experts, calls, _crowded_calls(model, run, method, block))
+    bound = getattr(model.get_submodule(method.owner), method.name)
+    roles = prove_method(experts, calls, _crowded_calls(model, run, method, block), bound)
     return MoERegion(
         path=method.owner,
         method=method.name,
@@ -165,6 +169,8 @@ def _by_block(model: nn.Module, candidate: Candidate, run: Probe) -> MoERegion:
             continue
         try:
             return _block_at(model, candidate, run, path)
+        except OffScale as reason:  # what lies further out holds the same sum
+            raise OffScale(f"{path}.forward: {reason}") from reason
         except NotReplayable as reason:
             reasons.setdefault(str(reason), []).append(f"{path}.forward")
     said = "; ".join(f"{', '.join(paths)}: {reason}" for reason, paths in reasons.items())
@@ -222,6 +228,8 @@ def prove_modules(
         for dropped in (False, True):
             try:
                 return prove_block(recorded, modules, ModuleExperts(modules), dropped)
+            except OffScale:
+                raise
             except NotReplayable as reason:
                 problem = reason if str(problem) == NO_MATCH else problem
     raise problem
@@ -251,16 +259,19 @@ def prove_stacked(
     states = [f"{inner}.{name}" if inner else name for name in own]
     owner = model.get_submodule(path)
     reason = "its stacked parameters have no known form of an expert (docs/discovery.md lists them)"
+    off: OffScale | None = None
     for calls in ((small, large), (crowded(small), crowded(large))):
         more = () if calls[0] is small else (small, large)
         recorded = replace(record_block(owner, opened, *calls, states=states), more=more)
         for dropped, chosen in product((False, True), forms):
             experts = stacked_modules(holder, chosen)
             try:
-                return prove_block(recorded, experts, StackedExperts(holder, chosen, count), dropped), chosen
+                return prove_block(recorded, experts, StackedExperts(holder, chosen, count), dropped, off), chosen
+            except OffScale as problem:
+                off = problem
             except NotReplayable as problem:
                 reason = reason if str(problem) == NO_MATCH else str(problem)
-    raise NotReplayable(reason)
+    raise off or NotReplayable(reason)
 
 
 def _forms(holder: nn.Module, count: int) -> list[StackedForm]:
