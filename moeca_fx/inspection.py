@@ -1,6 +1,6 @@
 """`inspect`: what was found in a model, what will be reused, what it costs, and what was refused and why."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
@@ -11,11 +11,12 @@ from torch.utils import _pytree as pytree
 from moeca_fx.batch import at_least_two, batch_size
 from moeca_fx.discover import Layout, Refusal, discover
 from moeca_fx.graph.rewrite import module_path
-from moeca_fx.graph.sites import MoESite, Site, kind_of
+from moeca_fx.graph.sites import AttentionSite, MoESite, Site, kind_of
 from moeca_fx.graph.slicing import between
 from moeca_fx.graph.storage import CacheDtype, find_storage
 from moeca_fx.model_checks import check_inputs, check_model, resolve_policy
 from moeca_fx.passes import Compilation, run_pipeline
+from moeca_fx.passes.capture import Captured
 from moeca_fx.policies import Method, MoECa, Policy, as_method
 from moeca_fx.runtime.flops import filled_branches, full_flops
 from moeca_fx.runtime.module import share_weights
@@ -93,11 +94,12 @@ class InspectionReport:
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.sites)} sites, {self.flops:.3e} FLOPs a full step at batch {self.batch}"]
+        width = max([28, *(len(site.path) + 2 for site in self.sites)])
         for site in self.sites:
             experts = f"{_routing(site)}, {site.router}" if site.kind == "moe" else ""
             shared = f", shared {site.shared_expert}" if site.shared_expert else ""
             lines.append(
-                f"  {site.path:<28}{site.kind:<11}{site.action:<14}{site.flops_share:>6.1%}"
+                f"  {site.path:<{width}}{site.kind:<11}{site.action:<14}{site.flops_share:>6.1%}"
                 f"{site.cache_bytes / 2**20:>9.2f} MiB  {experts}{shared}"
             )
         lines += [f"  left alone: {path or '(model)'}: {reason}" for path, reason in self.refused]
@@ -147,8 +149,9 @@ def inspect(
     work = Compilation(share_weights(model), found.regions, example_inputs, kwargs, parts, storage)
     done = run_pipeline(work, observe=lambda stage, state: graphs.update(_texts(stage, state)))
     assert done.sites is not None and done.module is not None and done.graphs is not None
-    leaves = pytree.tree_leaves(at_least_two(example_inputs, kwargs))
-    traced = batch_size(*at_least_two(example_inputs, kwargs))
+    assert done.captured is not None
+    traced_inputs = at_least_two(example_inputs, kwargs) if done.captured.batch is None else (example_inputs, kwargs)
+    leaves, traced = pytree.tree_leaves(traced_inputs), batch_size(*traced_inputs)
     filled = filled_branches(done.sites, traced)
     flops = {name: count * batch // traced for name, count in full_flops(done.module, leaves, filled).items()}
     total = sum(flops.values())
@@ -164,7 +167,7 @@ def inspect(
         batch=batch,
         sites=tuple(sites),
         refused=(*refused, *done.sites.left),
-        warnings=tuple(_warnings(done.sites.ordered)),
+        warnings=(*_about_trace(done.captured), *_warnings(done.sites.ordered)),
         graphs=graphs,
         flops=total,
         policy=chosen.as_dict(),
@@ -232,14 +235,21 @@ def _site_report(site: Site, action: str, spent: int, total: int, held: int) -> 
     )
 
 
-def _warnings(sites: tuple[Site, ...]) -> list[str]:
-    moe = [site for site in sites if isinstance(site, MoESite)]
-    lonely = [site.path for site in moe if site.attention is None]
-    apart = [site for site in moe if site.attention is not None and site.not_synchronized is not None]
-    return [
-        *(f"{path}: no attention directly before it; its attention is not synchronized" for path in lonely),
-        *(f"{site.path}: {site.attention} before it is not synchronized: {site.not_synchronized}" for site in apart),
-    ]
+def _about_trace(captured: Captured) -> Iterator[str]:
+    if captured.why_fixed is not None:
+        yield f"the batch size cannot be left open: {captured.why_fixed}; each batch size is traced for itself"
+    if not captured.proven:
+        yield "the model is on the meta device: nothing was proven on data, only structure and shapes were"
+
+
+def _warnings(sites: tuple[Site, ...]) -> Iterator[str]:
+    for site in sites:
+        if isinstance(site, AttentionSite) and site.refused is not None:
+            yield f"{site.path}: computed in full under a branch rule: {site.refused}"
+        elif isinstance(site, MoESite) and site.attention is None:
+            yield f"{site.path}: no attention directly before it; its attention is not synchronized"
+        elif isinstance(site, MoESite) and site.not_synchronized is not None:
+            yield f"{site.path}: {site.attention} before it is not synchronized: {site.not_synchronized}"
 
 
 def _why_not(unproven: list[Refusal]) -> tuple[str, ...]:

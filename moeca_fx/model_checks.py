@@ -48,6 +48,11 @@ def check_model(model: nn.Module) -> None:
         )
 
 
+def has_no_data(model: nn.Module) -> bool:
+    """Whether the model is on the meta device: shapes without values, which nothing can be proven on."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 def check_autocast() -> None:
     """Raise `UnsupportedModelError` inside an autocast block: the graphs are traced and proven in the model's dtype."""
     if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
@@ -81,11 +86,16 @@ def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     for index, leaf in enumerate(pytree.tree_leaves((args, dict(kwargs)))):
         if isinstance(leaf, Tensor) and count_not_finite(leaf):
             raise InputError(f"example input {index}: expected finite values, found NaN or infinity; pass a real input")
+        if isinstance(leaf, Tensor) and leaf.is_meta != has_no_data(model):
+            raise InputError(
+                f"example input {index}: expected a tensor where the model's weights are, found one on {leaf.device}; "
+                "a model on the meta device takes inputs on it, any other real ones"
+            )
 
 
 def count_not_finite(tensor: Tensor) -> int:
     """How many values are NaN or +infinity; -infinity is what additive masks hold."""
-    if not tensor.is_floating_point() or math.isfinite(tensor.sum(dtype=torch.float32)):
+    if not tensor.is_floating_point() or tensor.is_meta or math.isfinite(tensor.sum(dtype=torch.float32)):
         return 0  # one odd value makes the sum odd, which takes one operation to see
     return int((~(torch.isfinite(tensor) | torch.isneginf(tensor))).sum())
 

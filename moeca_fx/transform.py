@@ -11,10 +11,10 @@ from moeca_fx.discover import Discovery, discover
 from moeca_fx.discover.behaviour import check_behaviour
 from moeca_fx.discover.state import State, first_output
 from moeca_fx.discover.unlike import unlike_experts
-from moeca_fx.errors import ConfigError, NoMoEFoundError, UnprovenRegionError
+from moeca_fx.errors import ConfigError, NoMoEFoundError, UnprovenRegionError, UnsupportedModelError
 from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.graph.storage import CacheDtype, find_storage, stored_states
-from moeca_fx.model_checks import check_inputs, check_model, resolve_policy
+from moeca_fx.model_checks import check_inputs, check_model, has_no_data, resolve_policy
 from moeca_fx.passes import Compilation, run_pipeline
 from moeca_fx.passes.insert_cache import plan_states
 from moeca_fx.policies import Method, MoECa, Policy
@@ -45,7 +45,8 @@ def transform(
     Args:
         model: any diffusion transformer with token-level mixture-of-experts layers, in eval mode. It is left untouched;
             the experts' parameters are re-pointed at one shared storage a layer, values unchanged.
-        example_inputs, example_kwargs: inputs of one forward call, used to trace it. The batch size stays open.
+        example_inputs, example_kwargs: inputs of one forward call, used to trace it. The batch size stays open; a
+            model whose own code fixes it is traced once for each size it is called with.
         policy: what is recomputed when: a method such as `MoECa`, a method's name, a YAML policy file, or a `Policy` of
             your own parts; None vectorises the experts and caches nothing.
         timestep: name or position of forward's timestep parameter, when it is not found by itself; or
@@ -64,8 +65,9 @@ def transform(
         `TransformedModel` for contexts, statistics and memory.
 
     Raises:
-        UnsupportedModelError: training mode, hooks, quantised experts, a layer that cannot be rewritten, or a model
-            that no cache can serve: samples that depend on each other, random numbers, state, a language model.
+        UnsupportedModelError: training mode, the meta device, hooks, quantised experts, a layer that cannot be
+            rewritten, or a model that no cache can serve: samples that depend on each other, random numbers, state, a
+            language model.
         NoMoEFoundError: no mixture-of-experts layer was found.
         UnprovenRegionError: a layer was found whose routing could not be proven.
         InputError: the example inputs do not fit the model.
@@ -75,6 +77,11 @@ def transform(
     parts = None if policy is None else resolve_policy(policy)
     options = memory_options(cache_dtype, cache_limit, chunk)
     kwargs = dict(example_kwargs or {})
+    if has_no_data(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is on the meta device: expected weights, found shapes, on which nothing can be "
+            "proven; load the weights first. moeca_fx.inspect and moeca_fx.estimate_memory work without them"
+        )
     found = find_regions(model, example_inputs, kwargs)
     stack_experts(model, found.regions)
     runtime = Runtime(found.regions, parts, timestep, options, compile)
@@ -126,7 +133,7 @@ def find_regions(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     with first_output(model) as output:
         found = discover(model, args, kwargs)
     unproven = [refusal for refusal in found.refused if refusal.is_moe]
-    if found.regions or unproven:
+    if (found.regions or unproven) and not has_no_data(model):
         check_behaviour(model, args, kwargs, output[0], before)
     if unproven:
         reasons = "; ".join(f"{refusal.path}: {refusal.reason}" for refusal in unproven)

@@ -13,15 +13,17 @@ import torch
 from torch import nn
 
 from moeca_fx.discover.candidates import find_candidates
+from moeca_fx.discover.on_meta import discover_on_meta
 from moeca_fx.discover.probe import probe
 from moeca_fx.discover.prove import prove
 from moeca_fx.discover.records import Discovery, Layout, MoERegion, Refusal
+from moeca_fx.model_checks import has_no_data
 
 __all__ = ["Discovery", "Layout", "MoERegion", "Refusal", "discover"]
 
 
 def discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Discovery:
-    """Find and prove every token-level MoE region; runs the model twice.
+    """Find and prove every token-level MoE region; runs the model twice. On the meta device, see `on_meta`.
 
     Args:
         model: a model in eval mode; left as it was.
@@ -35,6 +37,8 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def _discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Discovery:
+    if has_no_data(model):
+        return discover_on_meta(model, args, kwargs, discover)
     candidates = find_candidates(model)
     run = probe(model, candidates, args, kwargs)
     regions, refused = prove(model, candidates, run, args, kwargs)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from moeca_fx.batch import at_least_two, batch_size
+from moeca_fx.batch import at_least_two, batch_axis, batch_size
 from moeca_fx.errors import UnsupportedModelError
 
 # Largest root mean square of the change, relative to the output's: rounding differs with the rows of an expert, and may
@@ -35,9 +35,10 @@ def change_first_sample(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping
     sample = _sample(model, args, kwargs, size)
 
     def change(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != size:
+        axis = batch_axis(leaf, size)
+        if axis is None or not isinstance(leaf, Tensor):
             return leaf
-        changed = torch.cat([leaf, leaf]) if size == 1 else leaf.clone()
+        changed = torch.cat([leaf, leaf], dim=axis) if size == 1 else leaf.clone()
         if leaf is sample and leaf.is_floating_point():
             changed[0] = 4 * leaf.abs().mean()
         elif leaf is sample:

@@ -119,7 +119,7 @@ def prove_method(experts: Sequence[nn.Module], calls: Sequence[MethodCall]) -> R
             if problem_found is not None:
                 reason = problem_found
                 continue
-            empty = layout == "token" and bool((ids == len(experts)).any())
+            empty = layout == "token" and bool((ids >= len(experts)).any())
             return Roles(x, expert, weight, slots, layout, empty, error)
         reason = f"sum_k weight_k * expert_k(x) differs from its output by {nearest:.1e} relative (allowed {limit:.0e})"
     raise NotReplayable(reason)

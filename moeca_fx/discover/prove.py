@@ -108,7 +108,7 @@ def _prove(
         reasons.append(str(reason))
     routed = block is not None and not candidate.attributes and not calls.on_every_token
     if calls.on_every_token:
-        reasons.insert(0, "each of them runs on every token")
+        reasons.append("each of them runs on every token")
     return Refusal(candidate.path, "; ".join(reasons), routed)
 
 
@@ -145,15 +145,16 @@ def _by_block(model: nn.Module, candidate: Candidate, run: Probe) -> MoERegion:
     Raises:
         NotReplayable: with the reason of each.
     """
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for path in [path for path in enclosing(candidate) if path][:_LEVELS]:
         if not run.small.get(path):
             continue
         try:
             return _block_at(model, candidate, run, path)
         except NotReplayable as reason:
-            reasons.append(f"{path}.forward: {reason}")
-    raise NotReplayable("; ".join(reasons) or "no module around the experts was called")
+            reasons.setdefault(str(reason), []).append(f"{path}.forward")
+    said = "; ".join(f"{', '.join(paths)}: {reason}" for reason, paths in reasons.items())
+    raise NotReplayable(said or "no module around the experts was called")
 
 
 def _block_at(model: nn.Module, candidate: Candidate, run: Probe, path: str) -> MoERegion:

@@ -195,6 +195,11 @@ class _Builder:
 
     def __init__(self, program: Program, policy: Policy | None, experts: Experts | None) -> None:
         self.program, self.policy, self.experts = program, policy, experts
+        if program.why_fixed is not None:
+            raise ExportError(
+                f"{type(program.traced.model).__name__}: expected a model for any batch size, found one that is "
+                f"not: {program.why_fixed}; run it in PyTorch, where each batch size is traced for itself"
+            )
         work = program.traced
         leaves = pytree.tree_leaves((work.args, work.kwargs))
         placeholders = program.traced_module.graph.find_nodes(op="placeholder")

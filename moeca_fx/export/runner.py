@@ -176,11 +176,13 @@ class _ArtefactRuntime(Runtime):
         method = manifest.method()
         super().__init__((), None if method is None else method.policy(), manifest.timestep, MemoryOptions())
         self.manifest = manifest
-        self.fixed = _program(manifest, loaded)
+        self.artefact = _program(manifest, loaded)
 
-    def _program(self, model: nn.Module, args: tuple[Any, ...], kwargs: Any, signature: Signature) -> Program:
+    def _program(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Any, signature: Signature, batch: int
+    ) -> Program:
         _check_call(self.manifest, pytree.tree_leaves(args))
-        return self.fixed
+        return self.artefact
 
 
 def _program(manifest: Manifest, loaded: Mapping[str, _Loaded]) -> _ArtefactProgram:

@@ -14,10 +14,11 @@ class Block:
     path: str
     sites: tuple[Site, ...]
 
-    @property
-    def attention(self) -> AttentionSite | None:
-        """Its first attention, if any."""
-        return next((site for site in self.sites if isinstance(site, AttentionSite)), None)
+    def attention_before(self, site: Site) -> AttentionSite | None:
+        """The block's attention whose map ranks the tokens that `site` reads: on its stream, else over as many."""
+        found = [other for other in self.sites if isinstance(other, AttentionSite) and other.tokens == site.tokens]
+        found = [other for other in found if not other.joint or other.first_token is not None]
+        return next((other for other in found if other.residual_out == site.residual_in), next(iter(found), None))
 
 
 def blocks_of(sites: Sites) -> tuple[Block, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from moeca_fx.errors import UnsupportedModelError
-from moeca_fx.graph.reshape_groups import reshape_groups
+from moeca_fx.graph.reshape_groups import follow_reshape
 from moeca_fx.graph.rewrite import example_value
 from moeca_fx.graph.slicing import RESHAPES
 
@@ -74,12 +74,17 @@ def propagate(roots: dict[fx.Node, TokenAxes], nodes: Sequence[fx.Node]) -> dict
     Raises:
         NotTokenWise: with the offending node and operation.
     """
-    axes = dict(roots)
+    axes, samples = dict(roots), _samples(roots)
     for node in nodes:
         tokens = {source: axes[source] for source in node.all_input_nodes if source in axes}
         if not isinstance(example_value(node), torch.SymInt | int):
-            axes[node] = _step(node, tokens)
+            axes[node] = _step(node, tokens, samples)
     return axes
+
+
+def _samples(roots: dict[fx.Node, TokenAxes]) -> int:
+    """The batch size: a number where the model's own code fixes it."""
+    return next((shape_of(node)[have.batch] for node, have in roots.items() if not have.merged), BATCH_STANDIN)
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -98,7 +103,7 @@ def _number(size: Any) -> int:
     return int(size)
 
 
-def _step(node: fx.Node, tokens: dict[fx.Node, TokenAxes]) -> TokenAxes:
+def _step(node: fx.Node, tokens: dict[fx.Node, TokenAxes], samples: int) -> TokenAxes:
     target: Any = node.target
     first = node.args[0] if node.args else None
     # What reads token rows twice (rows times rows, say) relates tokens; indexing checks its operands itself.
@@ -127,7 +132,7 @@ def _step(node: fx.Node, tokens: dict[fx.Node, TokenAxes]) -> TokenAxes:
         if target in _REDUCES:
             return _reduced(node, have, rank)
         if target in RESHAPES:
-            return _reshaped(node, have, shape_of(source), shape_of(node))
+            return _reshaped(node, have, samples)
         if target is aten.permute.default:
             dims: Any = node.args[1]
             order = [int(dim) % rank for dim in dims]
@@ -223,26 +228,11 @@ def _broadcast(node: fx.Node, tokens: dict[fx.Node, TokenAxes]) -> TokenAxes:
     return aligned.pop()
 
 
-def _reshaped(node: fx.Node, have: TokenAxes, old: tuple[int, ...], new: tuple[int, ...]) -> TokenAxes:
+def _reshaped(node: fx.Node, have: TokenAxes, samples: int) -> TokenAxes:
     """Follow the axes through a reshape: kept, merged into one axis, or split again."""
-    groups = reshape_groups(old, new)
-    place: dict[int, tuple[list[int], list[int]]] = {}
-    for before, after in groups:
-        for axis in before:
-            place[axis] = (before, after)
-    if have.batch not in place or have.token not in place:
-        raise _refuse(node, "reshapes a token axis of size 1, which cannot be told from others")
-    batch_group, token_group = place[have.batch], place[have.token]
-    if have.merged:
-        before, after = batch_group
-        if len(before) == 1 and len(after) == 1:
-            return TokenAxes(after[0], after[0])
-        if len(before) == 1 and len(after) == 2 and new[after[0]] == BATCH_STANDIN:
-            return TokenAxes(after[0], after[1])
-    elif batch_group[0] is token_group[0]:
-        before, after = batch_group
-        if before == [have.batch, have.token] and len(after) == 1:
-            return TokenAxes(after[0], after[0])
-    elif all(len(part) == 1 for group in (batch_group, token_group) for part in group):
-        return TokenAxes(batch_group[1][0], token_group[1][0])
-    raise _refuse(node, f"reshapes {old} to {new}, which mixes the token axis with others")
+    source: Any = node.args[0]
+    old, new = shape_of(source), shape_of(node)
+    try:
+        return TokenAxes(*follow_reshape(have.as_tuple(), old, new, samples))
+    except ValueError as problem:
+        raise _refuse(node, str(problem)) from problem

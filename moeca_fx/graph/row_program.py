@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeca_fx.graph.layout import BATCH_STANDIN, TokenAxes, is_pointwise, propagate, shape_of
+from moeca_fx.graph.layout import TokenAxes, is_pointwise, propagate, shape_of
 from moeca_fx.graph.rewrite import attribute, copy_meta, example_value
 from moeca_fx.graph.slicing import RESHAPES, ancestors, between
 from moeca_fx.ops import rows
@@ -173,7 +173,6 @@ class _Builder:
         if have.merged or (per_sample and per_token):
             return self.graph.call_function(rows.gather_rows, (outside, self.row, batch, token))
         if per_sample:
-            assert shape[batch] == BATCH_STANDIN, f"{source.name}: a per-sample tensor has the batch size"
             args: tuple[Any, ...] = (outside, self.row, self.tokens, batch)
             return self.graph.call_function(rows.gather_samples, args)
         return self.graph.call_function(rows.gather_tokens, (outside, self.row, self.tokens, batch, token))

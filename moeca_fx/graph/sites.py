@@ -14,7 +14,7 @@ Form = Literal["token", "empty", "expert"]
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """Self-attention with its residual.
+    """Self-attention with the residual of one token stream that it answers.
 
     Attributes:
         path: module path, e.g. ``blocks.0.attn``.
@@ -24,6 +24,8 @@ class AttentionSite:
         residual_in, residual_out: token stream [B, T, H] before and after the block's addition.
         tokens: T.
         refused: why rows cannot be recomputed alone; None when they can.
+        joint: whether the core attends to tokens of other streams too; this stream's begin at `first_token`, None where
+            that cannot be told.
     """
 
     path: str
@@ -37,6 +39,8 @@ class AttentionSite:
     residual_out: str
     tokens: int
     refused: str | None = None
+    joint: bool = False
+    first_token: int | None = None
 
 
 @dataclass(frozen=True)

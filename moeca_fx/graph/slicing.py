@@ -1,6 +1,6 @@
 """Slices of a graph: ancestors, the nodes between two points, and the residual addition that closes a sublayer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,8 +56,14 @@ def same_shape(left: fx.Node, right: fx.Node) -> bool:
 
 def closing_residual(core: fx.Node) -> Residual | None:
     """The first addition after `core` whose other operand is an ancestor of `core` with equal shape."""
+    return next(closing_residuals(core), None)
+
+
+def closing_residuals(core: fx.Node) -> Iterator[Residual]:
+    """One such addition for every token stream: the first that `core` reaches on each."""
     before = ancestors([core])
     reached = {core}
+    closed: set[fx.Node] = set()
     passed_core = False
     for node in core.graph.nodes:
         if node is core:
@@ -65,12 +71,20 @@ def closing_residual(core: fx.Node) -> Residual | None:
             continue
         if not passed_core or not any(source in reached for source in node.all_input_nodes):
             continue
-        operands = addends(node)
-        if operands is not None:
-            for branch, other in (operands, operands[::-1]):
-                if branch in reached and other in before and same_shape(node, other):
-                    return with_gate(node, other, branch, reached)
-        reached.add(node)
+        found = _closes(node, before, reached)
+        if found is not None:  # what follows reads another stream than `core` did
+            if found.residual_in not in closed:
+                yield found
+            closed.add(found.residual_in)
+        else:
+            reached.add(node)
+
+
+def _closes(node: fx.Node, before: set[fx.Node], reached: set[fx.Node]) -> Residual | None:
+    operands = addends(node)
+    for branch, other in (operands, operands[::-1]) if operands is not None else ():
+        if branch in reached and other in before and same_shape(node, other):
+            return with_gate(node, other, branch, reached)
     return None
 
 

@@ -38,6 +38,7 @@ class Compilation:
     Attributes:
         model, regions, args, kwargs, policy: the request. Without a policy there is no cache.
         storage: how vectors of the cache are stored; None in the model's dtype.
+        fixed: why the batch size is known to be fixed by the model's code; None tries to leave it open.
         captured: the trace and its input and output structure.
         module: the graph being rewritten.
         sites: what was located.
@@ -50,6 +51,7 @@ class Compilation:
     kwargs: dict[str, Any]
     policy: Policy | None
     storage: Storage | None = None
+    fixed: str | None = None
     captured: Captured | None = None
     module: fx.GraphModule | None = None
     sites: Sites | None = None
@@ -63,7 +65,7 @@ class Compilation:
 
 
 def _capture(work: Compilation) -> Compilation:
-    captured = capture(work.model, work.regions, work.args, work.kwargs)
+    captured = capture(work.model, work.regions, work.args, work.kwargs, work.fixed)
     return replace(work, captured=captured, module=captured.module)
 
 

@@ -12,13 +12,12 @@ Sites are found by dataflow alone: from the core forward to the addition that cl
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import fx
 
 from moeca_fx.discover import Layout, MoERegion
 from moeca_fx.errors import UnsupportedModelError
-from moeca_fx.graph.layout import HEADS, STREAM, NotTokenWise, TokenAxes, propagate, shape_of
-from moeca_fx.graph.rewrite import example_value, module_path
+from moeca_fx.graph.layout import STREAM, NotTokenWise, TokenAxes, propagate, shape_of
+from moeca_fx.graph.rewrite import module_path
 from moeca_fx.graph.sites import AnySite, AttentionSite, DenseFFNSite, MoESite, Site, Sites
 from moeca_fx.graph.slicing import (
     LINEAR,
@@ -33,10 +32,8 @@ from moeca_fx.graph.slicing import (
 )
 from moeca_fx.ops.experts import is_marker
 from moeca_fx.passes.empty_ids import may_be_empty
+from moeca_fx.passes.locate_attention import SDPA, attention_sites, stream_tokens
 from moeca_fx.passes.router_form import describe_router
-
-aten = torch.ops.aten
-SDPA = aten.scaled_dot_product_attention.default
 
 
 def locate(module: fx.GraphModule, regions: dict[str, MoERegion]) -> Sites:
@@ -51,7 +48,7 @@ def locate(module: fx.GraphModule, regions: dict[str, MoERegion]) -> Sites:
     """
     left: list[tuple[str, str]] = []
     cores = module.graph.find_nodes(op="call_function", target=SDPA)
-    attention = _with_own_paths([site for node in cores if (site := _attention(node, left))], set())
+    attention = _with_own_paths([site for node in cores for site in attention_sites(node, left)], set())
     moe = [_moe(node, regions[str(node.args[3])], attention) for node in module.graph.nodes if is_marker(node)]
     taken = {site.residual_out for site in attention} | {site.residual_out for site in moe}
     others = [node for node in module.graph.nodes if node.name not in taken]
@@ -76,56 +73,9 @@ def _with_own_paths(sites: list[AnySite], taken: set[str]) -> list[AnySite]:
     return own
 
 
-def _attention(core: fx.Node, left: list[tuple[str, str]]) -> AttentionSite | None:
-    path = module_path(core) or core.name
-    residual = closing_residual(core)
-    tokens = _stream_tokens(residual)
-    if residual is None or tokens is None:
-        left.append((path, "attention without a residual addition over a token stream [B, T, H]; computed in full"))
-        return None
-    query, key, value = (operand for operand in core.args[:3] if isinstance(operand, fx.Node))
-    return AttentionSite(
-        path=path,
-        core=core.name,
-        query=query.name,
-        key=key.name,
-        value=value.name,
-        output=residual.output.name,
-        gate=residual.gate.name if residual.gate else None,
-        residual_in=residual.residual_in.name,
-        residual_out=residual.residual_out.name,
-        tokens=tokens,
-        refused=_why_not_by_rows(core, (query, key, value), residual),
-    )
-
-
-def _why_not_by_rows(core: fx.Node, qkv: tuple[fx.Node, ...], residual: Residual) -> str | None:
-    """None when queries, keys, values and the output projection are proven to act on each token alone."""
-    masked = len(core.args) > 3 and core.args[3] is not None
-    if masked or core.kwargs.get("attn_mask") is not None or core.kwargs.get("is_causal") or len(core.args) > 4:
-        return "attention with a mask cannot be recomputed for single rows"
-    stream = residual.residual_in
-    try:
-        axes = propagate({stream: STREAM}, between([stream], qkv))
-        if any(axes.get(node) != HEADS for node in qkv):
-            return "queries, keys and values are not laid out [B, h, T, d]"
-        after = propagate({core: HEADS}, between([core], [residual.output]))
-    except NotTokenWise as problem:
-        return str(problem)
-    return None if after.get(residual.output) == STREAM else "the output is not laid out [B, T, H]"
-
-
-def _stream_tokens(residual: Residual | None) -> int | None:
-    """T when the residual runs over [B, T, H] with B open and T fixed."""
-    value = example_value(residual.residual_in) if residual else None
-    if isinstance(value, torch.Tensor) and value.dim() == 3 and isinstance(value.shape[1], int):
-        return value.shape[1]
-    return None
-
-
 def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> MoESite:
     residual = closing_residual(marker)
-    tokens = _stream_tokens(residual)
+    tokens = stream_tokens(residual)
     if residual is None or tokens is None:
         raise UnsupportedModelError(
             f"{region.block}: expected a residual addition over a token stream [B, T, H] with a fixed number of tokens "
@@ -230,7 +180,7 @@ def _dense_ffn(addition: fx.Node, left: list[tuple[str, str]]) -> DenseFFNSite |
             continue
         inside = between([stream], [branch])
         residual = with_gate(addition, stream, branch, set(inside))
-        tokens = _stream_tokens(residual)
+        tokens = stream_tokens(residual)
         linears = [node for node in inside if node.target in LINEAR]
         if len(linears) < 2 or tokens is None:
             return None

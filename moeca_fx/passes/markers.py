@@ -97,7 +97,10 @@ def _traced(model: nn.Module, owner: nn.Module, each: Marked) -> Any:
 
     def call_marker(*args: Any, **kwargs: Any) -> Tensor:
         given = signature.bind(*args, **kwargs).arguments
-        return _marker(region, key)(given[region.x], given[region.expert], given[region.weight])
+        chosen: Tensor = given[region.expert]
+        if region.empty_slots:  # a method skips every id that it has no expert for; past the markers only E means none
+            chosen = chosen.clamp(max=region.num_experts)
+        return _marker(region, key)(given[region.x], chosen, given[region.weight])
 
     return call_marker
 

@@ -4,6 +4,7 @@
     _assert_tensor_metadata(x, ...)      -->
     slice(x, 1, None, 8)                       slice(x, 1, 0, 8)             (Inductor crashes on a start of None)
     dropout(x, 0.1, False); clone(x)           x
+    type_as(x, y)                              x, or _to_copy(x, dtype of y): y's rows are not read
 
 Later passes then match computation only.
 """
@@ -11,7 +12,7 @@ Later passes then match computation only.
 import torch
 from torch import fx
 
-from moeca_fx.graph.rewrite import attribute, finish
+from moeca_fx.graph.rewrite import attribute, example_value, finish
 
 aten = torch.ops.aten
 
@@ -36,9 +37,24 @@ def _normalize_call(module: fx.GraphModule, node: fx.Node) -> None:
         module.graph.erase_node(node)
     elif node.target is aten.slice.Tensor and len(node.args) > 2 and node.args[2] is None:
         node.args = (*node.args[:2], 0, *node.args[3:])
+    elif node.target is aten.type_as.default:
+        _cast(node)
     elif _is_identity(node):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]  # the tensor operand is a node
         module.graph.erase_node(node)
+
+
+def _cast(node: fx.Node) -> None:
+    """A cast to another tensor's type: by the type alone, on the same device."""
+    x, result = node.args[0], example_value(node)
+    assert isinstance(x, fx.Node), f"{node.name}: what is cast is a node"
+    if example_value(x).device != result.device:
+        return
+    if example_value(x).dtype == result.dtype:
+        node.replace_all_uses_with(x)
+        node.graph.erase_node(node)
+    else:
+        node.target, node.args, node.kwargs = aten._to_copy.default, (x,), {"dtype": result.dtype}
 
 
 def _is_identity(node: fx.Node) -> bool:

@@ -37,20 +37,13 @@ def split_batch(batch: int, cached: int, most: int | None) -> tuple[Chunk, ...]:
     )
 
 
-def take(leaves: Sequence[Any], batch: int, chunk: Chunk) -> list[Any]:
-    """A chunk's flat inputs: those whose leading axis has the size of the batch are cut, the others passed on."""
-    return [
-        leaf[chunk.start : chunk.stop] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == batch else leaf
-        for leaf in leaves
-    ]
-
-
-def join(results: Sequence[Any], traced: fx.GraphModule) -> Any:
+def join(results: Sequence[Any], traced: fx.GraphModule, batch: int | None = None) -> Any:
     """The chunks' results put together along the batch; what is no tensor is the first chunk's.
 
     Args:
         results: the model's result for every chunk, in order.
         traced: graph of the model, whose outputs say which of them have a batch axis.
+        batch: the batch size of that graph where the model's own code fixes it.
 
     Raises:
         UnsupportedModelError: a tensor without a batch axis, which cannot be put together.
@@ -61,16 +54,17 @@ def join(results: Sequence[Any], traced: fx.GraphModule) -> Any:
     joined = []
     for index, (node, column) in enumerate(zip(nodes, columns, strict=True)):
         if isinstance(column[0], Tensor):
-            _check_batch_axis(index, node)
+            _check_batch_axis(index, node, batch)
             joined.append(torch.cat(column))
         else:
             joined.append(column[0])
     return pytree.tree_unflatten(joined, pytree.tree_structure(results[0]))
 
 
-def _check_batch_axis(index: int, node: Any) -> None:
+def _check_batch_axis(index: int, node: Any, batch: int | None) -> None:
     value = example_value(node) if isinstance(node, fx.Node) else None
-    if not isinstance(value, Tensor) or not value.dim() or not free_symbols(value.shape[0]):
+    shape = value.shape if isinstance(value, Tensor) else ()
+    if not shape or not (free_symbols(shape[0]) or shape[0] == batch):
         raise UnsupportedModelError(
             f"output {index} of the model: expected samples along its first axis, found shape "
             f"{tuple(value.shape) if isinstance(value, Tensor) else '()'}; it cannot be put together from chunks: "

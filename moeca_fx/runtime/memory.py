@@ -31,7 +31,8 @@ class MemoryReport:
         return {"batch": self.batch, "total": self.total, "sites": dict(self.sites), "states": dict(self.states)}
 
     def __str__(self) -> str:
-        lines = [f"{path:<28}{size / 2**20:>10.2f} MiB" for path, size in self.sites]
+        width = max([28, *(len(path) + 2 for path, _ in self.sites)])
+        lines = [f"{path:<{width}}{size / 2**20:>10.2f} MiB" for path, size in self.sites]
         return "\n".join([f"cache for {self.batch} samples: {self.total / 2**20:.2f} MiB", *lines])
 
 

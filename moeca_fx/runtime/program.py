@@ -1,14 +1,14 @@
 """A program: the compiled graphs for one kind of call (structure, shapes without the batch, dtypes, devices)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from moeca_fx.batch import batch_size
+from moeca_fx.batch import batch_axis, batch_size
 from moeca_fx.discover import MoERegion
 from moeca_fx.errors import InputError
 from moeca_fx.graph.sites import Sites
@@ -37,6 +37,7 @@ class Program:
         out_spec: structure of the model's result; `outputs` is its number of leaves.
         timestep: index of the timestep among the flat inputs; None when nobody needs it.
         steps: what is compiled, by the names of `CachedGraphs.modules`.
+        why_fixed: why the graphs are for one batch size; None when they are for any.
     """
 
     traced: Compilation
@@ -47,6 +48,7 @@ class Program:
     outputs: int
     timestep: int | None
     steps: Mapping[str, CompiledStep]
+    why_fixed: str | None = field(default=None, kw_only=True)
 
     def run(self, name: str, batch: int, *inputs: Any) -> Any:
         """Run one of the graphs, compiled where that was asked for.
@@ -60,6 +62,12 @@ class Program:
         if not name or self.graphs is None:
             return self.plain(*inputs)
         return self.graphs.modules()[name](*inputs)
+
+    @property
+    def batch(self) -> int | None:
+        """The one batch size that the graphs are for; None when they are for any."""
+        assert self.traced.captured is not None
+        return self.traced.captured.batch
 
     @property
     def traced_module(self) -> fx.GraphModule:
@@ -114,9 +122,11 @@ def build_program(
     timestep: str | int | Announced | None,
     storage: Storage | None = None,
     compile: bool = False,
+    fixed: str | None = None,
 ) -> Program:
-    """Run the pipeline for calls like ``model(*args, **kwargs)``."""
-    traced = run_pipeline(Compilation(model, regions, args, dict(kwargs), policy, storage), until=POLICY_FREE)
+    """Run the pipeline for calls like ``model(*args, **kwargs)``; `fixed` as for `Compilation`."""
+    work = Compilation(model, regions, args, dict(kwargs), policy, storage, fixed)
+    traced = run_pipeline(work, until=POLICY_FREE)
     return finish_program(traced, policy, timestep, compile)
 
 
@@ -138,6 +148,7 @@ def finish_program(
         outputs=work.captured.out_spec.num_leaves,
         timestep=found,
         steps=_compiled_steps(work) if compile else {},
+        why_fixed=work.captured.why_fixed,
     )
 
 
@@ -167,8 +178,8 @@ def _describe(leaf: Any, batch: int) -> Any:
     if not isinstance(leaf, Tensor):
         plain = isinstance(leaf, (int, float, str, bool, type(None), torch.dtype))
         return (type(leaf), leaf if plain else repr(leaf))  # the type too: True == 1 == 1.0
-    open_batch = leaf.dim() > 0 and leaf.shape[0] == batch
-    shape = ("batch", *leaf.shape[1:]) if open_batch else tuple(leaf.shape)
+    axis = batch_axis(leaf, batch)
+    shape = tuple("batch" if index == axis else size for index, size in enumerate(leaf.shape))
     return (shape, leaf.dtype, leaf.device)
 
 

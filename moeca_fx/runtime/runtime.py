@@ -21,10 +21,11 @@ from moeca_fx.policies.policy import Policy
 from moeca_fx.policies.schedule import FULL
 from moeca_fx.runtime.accounting import Accounting, Tally
 from moeca_fx.runtime.advice import Advice
-from moeca_fx.runtime.chunks import Chunk, join, split_batch, take
+from moeca_fx.runtime.chunks import Chunk, join, split_batch
 from moeca_fx.runtime.memory import MemoryReport, report
 from moeca_fx.runtime.options import MemoryOptions
 from moeca_fx.runtime.program import Program, Signature, build_program, check_finite, finish_program, signature_of
+from moeca_fx.runtime.sample_axes import Axes, cut, find_axes
 from moeca_fx.runtime.session import Ended, Session
 from moeca_fx.runtime.shortage import is_out_of_memory, out_of_memory
 from moeca_fx.runtime.statistics import Statistics
@@ -47,6 +48,8 @@ class Runtime:
         options: how much memory it may use.
 
     Attributes:
+        programs: by `signature_of`; those for one batch size by (signature, batch size).
+        fixed: signatures whose batch size the model's own code fixes, and why.
         trajectories: by context; those of chunks after the first by (context, number of the chunk).
     """
 
@@ -64,6 +67,8 @@ class Runtime:
         self.options = options
         self.compile = compile
         self.programs: dict[Signature, Program] = {}
+        self.fixed: dict[Signature, str] = {}
+        self._axes: dict[Signature, Axes] = {}
         self.trajectories: dict[Key, Trajectory] = {}
         self._active: ContextVar[str] = ContextVar("moeca_fx_context", default=DEFAULT_CONTEXT)
         self._session: ContextVar[Session | None] = ContextVar("moeca_fx_session", default=None)
@@ -79,22 +84,45 @@ class Runtime:
         """A runtime of the same traced graphs under another policy, without trajectories and statistics."""
         chosen = self.compile if compile is None else compile
         other = Runtime(self.regions, policy, self.timestep, self.options, chosen)
-        for signature, program in self.programs.items():
+        other.fixed = dict(self.fixed)
+        for key, program in self.programs.items():
             own = replace(program.traced, module=detached_copy(program.traced_module))
-            other._add(signature, finish_program(own, policy, self.timestep, chosen))
+            other._add(key, finish_program(own, policy, self.timestep, chosen))
         return other
 
     # -- calls --------------------------------------------------------------------------------------------------
 
     def prepare(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
         """The program for such a call, compiled when it is the first of its kind."""
-        return self._program(model, args, kwargs, signature_of(args, kwargs)[0])
+        signature, leaves, batch = signature_of(args, kwargs)
+        return self._program_of(model, signature, leaves, batch, self._first_chunk(batch))
+
+    def _first_chunk(self, batch: int) -> Chunk:
+        """What is computed at once at the beginning of a call, as far as the options say."""
+        return Chunk(0, min(batch, self.options.chunk or batch))
+
+    def _program_of(
+        self, model: nn.Module, signature: Signature, leaves: list[Any], batch: int, chunk: Chunk
+    ) -> Program:
+        """The program for a chunk of a call; that of the whole call unless the model's code fixes the batch size."""
+        args, kwargs = pytree.tree_unflatten(self._taken(model, signature, leaves, batch, chunk), signature[0])
+        return self._program(model, args, kwargs, signature, chunk.size)
+
+    def _taken(self, model: nn.Module, signature: Signature, leaves: list[Any], batch: int, chunk: Chunk) -> list[Any]:
+        """A chunk's flat inputs."""
+        if chunk.size == batch:
+            return leaves
+        key = (*signature, batch)
+        if key not in self._axes:
+            self._axes[key] = find_axes(original_view(model), leaves, signature[0], batch)
+        return cut(leaves, self._axes[key], chunk.start, chunk.size)
 
     def _program(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], signature: Signature
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], signature: Signature, batch: int
     ) -> Program:
-        if signature not in self.programs:
-            if len(self.programs) == _MANY_PROGRAMS:
+        key = self._key_of(signature, batch)
+        if key not in self.programs:
+            if len({kind[:2] for kind in self.programs}) == _MANY_PROGRAMS:
                 log.warning(
                     "%s was compiled for %d kinds of inputs; a Python number that changes at every call is the usual "
                     "cause: pass it as a tensor",
@@ -102,16 +130,22 @@ class Runtime:
                     _MANY_PROGRAMS,
                 )
             plain_args, plain_kwargs = _detached(args), _detached(dict(kwargs))
-            view, storage = original_view(model), self.options.storage
+            view, storage, fixed = original_view(model), self.options.storage, self.fixed.get(signature)
             program = build_program(
-                view, self.regions, plain_args, plain_kwargs, self.policy, self.timestep, storage, self.compile
+                view, self.regions, plain_args, plain_kwargs, self.policy, self.timestep, storage, self.compile, fixed
             )
-            self._add(signature, program)
-        return self.programs[signature]
+            if program.why_fixed is not None:
+                self.fixed.setdefault(signature, program.why_fixed)
+            self._add(self._key_of(signature, batch), program)
+        return self.programs[self._key_of(signature, batch)]
 
-    def _add(self, signature: Signature, program: Program) -> None:
+    def _key_of(self, signature: Signature, batch: int) -> Signature:
+        """Under which a call's program is kept."""
+        return (*signature, batch) if signature in self.fixed else signature
+
+    def _add(self, key: Signature, program: Program) -> None:
         self._most_cached(program)
-        self.programs[signature] = program
+        self.programs[key] = program
 
     def _most_cached(self, program: Program) -> float:
         """How many samples of a call may have caches.
@@ -140,9 +174,9 @@ class Runtime:
         # Caches outlive the call, so they must not become inference tensors, which cannot be written to outside.
         with torch.inference_mode(False), torch.no_grad():
             signature, leaves, batch = signature_of(args, kwargs)
-            program = self._program(model, args, kwargs, signature)
+            program = self._program_of(model, signature, leaves, batch, self._first_chunk(batch))
             try:
-                return self._run(program, leaves, batch, name)
+                return self._run(model, signature, program, leaves, batch, name)
             except BaseException as error:
                 refused = None
                 if is_out_of_memory(error):
@@ -167,22 +201,27 @@ class Runtime:
             )
         return name
 
-    def _run(self, program: Program, leaves: list[Any], batch: int, name: str) -> Any:
+    def _run(
+        self, model: nn.Module, signature: Signature, program: Program, leaves: list[Any], batch: int, name: str
+    ) -> Any:
         """One call, in as many chunks as the options ask for."""
         chunks = self._chunks(program, batch, name)
         results, reuses = [], False
         for number, chunk in enumerate(chunks):
-            own = leaves if chunk.size == batch else take(leaves, batch, chunk)
-            tally = self.accounting.tally(program, own, chunk.size)
-            if program.graphs is None or not chunk.cached:
-                result, _ = program.split(program.run("", chunk.size, *own))
+            own = self._taken(model, signature, leaves, batch, chunk)
+            runs = self._program_of(model, signature, leaves, batch, chunk) if signature in self.fixed else program
+            tally = self.accounting.tally(runs, own, chunk.size)
+            if runs.graphs is None or not chunk.cached:
+                result, _ = runs.split(runs.run("", chunk.size, *own))
                 tally.plain_steps += 1
             else:
-                result, rule = self._step(program, own, chunk.size, batch, _key(name, number), tally)
+                result, rule = self._step(runs, own, chunk.size, batch, _key(name, number), tally)
                 reuses = reuses or rule != FULL
             results.append(result)
         self.accounting.count_call(reuses, sum(chunk.size for chunk in chunks if not chunk.cached))
-        return results[0] if len(results) == 1 else join(results, program.traced_module)
+        if len(results) == 1:
+            return results[0]
+        return join(results, program.traced_module, program.batch)
 
     def _chunks(self, program: Program, batch: int, name: str) -> tuple[Chunk, ...]:
         """How a call is split; trajectories of chunks that it does not have are over."""
@@ -342,6 +381,7 @@ class Runtime:
         """Drop graphs and caches: the weights moved or changed their type."""
         self.trajectories.clear()
         self.programs.clear()
+        self.fixed.clear()
         self.reset_stats()
 
     # -- reports ------------------------------------------------------------------------------------------------

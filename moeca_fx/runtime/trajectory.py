@@ -54,10 +54,10 @@ class Trajectory:
 
         Without a timestep, in a session, the inputs' kinds alone decide.
         """
-        if program is not self.program:
-            return "the shape, dtype or device of the inputs changed"
         if batch != self.call_batch:
             return f"the batch size changed from {self.call_batch} to {batch}"
+        if program is not self.program:
+            return "the shape, dtype or device of the inputs changed"
         if timestep is None:
             return None
         assert self.timestep is not None, "a trajectory has made at least one call"

@@ -28,27 +28,31 @@ def test_every_field_of_a_region(flat: bool) -> None:
         expert="spot",
         weight="price",
         error=region.error,
+        container=f"{PLACE}.bidders",
         layout="expert",
     )
 
 
 class _Crooked(Auction):
-    """Off by one percent of one expert, by a token, or with a token twice in a row."""
+    """Off by one percent of one expert, or by a token each."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how = how
 
     def settle(self, grains: Tensor, spot: Tensor, price: Tensor) -> Tensor:
+        total = super().settle(grains, spot, price)
         if self.how == "price":
-            price = price.clone()
-            price[:, 1] *= 1.01
-        if self.how == "spot":
-            spot = (spot + 1) % grains.shape[1]
-        return super().settle(grains, spot, price)
-
-    def forward(self, grains: Tensor, spot: Tensor, price: Tensor) -> Tensor:
-        return self.settle(grains, spot, price)
+            only = torch.zeros_like(price)
+            only[:, 1] = 0.01 * price[:, 1]
+            total = total + super().settle(grains, spot, only)
+        if self.how == "spot":  # what an expert makes of one token goes to another
+            rows, back = torch.zeros_like(grains), spot.flip(-1)[..., None].expand(-1, -1, -1, grains.shape[-1])
+            for number, bidder in enumerate(self.bidders):
+                taken = grains.gather(1, spot[:, number, :, None].expand(-1, -1, grains.shape[-1]))
+                rows = rows.scatter_add(1, back[:, number], bidder(taken) * price[:, number, :, None])
+            return rows
+        return total
 
 
 class _Twice(Market):

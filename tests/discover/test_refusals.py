@@ -14,14 +14,9 @@ from tests.helpers.toys import Blend, toy, toy_inputs
 
 LIST = "storeys.0.layer.quarry.stones"
 CASES: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
-    "weights applied twice": (partial(Blend, quarry=layers.WeightedTwice), LIST, "differs from its output by"),
     "hidden bias": (partial(Blend, quarry=layers.HiddenBias), LIST, "differs from its output by"),
-    "returns a pair": (partial(Blend, quarry=layers.ReturnsPair), LIST, "returns tuple; expected one tensor"),
-    "dense weight matrix": (partial(Blend, quarry=layers.OneHotMask), LIST, "no arguments have the shapes"),
     "region called twice": (layers.CalledTwice, LIST, "storeys.0.layer.forward"),
     "one expert ran": (layers.OneFavourite, LIST, "only 1 of 4 experts ran"),
-    "inline routing": (layers.InlineRouting, "storeys.0.layer.stones", "inline routing"),
-    "stacked": (layers.StackedExperts, "storeys.0.layer", "three-dimensional parameters are not supported"),
 }
 
 

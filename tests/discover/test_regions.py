@@ -34,6 +34,7 @@ def test_every_field_of_a_region_under_unusual_names() -> None:
         expert="which",
         weight="share",
         error=region.error,
+        container=f"{PLACE}.stones",
     )
     assert region.num_experts == toys.POOL
 

@@ -72,6 +72,25 @@ def test_followed(case: str, followed: fx.GraphModule) -> None:
     assert _axes(followed, list(FOLLOWED).index(case)) == FOLLOWED[case][1]
 
 
+@pytest.fixture(scope="module", params=[1, 3], ids=["one sample", "three samples"])
+def fixed(request: pytest.FixtureRequest) -> fx.GraphModule:
+    """The same in a graph for one batch size, where the model's own code fixes it."""
+    functions = [function for function, _ in FOLLOWED.values()]
+    root = stream(request.param)
+    program = torch.export.export(Compute(lambda x: tuple(f(x) for f in functions)), (root,), strict=False)
+    graph = program.run_decompositions({}).module(check_guards=False)
+    assert shape_of(graph.graph.find_nodes(op="placeholder")[0])[0] == request.param
+    return graph
+
+
+@pytest.mark.parametrize("case", FOLLOWED)
+def test_followed_with_a_fixed_batch(case: str, fixed: fx.GraphModule) -> None:
+    results: tuple[fx.Node, ...] = fixed.graph.output_node().args[0]  # type: ignore[assignment]  # nodes
+    output = results[list(FOLLOWED).index(case)]
+    root = placeholder(fixed)
+    assert propagate({root: STREAM}, between([root], [output]))[output] == FOLLOWED[case][1]
+
+
 REFUSED: dict[str, tuple[Function, str]] = {
     "softmax over tokens": (lambda x: x.softmax(1), "works across the token or sample axis"),
     "norm over tokens": (lambda x: functional.layer_norm(x, (TOKENS, WIDTH)), "works across the token or sample axis"),

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moeca_fx.batch import at_least_two, batch_size
 from moeca_fx.discover import discover
 from moeca_fx.errors import CaptureError, InputError
-from moeca_fx.passes.capture import at_least_two, batch_size, capture
+from moeca_fx.passes.capture import capture
 from tests.helpers import zoo_models
 from tests.helpers.passes import Stage, count_ops
 from tests.helpers.toys import POOL, Blend, Quarry, Toy, toy, toy_inputs

@@ -190,7 +190,8 @@ def test_a_model_without_a_policy() -> None:
 def test_flops_are_those_of_the_reference_without_padding() -> None:
     made, leaves = _made(_dsmoe), zoo_models.inputs()
     lowered, plain = (
-        measure_step_flops(made.module, graphs, leaves, 2) for graphs in (_lowered(made, SOME)[0], made.graphs(SOME))
+        measure_step_flops(made.module, graphs, leaves, 2, {})
+        for graphs in (_lowered(made, SOME)[0], made.graphs(SOME))
     )
     assert (lowered.uncached, lowered.full) == (plain.uncached, plain.full)
     (one,), (other,) = lowered.rules, plain.rules

@@ -12,8 +12,9 @@ import moeca_fx
 from moeca_fx import CacheLimitWarning, MoECa, policies
 from moeca_fx.errors import ConfigError, UnsupportedModelError
 from moeca_fx.policies import Method
-from moeca_fx.runtime.chunks import Chunk, split_batch, take
+from moeca_fx.runtime.chunks import Chunk, split_batch
 from moeca_fx.runtime.module import TransformedModel
+from moeca_fx.runtime.sample_axes import cut, plain_axes
 from tests.helpers import zoo_models
 from tests.helpers.toys import WIDTH, Toy, toy, toy_inputs
 from tests.helpers.transformed import SOME, run
@@ -56,7 +57,8 @@ def test_how_a_batch_is_split() -> None:
 
 def test_inputs_without_the_batch_are_passed_on() -> None:
     x, table, scalar = torch.randn(4, 2), torch.randn(7, 2), torch.tensor(1.0)
-    found = take([x, table, scalar, "text", None], 4, Chunk(1, 3))
+    leaves = [x, table, scalar, "text", None]
+    found = cut(leaves, plain_axes(leaves, 4), 1, 2)
     assert torch.equal(found[0], x[1:3]) and found[1] is table and found[2] is scalar and found[3:] == ["text", None]
 
 

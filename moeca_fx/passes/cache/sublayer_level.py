@@ -52,7 +52,7 @@ class SublayerLevel(Level):
                 site,
                 f"{site.path}.{KINDS[type(site).__name__]}",
                 Place(index, len(blocks), site.tokens),
-                block.attention,
+                block.attention_before(site),
             )
             for index, block in enumerate(blocks)
             for site in block.sites
@@ -115,7 +115,10 @@ class SublayerLevel(Level):
             return step.emit(token_signals.zero_age, output, name=name)  # no attention before it: all tokens alike
         core = step.nodes[attention.core]
         query, key = step.nodes[attention.query], step.nodes[attention.key]
-        return step.emit(token_signals.received_attention, query, key, core.kwargs.get("scale"), name=name)
+        received = step.emit(token_signals.received_attention, query, key, core.kwargs.get("scale"), name=name)
+        if not attention.joint:
+            return received
+        return step.emit(torch.narrow, received, 1, attention.first_token, attention.tokens, name=f"{name}_of_stream")
 
     # -- this rule's step ---------------------------------------------------------------------------------------
 

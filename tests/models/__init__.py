@@ -1,0 +1,1 @@
+"""Tests of moeca_fx: models of other projects."""
