@@ -1,4 +1,4 @@
-"""Tiny random pipelines of diffusers around HiDream and Nucleus; prompts are given as embeddings, nothing is downloaded."""
+"""Tiny random pipelines of diffusers around HiDream and Nucleus; prompts are embeddings, nothing is downloaded."""
 
 from typing import Any
 

@@ -80,7 +80,7 @@ def test_padded_text_is_masked(name: str) -> None:
 
 def test_a_cached_step_that_recomputes_every_branch_is_the_model() -> None:
     """Attention is computed in full, no block is dense, every token is chosen: nothing is left to differ."""
-    size = replace(SIGMOID, capacity=2.5)  # a token that no expert chose keeps the feature of its shared expert
+    size = replace(SIGMOID, capacity=3.0)  # a token that no expert chose keeps the feature of its shared expert
     model = nucleus.build(size)
     every = policies.build("branch_forecast", select="score_budget", share=1.0, attention="full")
     fast = moeca_fx.transform(model, (), inputs(size), policy=every)
@@ -126,6 +126,13 @@ def test_regions(name: str) -> None:
     assert all(region.layout == "expert" and region.num_experts == size.experts for region in found.regions)
     assert all(region.form is not None and region.error < TOLERANCE for region in found.regions)
     assert not any(refusal.is_moe for refusal in found.refused)
+
+
+def test_one_sample_is_enough() -> None:
+    """The pipeline calls it with one; reshapes of a single sample are views, those of two are copies."""
+    model, _ = pair("sigmoid", None)
+    wanted, found = (discover(model, (), inputs(SIGMOID, batch)).regions for batch in (2, 1))
+    assert [replace(region, error=0.0) for region in found] == [replace(region, error=0.0) for region in wanted]
 
 
 def test_inspect_names_sites_and_gives_reasons() -> None:
