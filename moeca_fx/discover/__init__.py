@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeca_fx.batch import batch_size, doubled
 from moeca_fx.discover.candidates import find_candidates
 from moeca_fx.discover.on_meta import discover_on_meta
 from moeca_fx.discover.probe import probe
@@ -24,6 +25,8 @@ __all__ = ["Discovery", "Layout", "MoERegion", "Refusal", "discover"]
 
 def discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Discovery:
     """Find and prove every token-level MoE region; runs the model twice. On the meta device, see `on_meta`.
+
+    Where one sample leaves a region unproven, two more runs, on two and four samples, decide.
 
     Args:
         model: a model in eval mode; left as it was.
@@ -42,4 +45,8 @@ def _discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     candidates = find_candidates(model)
     run = probe(model, candidates, args, kwargs)
     regions, refused = prove(model, candidates, run, args, kwargs)
+    unproven = any(refusal.is_moe for refusal in refused)
+    if unproven and not run.why_no_large and batch_size(args, kwargs) == 1:
+        # A transposed axis of one sample needs no copy: its run has other operations than one of two samples.
+        return _discover(model, *doubled(args, kwargs))
     return Discovery(regions=tuple(regions), refused=tuple(refused))

@@ -138,7 +138,8 @@ def _prove_and_keep(
             if own_batch:
                 raise
             raise _BatchFixedError(f"it does not run on two samples: {error}") from error
-    marked = marked_regions(model, keyed, small, large)
+    with torch.no_grad():
+        marked = marked_regions(model, keyed, small, large)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(regions_as_markers(model, marked))

@@ -96,6 +96,8 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
         )
     shared = _shared_expert(marker, x, residual)
     companion = next((site for site in attention if site.residual_out == residual.residual_in.name), None)
+    # How many tokens an expert takes goes with the number of tokens, which may be another than in the proof.
+    top_k = region.top_k if region.layout == "token" else int(shape_of(expert)[-1])
     return MoESite(
         path=region.block,
         region=f"{region.path}.{region.method}",
@@ -104,7 +106,7 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
         expert=expert.name,
         weight=weight.name,
         num_experts=region.num_experts,
-        top_k=region.top_k,
+        top_k=top_k,
         router=_FORMS[region.layout].format(describe_router(x, expert, weight, residual.residual_in)),
         shared=shared.name if shared else None,
         shared_root=strip_reshapes(x).name if shared else None,
@@ -115,7 +117,7 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
         residual_out=residual.residual_out.name,
         attention=companion.path if companion else None,
         tokens=tokens,
-        not_synchronized=_WHY_NOT_BY_ROWS[region.layout](marker, companion, region.top_k) if companion else None,
+        not_synchronized=_WHY_NOT_BY_ROWS[region.layout](marker, companion, top_k) if companion else None,
         layout=region.layout,
         empty_slots=region.layout == "token" and (region.empty_slots or may_be_empty(expert)),
     )
