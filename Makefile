@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_INSTALL_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: demo results bench test slow engines structures lint format clean help
+.PHONY: demo results bench test slow engines structures fuzz lint format clean help
 
 help:
 	@echo "make demo    set up, then sample digits with the original, vectorised and cached model"
@@ -22,6 +22,7 @@ help:
 	@echo "make slow    the slow tests"
 	@echo "make engines TensorRT-RTX engines of all four models, fp32 and fp16, without a GPU; 20 minutes"
 	@echo "make structures  420 ways to write a model, each transformed and proven or refused; 15 minutes on two cores"
+	@echo "make fuzz    10 minutes of coverage-guided fuzzing of discovery; stops at the first finding"
 	@echo "make lint    ruff (lint, format) and mypy"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove the virtual environment, caches and outputs"
@@ -48,6 +49,12 @@ engines: $(VENV)/.installed-dev
 # In two processes of its own; `python -m tests.structures.report` writes what it finds to docs/structures.md.
 structures: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/structures
+
+# A finding is a file that `python -m tests.fuzz.fuzz_discovery FILE` runs again.
+fuzz: $(VENV)/.installed-fuzz
+	mkdir -p out/fuzz
+	$(BIN)/python -m tests.fuzz.fuzz_discovery -max_total_time=600 -timeout=120 -max_len=32 -len_control=0 \
+	  -artifact_prefix=out/fuzz/ out/fuzz
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     of two dimensions, those of one decide.
 
     Raises:
-        InputError: no tensor with a batch dimension among the inputs.
+        InputError: no tensor with a batch dimension among the inputs, or no sample.
     """
     arguments = [_sizes(value) for value in (*args, *kwargs.values())]
     votes = [_most_frequent(wide) for wide, _ in arguments if wide]
@@ -41,7 +41,10 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
             "pass example_inputs=(x, t, ...) as the model's forward takes them",
             code=Reason.INPUTS,
         )
-    return max(votes, key=lambda size: (votes.count(size), vectors.count(size))) if votes else _most_frequent(vectors)
+    size = max(votes, key=lambda size: (votes.count(size), vectors.count(size))) if votes else _most_frequent(vectors)
+    if not size:
+        raise InputError("inputs: expected at least one sample, found a batch of 0; leave the call out")
+    return size
 
 
 def batch_axis(leaf: Any, size: int) -> int | None:

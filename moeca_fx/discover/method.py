@@ -4,7 +4,7 @@ def moe_infer(self, x, flat_ids, flat_weights): ...        x: rows, expert: flat
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -17,8 +17,10 @@ from moeca_fx.discover import expert_choice as candidates
 from moeca_fx.discover.inline.tape import NotReplayable
 from moeca_fx.discover.records import Layout
 from moeca_fx.discover.reference import TOLERANCE, branch_sum, choice_as_tokens
-from moeca_fx.discover.scales import off_scale
+from moeca_fx.discover.scales import OffScale, Sample, check_scales
 from moeca_fx.reasons import Reason
+
+_EXCHANGES = 6  # more calls of a method, at most, to see every expert
 
 MethodCall = tuple[dict[str, Any], Any]
 Spied = dict[tuple[str, str], list[MethodCall]]
@@ -84,16 +86,23 @@ def spied(owner: nn.Module, name: str, calls: list[MethodCall]) -> Iterator[None
         yield
 
 
-def prove_method(experts: Sequence[nn.Module], calls: Sequence[MethodCall], crowded: Sequence[MethodCall]) -> Roles:
+def prove_method(
+    experts: Sequence[nn.Module],
+    calls: Sequence[MethodCall],
+    crowded: Sequence[MethodCall],
+    method: Callable[..., Any],
+) -> Roles:
     """Find the roles of a method's arguments.
 
     Args:
         experts: one module an expert.
         calls: of one forward of the model.
         crowded: calls in which all tokens ask for the same experts, so that limits show; the same roles must hold.
+        method: bound; called again where one call does not show every expert's factor.
 
     Raises:
         NotReplayable: with the reason.
+        OffScale: it is the sum but for one expert's factor.
     """
     if len(calls) != 1:
         problem = f"called {len(calls)} times in one forward; exactly one call is supported"
@@ -104,6 +113,7 @@ def prove_method(experts: Sequence[nn.Module], calls: Sequence[MethodCall], crow
     if not bool(torch.isfinite(output).all()):
         problem = "returned NaN or infinity in the probe run; check the weights and the example inputs"
         raise NotReplayable(problem, Reason.NOT_FINITE)
+    off: OffScale | None = None
     reason = "no arguments have the shapes of token rows, expert ids and routing weights"
     nearest, code = float("inf"), Reason.ROLES_UNKNOWN
     for layout, names in _triples(arguments, output, len(experts)):
@@ -116,10 +126,52 @@ def prove_method(experts: Sequence[nn.Module], calls: Sequence[MethodCall], crow
             if found.error < nearest:
                 nearest, reason, code = found.error, str(found), found.code
             continue
+        try:
+            check_scales(experts, _samples(method, calls[0], names, layout, len(experts)), off is not None)
+        except OffScale as problem:
+            off = off or problem
+            continue
         rows, ids = arguments[names[0]], arguments[names[1]]
         slots = ids.shape[-1] if layout == "expert" else ids.numel() // (rows.numel() // rows.shape[-1])
         return Roles(*names, slots, layout, empty, error)
-    raise NotReplayable(reason, code)
+    raise off or NotReplayable(reason, code)
+
+
+def _samples(
+    method: Callable[..., Any], call: MethodCall, names: candidates.Roles, layout: Layout, count: int
+) -> Iterator[Sample]:
+    """The call, and calls in which experts exchange their tokens, busy ones with idle ones first."""
+    given, output = call
+    rows, ids, share = (given[name] for name in names)
+
+    def sample(chosen: Tensor, result: Tensor, proven: bool) -> Sample:
+        expert, weight = choice_as_tokens(rows, chosen, share) if layout == "expert" else (chosen, share)
+        return Sample(rows, expert, weight, result.double().reshape(-1, result.shape[-1]), result, proven)
+
+    yield sample(ids, output, True)
+    others = [value for name, value in given.items() if name not in names and isinstance(value, Tensor)]
+    if others:  # they may hold what follows from the ids, such as counts
+        return
+    for turn in range(_EXCHANGES):
+        chosen = ids.roll(turn + 1, 1) if layout == "expert" else _exchanged(ids, count, turn)
+        arguments = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
+        arguments[names[1]] = chosen.clone()
+        try:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                result = method(**arguments)
+        except (RuntimeError, ValueError, IndexError):  # ids that the method cannot get from its router
+            return
+        if isinstance(result, Tensor) and result.shape == output.shape:
+            yield sample(chosen, result, False)
+
+
+def _exchanged(ids: Tensor, count: int, turn: int) -> Tensor:
+    """Ids with the busiest expert's tokens given to the idlest, and so on; ids of no expert stay."""
+    real = (ids >= 0) & (ids < count)
+    busy = torch.bincount(ids[real].flatten().long(), minlength=count).argsort(descending=True, stable=True)
+    table = torch.empty_like(busy)
+    table[busy] = busy.flip(0).roll(turn)
+    return torch.where(real, table.to(ids.dtype)[ids.clamp(0, count - 1).long()], ids)
 
 
 class _Differs(Exception):
@@ -152,9 +204,6 @@ def _check(
     if not error <= limit:
         said = f"sum_k weight_k * expert_k(x) differs from its output by {error:.1e} relative (allowed {limit:.0e})"
         raise _Differs(said, error, Reason.NOT_A_WEIGHTED_SUM)
-    problem_found = off_scale(experts, rows, ids, share, output.double().reshape(-1, output.shape[-1]), output)
-    if problem_found is not None:
-        raise _Differs(problem_found, error, Reason.WEIGHTS_OFF)
     return error, layout == "token" and bool((ids >= len(experts)).any())
 
 

@@ -32,6 +32,7 @@ from moeca_fx.discover.journal import Attempt, Journal
 from moeca_fx.discover.method import MethodCall, Spied, TracedMethod, prove_method, spied
 from moeca_fx.discover.probe import Probe, enclosing, enclosing_router, innermost_method, key_of, run_again
 from moeca_fx.discover.records import MoERegion, Refusal
+from moeca_fx.discover.scales import OffScale
 from moeca_fx.reasons import Reason
 
 _LEVELS = 3  # modules around the experts that are tried as the block
@@ -78,7 +79,8 @@ def _refused_at_once(candidate: Candidate, run: Probe) -> Refusal | None:
         return Refusal(candidate.path, problem, False, (Reason.LIST_OF_BLOCKS,))
     calls = run.experts[key_of(candidate)]
     if not candidate.stacked and calls.count < 2:
-        routed = enclosing_router(candidate.path, run.topk) is not None and not candidate.attributes
+        routed = enclosing_router(candidate.path, run.topk) is not None
+        routed = routed and (not candidate.attributes or (calls.count > 0 and candidate.count > 2))
         problem = f"only {calls.count} of {candidate.count} experts ran in the probe run"
         return Refusal(candidate.path, problem, routed, (Reason.EXPERTS_DID_NOT_RUN,))
     return None
@@ -115,6 +117,8 @@ def _prove(
         proof = partial(_by_method, model, candidate, run, method, block, seen[method.owner, method.name])
         try:
             return journal.attempt(candidate.path, "method", f"{method.owner}.{method.name}", proof)
+        except OffScale as reason:
+            return Refusal(candidate.path, f"{method.owner}.{method.name}: {reason}", True, (reason.code,))
         except NotReplayable as reason:
             reasons.append(f"{method.owner}.{method.name}: {reason}")
             codes.append(reason.code)
@@ -150,7 +154,8 @@ def _by_method(
 ) -> tuple[MoERegion, str]:
     keyword = _keyword(candidate, run)
     experts = [as_expert(expert, keyword) for _, expert in candidate.experts]
-    roles = prove_method(experts, calls, _crowded_calls(model, run, method, block))
+    bound = getattr(model.get_submodule(method.owner), method.name)
+    roles = prove_method(experts, calls, _crowded_calls(model, run, method, block), bound)
     region = MoERegion(
         path=method.owner,
         method=method.name,
@@ -194,6 +199,8 @@ def _by_block(model: nn.Module, candidate: Candidate, run: Probe, journal: Journ
         try:
             proof = partial(_block_at, model, candidate, run, path)
             return journal.attempt(candidate.path, "block", f"{path}.forward", proof)
+        except OffScale as reason:  # what lies further out holds the same sum
+            raise OffScale(f"{path}.forward: {reason}") from reason
         except NotReplayable as reason:
             reasons.setdefault(str(reason), []).append(f"{path}.forward")
             codes.append(reason.code)
@@ -264,6 +271,8 @@ def prove_modules(
         for dropped in (False, True):
             try:
                 return prove_block(recorded, modules, ModuleExperts(modules), dropped)
+            except OffScale:
+                raise
             except NotReplayable as reason:
                 problem = reason if str(problem) == NO_MATCH else problem
     raise problem
@@ -302,16 +311,19 @@ def prove_stacked(
     owner = model.get_submodule(path)
     unknown = "its stacked parameters have no known form of an expert (docs/discovery.md lists them)"
     reason = NotReplayable(unknown, Reason.STACKED_FORM)
+    off: OffScale | None = None
     for calls in ((small, large), (crowded(small), crowded(large))):
         more = () if calls[0] is small else (small, large)
         recorded = replace(record_block(owner, opened, *calls, states=states, nearest=nearest), more=more)
         for dropped, chosen in product((False, True), forms):
             experts = stacked_modules(holder, chosen)
             try:
-                return prove_block(recorded, experts, StackedExperts(holder, chosen, count), dropped), chosen
+                return prove_block(recorded, experts, StackedExperts(holder, chosen, count), dropped, off), chosen
+            except OffScale as problem:
+                off = problem
             except NotReplayable as problem:
                 reason = reason if str(problem) == NO_MATCH else problem
-    raise reason
+    raise off or reason
 
 
 def _forms(holder: nn.Module, count: int) -> list[StackedForm]:

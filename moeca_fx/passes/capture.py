@@ -12,7 +12,7 @@ too: bit for bit, unless a block is replayed.
 
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +139,8 @@ def _prove_and_keep(
             if own_batch:
                 raise
             raise _BatchFixedError(f"it does not run on two samples: {error}") from error
-    marked = marked_regions(model, keyed, small, large)
+    with torch.no_grad():
+        marked = marked_regions(model, keyed, small, large)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(regions_as_markers(model, marked))
@@ -172,8 +173,9 @@ def _prove_and_keep(
     if not on_data:
         return captured
     with live_regions({each.key: region_call(model, each) for each in marked}):
-        _check_equal(model, captured, args, kwargs, expected, bool(inline))
-        _check_equal(model, captured, *other, more, bool(inline))
+        replayed = _dtypes(model, inline)
+        _check_equal(model, captured, args, kwargs, expected, replayed)
+        _check_equal(model, captured, *other, more, replayed)
     check_same_values(model, seen, again)
     return captured
 
@@ -218,22 +220,31 @@ def _second_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tup
     return pytree.tree_map(other_values, args), pytree.tree_map(other_values, dict(kwargs))
 
 
+def _dtypes(model: nn.Module, paths: Iterable[str]) -> frozenset[torch.dtype]:
+    """What blocks compute in: what a model returns in fp32 may have been rounded to bf16 on the way."""
+    return frozenset(parameter.dtype for path in paths for parameter in model.get_submodule(path).parameters())
+
+
 def _check_equal(
     model: nn.Module,
     captured: Captured,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     expected: Any,
-    replayed: bool,
+    replayed: frozenset[torch.dtype],
 ) -> None:
-    """Bit for bit; to rounding where a replayed block adds its experts in another order than the model."""
+    """Bit for bit; to rounding where a replayed block adds its experts in another order than the model.
+
+    `replayed` are the dtypes of such blocks.
+    """
     with torch.no_grad():
         found = captured.module(*pytree.tree_leaves((args, dict(kwargs))))
     for index, (want, have) in enumerate(zip(pytree.tree_leaves(expected), found, strict=True)):
         if not isinstance(want, Tensor) or torch.equal(want, have):
             continue
         error = float((want - have).abs().max())
-        allowed = _REPLAYED * TOLERANCE.get(want.dtype, 0.0) * float(want.abs().max()) if replayed else 0.0
+        rounding = max(TOLERANCE.get(dtype, 0.0) for dtype in (want.dtype, *replayed)) if replayed else 0.0
+        allowed = _REPLAYED * rounding * float(want.abs().max())
         if not error <= allowed:
             raise CaptureError(
                 f"output {index} of the captured graph differs from {type(model).__name__} by {error:.1e}, expected "

@@ -15,7 +15,7 @@ from dataclasses import replace
 from torch import fx
 
 from moeca_fx.discover import Layout, MoERegion
-from moeca_fx.errors import UnsupportedModelError
+from moeca_fx.errors import UnprovenRegionError, UnsupportedModelError
 from moeca_fx.graph.layout import STREAM, NotTokenWise, TokenAxes, propagate, shape_of
 from moeca_fx.graph.rewrite import module_path
 from moeca_fx.graph.sites import AnySite, AttentionSite, DenseFFNSite, MoESite, Site, Sites
@@ -31,7 +31,7 @@ from moeca_fx.graph.slicing import (
     with_gate,
 )
 from moeca_fx.ops.experts import is_marker
-from moeca_fx.passes.empty_ids import may_be_empty
+from moeca_fx.passes.empty_ids import columns, may_be_empty
 from moeca_fx.passes.locate_attention import SDPA, attention_sites, stream_tokens
 from moeca_fx.passes.router_form import describe_router
 from moeca_fx.reasons import Reason
@@ -93,8 +93,17 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
     if axes[x] not in (STREAM, TokenAxes(0, 0)):
         problem_found = "the experts' rows are not ordered sample by sample"
         raise UnsupportedModelError(f"{region.block}: {problem_found}", code=Reason.MIXES_TOKENS)
+    if region.layout == "token" and not region.empty_slots and columns(expert) > region.num_experts:
+        raise UnprovenRegionError(
+            f"{region.block}: its router chooses among {columns(expert)}, it has {region.num_experts} experts, and no "
+            "token of the example inputs was sent beyond them, so that what happens there is not known; pass example "
+            "inputs that differ more",
+            code=Reason.EXPERTS_DID_NOT_RUN,
+        )
     shared = _shared_expert(marker, x, residual)
     companion = next((site for site in attention if site.residual_out == residual.residual_in.name), None)
+    # How many tokens an expert takes goes with the number of tokens, which may be another than in the proof.
+    top_k = region.top_k if region.layout == "token" else int(shape_of(expert)[-1])
     return MoESite(
         path=region.block,
         region=f"{region.path}.{region.method}",
@@ -103,7 +112,7 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
         expert=expert.name,
         weight=weight.name,
         num_experts=region.num_experts,
-        top_k=region.top_k,
+        top_k=top_k,
         router=_FORMS[region.layout].format(describe_router(x, expert, weight, residual.residual_in)),
         shared=shared.name if shared else None,
         shared_root=strip_reshapes(x).name if shared else None,
@@ -114,7 +123,7 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
         residual_out=residual.residual_out.name,
         attention=companion.path if companion else None,
         tokens=tokens,
-        not_synchronized=_WHY_NOT_BY_ROWS[region.layout](marker, companion, region.top_k) if companion else None,
+        not_synchronized=_WHY_NOT_BY_ROWS[region.layout](marker, companion, top_k) if companion else None,
         layout=region.layout,
         empty_slots=region.layout == "token" and (region.empty_slots or may_be_empty(expert)),
     )

@@ -200,7 +200,7 @@ def _off(entry: Entry, owner: nn.Module, experts: Sequence[nn.Module], call: Cal
             off = float(((first - second) * part).sum()) / size
             step = torch.finfo(_dtype(want)).eps / 12**0.5
             noise = step * float((first * part).norm()) / size
-            if abs(off) > max(ALLOWED, SURE * noise):
+            if abs(off) > ALLOWED + SURE * noise:
                 lines.append(f"expert {index} enters the sum with {1 + off:.4f} times its routing weight")
     return lines if len(lines) < len(experts) else []
 

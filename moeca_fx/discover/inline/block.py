@@ -9,7 +9,7 @@ The call is recorded at two batch sizes (`tape`), routing and routed sum are sea
 around them becomes a recipe, and the recipe must give what the block gives, on other data too.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -23,14 +23,16 @@ from moeca_fx.discover.inline.branches import COPY, Branches, branches_of, may_b
 from moeca_fx.discover.inline.match import Experts, Match, Search
 from moeca_fx.discover.inline.nearest import Nearest
 from moeca_fx.discover.inline.recipe import Recipe, make_recipe
-from moeca_fx.discover.inline.tape import NotReplayable, Tape, depends_on, record
+from moeca_fx.discover.inline.tape import NotReplayable, Ref, Tape, depends_on, record
 from moeca_fx.discover.reference import TOLERANCE, branch_sum, choice_as_tokens
-from moeca_fx.discover.scales import off_scale
+from moeca_fx.discover.scales import OffScale, Sample, check_scales
 from moeca_fx.reasons import Reason
 
 NO_MATCH = "no values of its run are token rows, a routing over its experts, and their weighted sum"
 _APART = 0.02  # what is left of the differences between tokens in a crowded call
+_NOT_FINITE = "it returned NaN or infinity; check the weights and the example inputs"
 _TRIED = 12  # hypotheses that are made into recipes and run
+_MORE_CALLS = 6  # of a block, at most, where two do not show every expert's factor
 
 Marker = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -81,9 +83,18 @@ class Block:
         return None if not parts else torch.stack(parts).sum(0)
 
     def run(
-        self, owner: nn.Module, experts: Sequence[nn.Module], marker: Marker, args: tuple[Any, ...], kwargs: Any
+        self,
+        owner: nn.Module,
+        experts: Sequence[nn.Module],
+        marker: Marker,
+        args: tuple[Any, ...],
+        kwargs: Any,
+        seen: Callable[[list[Tensor], Tensor], None] | None = None,
     ) -> Any:
-        """The call's result, the experts with parameters computed by `marker` (rows, ids or tokens, weights)."""
+        """The call's result, the experts with parameters computed by `marker` (rows, ids or tokens, weights).
+
+        `seen`, where given, is told what the experts took and the value that the routed sum entered.
+        """
 
         def routed(*values: Tensor) -> Tensor:
             rest = values[-1] if self.match.rest is not None else None
@@ -92,7 +103,10 @@ class Block:
             free = self.free_part(values[0], branches, experts)
             total = total if free is None else total + free.to(total.dtype)
             total = total.reshape(-1, *self.shape)
-            return total.to(self.dtype) if rest is None else _plus(rest, total).to(self.dtype)
+            result = total.to(self.dtype) if rest is None else _plus(rest, total).to(self.dtype)
+            if seen is not None:
+                seen(list(values), result)
+            return result
 
         return self.recipe.run(owner, routed, args, kwargs)
 
@@ -110,6 +124,7 @@ class Recorded:
         small, large: their arguments.
         short, long: their tapes.
         search: over the first tape.
+        opened, paths, states: as for `record_block`.
         more: arguments of other calls, which must be explained too.
     """
 
@@ -119,6 +134,9 @@ class Recorded:
     short: Tape
     long: Tape
     search: Search
+    opened: frozenset[str]
+    paths: frozenset[str]
+    states: frozenset[str]
     more: Sequence[Call] = ()
 
 
@@ -142,15 +160,21 @@ def record_block(
         nearest: remembers the hypothesis that came nearest.
 
     Raises:
-        NotReplayable: it cannot be recorded.
+        NotReplayable: it cannot be recorded, or returns NaN or infinity.
     """
     short, long = (record(owner, opened, call.args, call.kwargs) for call in (small, large))
-    after = depends_on(short, frozenset(paths), frozenset(states))
-    search = Search(short, small.samples, _rows_seen(short, paths), after, nearest=nearest)
-    return Recorded(owner, small, large, short, long, search)
+    results = [short.values.get(leaf.number) for leaf in short.outputs if isinstance(leaf, Ref)]
+    if not all(bool(torch.isfinite(value).all()) for value in results if value is not None):
+        # NaN equals nothing: the search would hold every value for another one
+        raise NotReplayable(_NOT_FINITE, Reason.NOT_FINITE)
+    below = frozenset(paths), frozenset(states)
+    search = Search(short, small.samples, _rows_seen(short, paths), depends_on(short, *below), nearest=nearest)
+    return Recorded(owner, small, large, short, long, search, opened, *below)
 
 
-def prove_block(recorded: Recorded, experts: Sequence[nn.Module], together: Experts, dropped: bool) -> Block:
+def prove_block(
+    recorded: Recorded, experts: Sequence[nn.Module], together: Experts, dropped: bool, off: OffScale | None = None
+) -> Block:
     """Find and prove the routed experts of a block.
 
     Args:
@@ -158,9 +182,11 @@ def prove_block(recorded: Recorded, experts: Sequence[nn.Module], together: Expe
         experts: one module an expert, in order of expert id, those without parameters too.
         together: the same experts.
         dropped: whether to look for branches that are dropped beyond a capacity; they are not found otherwise.
+        off: what another reading of the same block was refused for; then every expert's factor must be well known.
 
     Raises:
         NotReplayable: with the reason.
+        OffScale: it is the sum but for one expert's factor.
     """
     short, small = recorded.short, recorded.small
     problem = NotReplayable(NO_MATCH, Reason.ROUTING_UNKNOWN)
@@ -171,7 +197,10 @@ def prove_block(recorded: Recorded, experts: Sequence[nn.Module], together: Expe
             error = max(_error(block, recorded.owner, experts, call) for call in calls)
             if error > TOLERANCE.get(block.dtype, 0.0):
                 raise NotReplayable(f"its replay differs from it by {error:.1e} relative", Reason.REPLAY_DIFFERS)
-            _check_scales(block, short, experts)
+            _check_scales(block, recorded, experts, off is not None)
+        except OffScale as reason:
+            off = off or reason
+            continue
         except NotReplayable as reason:
             problem = reason
             continue
@@ -179,7 +208,7 @@ def prove_block(recorded: Recorded, experts: Sequence[nn.Module], together: Expe
             problem = NotReplayable(f"its replay fails: {reason}", Reason.REPLAY_FAILS)
             continue
         return replace(block, error=error)
-    raise problem
+    raise off or problem
 
 
 def _block(match: Match, short: Tape, long: Tape, experts: Sequence[nn.Module]) -> Block:
@@ -258,9 +287,7 @@ def largest_difference(want: Any, have: Any) -> float:
             if not a.numel():
                 continue
             if not bool(torch.isfinite(a).all()):
-                raise NotReplayable(
-                    "it returned NaN or infinity; check the weights and the example inputs", Reason.NOT_FINITE
-                )
+                raise NotReplayable(_NOT_FINITE, Reason.NOT_FINITE)
             difference = (a.double() - b.double()).abs().max()
             worst = max(worst, float(difference / a.abs().max().double().clamp_min(1e-30)))
         elif a != b:
@@ -268,25 +295,89 @@ def largest_difference(want: Any, have: Any) -> float:
     return worst
 
 
-def _check_scales(block: Block, tape: Tape, experts: Sequence[nn.Module]) -> None:
+def _check_scales(block: Block, recorded: Recorded, experts: Sequence[nn.Module], strict: bool) -> None:
     """Every expert must enter with the weight that was found, to a fraction of a percent.
 
     Raises:
-        NotReplayable: one does not.
+        OffScale: one does not.
     """
-    match, values = block.match, tape.values
-    x, total = values[match.x], values[match.total]
-    branches = block.branches([x, *(values[number] for number in match.routing.values)])
+    real = [expert for index, expert in enumerate(experts) if index not in block.free]
+    check_scales(real, _samples(block, recorded, experts), strict)
+
+
+def _samples(block: Block, recorded: Recorded, experts: Sequence[nn.Module]) -> Iterator[Sample]:
+    """The first call, the larger one, and more calls of the block on other data."""
+    match, values = block.match, recorded.short.values
+    rest = values[match.rest] if match.rest is not None else None
+    routing = [values[number] for number in match.routing.values]
+    yield _sample(block, [values[match.x], *routing], rest, values[match.total], experts)
+    yield from _sample_elsewhere(block, recorded, recorded.large, recorded.long, experts)
+    for seed in range(_MORE_CALLS):
+        call = _redrawn(recorded.small, seed)
+        try:
+            tape = record(recorded.owner, recorded.opened, call.args, call.kwargs)
+        except (NotReplayable, RuntimeError, ValueError, IndexError):  # the block does not take such data
+            return
+        yield from _sample_elsewhere(block, recorded, call, tape, experts)
+
+
+def _sample(
+    block: Block,
+    given: Sequence[Tensor],
+    rest: Tensor | None,
+    total: Tensor,
+    experts: Sequence[nn.Module],
+    proven: bool = True,
+) -> Sample:
+    """What the model made of token rows and the values of a routing (`given`)."""
+    x, branches = given[0], block.branches(given)
     ids, weight = branches.chosen, branches.weight
-    if match.routing.kind == "choice":
+    if block.match.routing.kind == "choice":
         ids, weight = choice_as_tokens(x, ids, weight)
     routed = total.double().reshape(-1, total.shape[-1])
-    if match.rest is not None:
-        routed = routed - values[match.rest].double().reshape(routed.shape)
-    with torch.no_grad():
+    routed = routed if rest is None else routed - rest.double().reshape(routed.shape)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         free = block.free_part(x, branches, experts)
-        routed = routed if free is None else routed - free.double().reshape(routed.shape)
-    real = [expert for index, expert in enumerate(experts) if index not in block.free]
-    problem = off_scale(real, x, ids, weight, routed, total)
-    if problem is not None:
-        raise NotReplayable(problem, Reason.WEIGHTS_OFF)
+    routed = routed if free is None else routed - free.double().reshape(routed.shape)
+    return Sample(x, ids, weight, routed, total, proven)
+
+
+def _sample_elsewhere(
+    block: Block, recorded: Recorded, call: Call, tape: Tape, experts: Sequence[nn.Module]
+) -> Iterator[Sample]:
+    """The same of a call whose tape has other numbers: its sum is the value nearest to the replay's."""
+    seen: list[tuple[list[Tensor], Tensor]] = []
+
+    def keep(values: list[Tensor], total: Tensor) -> None:
+        seen.append((values, total))
+
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            marker = reference_marker(experts, block.free, block.match.routing.kind == "choice")
+            block.run(recorded.owner, experts, marker, call.args, call.kwargs, keep)
+    except (RuntimeError, ValueError, IndexError):
+        return
+    values, total = seen[0]
+    rest = values.pop() if block.match.rest is not None else None
+    after = depends_on(tape, recorded.paths, recorded.states)
+    sums = [tape.values[number] for number in sorted(after & tape.values.keys())]
+    fitting = [value for value in sums if value.dtype == total.dtype and value.numel() == total.numel()]
+    fitting = [value for value in fitting if value.shape[-1:] == total.shape[-1:]]
+    if fitting:
+        rows = total.reshape(-1, total.shape[-1]).double()
+        nearest = min(fitting, key=lambda value: float((value.reshape(rows.shape).double() - rows).square().sum()))
+        yield _sample(block, values, rest, nearest, experts, proven=False)
+
+
+def _redrawn(call: Call, seed: int) -> Call:
+    """The same shapes, other data: every floating-point argument of several axes with noise of its own size."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def change(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 2 or not leaf.numel():
+            return leaf
+        noise = torch.randn(leaf.shape, generator=generator).to(leaf)
+        return leaf + noise * leaf.abs().mean()
+
+    args, kwargs = pytree.tree_map(change, (call.args, dict(call.kwargs)))
+    return Call(args, kwargs, call.samples)

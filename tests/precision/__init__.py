@@ -1,0 +1,1 @@
+"""Number formats, memory formats, wrappers and adapters that models come in."""
