@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moeca_fx.errors import InputError, UnsupportedModelError
+from moeca_fx.model_wrappers import how_to_undo, is_own_forward, package_of
 from moeca_fx.policies import Method, Policy, as_method
 from moeca_fx.reasons import Reason
 
@@ -28,11 +29,23 @@ def check_model(model: nn.Module) -> None:
             f"{name}: is transformed already; pass the original model, with any policy", code=Reason.TRANSFORMED
         )
     check_autocast()
-    patched = [path or name for path, module in model.named_modules() if "forward" in vars(module)]
-    if patched:
+    frozen = [path or name for path, module in model.named_modules() if _made_for_inference(module)]
+    if frozen:
         raise UnsupportedModelError(
-            f"{_list(patched)}: forward was replaced on the instance, which hides what the model computes; undo that "
-            "(the tool that did it: offloading, compilation, a patch) and transform again",
+            f"{_list(frozen)}: made inside torch.inference_mode, so that writes to it cannot be seen; load the model "
+            "outside of the block (calls inside are welcome)",
+            code=Reason.MADE_FOR_INFERENCE,
+        )
+    patched = {
+        path or name: vars(module)["forward"]
+        for path, module in model.named_modules()
+        if "forward" in vars(module) and not is_own_forward(module)
+    }
+    if patched:
+        undo = "undo that (the tool that did it: offloading, compilation, a patch) and transform again"
+        raise UnsupportedModelError(
+            f"{_list(list(patched))}: forward was replaced on the instance{_by(patched.values())}, which hides what "
+            f"the model computes; {how_to_undo(patched.values(), undo)}",
             code=Reason.PATCHED,
         )
     training = [path or name for path, module in model.named_modules() if module.training]
@@ -41,11 +54,13 @@ def check_model(model: nn.Module) -> None:
             f"{_list(training)}: in training mode; caching is for inference: call model.eval() first",
             code=Reason.TRAINING,
         )
-    hooked = [path or name for path, module in model.named_modules() if _has_hooks(module)]
+    hooked = {path or name: hooks for path, module in model.named_modules() if (hooks := _hooks(module))}
     if hooked:
+        undo = "remove them (or the tool that added them: offloading, profiling, adapters) and transform again"
+        functions = [hook for hooks in hooked.values() for hook in hooks]
         raise UnsupportedModelError(
-            f"{_list(hooked)}: has forward or backward hooks, which a compiled graph would not run; remove them (or "
-            "the tool that added them: offloading, profiling, adapters) and transform again",
+            f"{_list(list(hooked))}: has forward or backward hooks{_by(functions)}, which a compiled graph would not "
+            f"run; {how_to_undo(functions, undo)}",
             code=Reason.HOOKED,
         )
     quantised = [path for path, module in model.named_modules() if _is_quantised(module)]
@@ -129,9 +144,13 @@ def run_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         ) from error
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    backward = module._backward_hooks or module._backward_pre_hooks
-    return bool(module._forward_hooks or module._forward_pre_hooks or backward)
+def _made_for_inference(module: nn.Module) -> bool:
+    return any(t.is_inference() for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    groups = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return [hook for group in groups for hook in group.values()]
 
 
 def _is_quantised(module: nn.Module) -> bool:
@@ -141,6 +160,11 @@ def _is_quantised(module: nn.Module) -> bool:
         return True  # weight-only quantisation keeps its integers in buffers
     tensors = [*module.parameters(recurse=False)]
     return any(not tensor.is_floating_point() or type(tensor.data) is not Tensor for tensor in tensors)
+
+
+def _by(functions: Iterable[Any]) -> str:
+    packages = dict.fromkeys(package for function in functions if (package := package_of(function)))
+    return f" by {', '.join(packages)}" if packages else ""
 
 
 def _list(paths: list[str]) -> str:

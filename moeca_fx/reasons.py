@@ -222,6 +222,12 @@ class Reason(StrEnum):
         "forward was replaced on an instance",
         "undo what did it (offloading, compilation, a patch), and apply it afterwards",
     )
+    MADE_FOR_INFERENCE = (
+        "made-for-inference",
+        _UNSUPPORTED,
+        "the model was made inside torch.inference_mode",
+        "load it outside of the block; calls inside are welcome",
+    )
     TRAINING = ("training", _UNSUPPORTED, "a module is in training mode", "call `model.eval()` first")
     HOOKED = ("hooked", _UNSUPPORTED, "a module has hooks", "remove them, or the tool that added them")
     QUANTISED = ("quantised", _UNSUPPORTED, "weights are quantised", "transform the unquantised model")

@@ -15,6 +15,7 @@ from moeca_fx.discover.unlike import unlike_experts
 from moeca_fx.errors import ConfigError, NoMoEFoundError, UnprovenRegionError, UnsupportedModelError
 from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.graph.storage import CacheDtype, find_storage, stored_states
+from moeca_fx.inputs import ordinary, ordinary_mode
 from moeca_fx.model_checks import check_inputs, check_model, has_no_data, resolve_policy
 from moeca_fx.passes import Compilation, run_pipeline
 from moeca_fx.passes.insert_cache import plan_states
@@ -30,6 +31,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _DEFAULT = MoECa()
 
 
+@ordinary_mode()
 def transform(
     model: nn.Module,
     example_inputs: tuple[Any, ...] = (),
@@ -78,20 +80,22 @@ def transform(
     """
     parts = None if policy is None else resolve_policy(policy)
     options = memory_options(cache_dtype, cache_limit, chunk)
-    kwargs = dict(example_kwargs or {})
+    args, kwargs = ordinary((example_inputs, dict(example_kwargs or {})))
+    check_model(model)  # an offloaded model has its weights elsewhere, and hooks that say so
     if has_no_data(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} is on the meta device: expected weights, found shapes, on which nothing can be "
             "proven; load the weights first. moeca_fx.inspect and moeca_fx.estimate_memory work without them"
         )
-    found = find_regions(model, example_inputs, kwargs)
+    found = find_regions(model, args, kwargs)
     stack_experts(model, found.regions)
     runtime = Runtime(found.regions, parts, timestep, options, compile)
     fast = make_transformed(model, runtime)
-    runtime.prepare(fast, example_inputs, kwargs)
+    runtime.prepare(fast, args, kwargs)
     return fast
 
 
+@ordinary_mode()
 def estimate_memory(
     model: nn.Module,
     example_inputs: tuple[Any, ...] = (),
@@ -113,12 +117,12 @@ def estimate_memory(
     parts, storage = resolve_policy(policy), find_storage(cache_dtype)
     if batch is not None and (not isinstance(batch, int) or batch < 1):
         raise ConfigError(f"batch: expected an integer >= 1, found {batch!r}; pass the batch size of the run")
-    kwargs = dict(example_kwargs or {})
-    found = find_regions(model, example_inputs, kwargs)
-    work = Compilation(share_weights(model), found.regions, example_inputs, kwargs, parts)
+    args, kwargs = ordinary((example_inputs, dict(example_kwargs or {})))
+    found = find_regions(model, args, kwargs)
+    work = Compilation(share_weights(model), found.regions, args, kwargs, parts)
     located = run_pipeline(work, until="locate")
     assert located.module is not None and located.sites is not None
-    size = batch_size(example_inputs, kwargs) if batch is None else batch
+    size = batch_size(args, kwargs) if batch is None else batch
     states = stored_states(plan_states(located.module, located.sites, parts), storage)
     return report(((state, state.bytes(size)) for state in states), size)
 

@@ -126,29 +126,32 @@ def prove_method(
             if found.error < nearest:
                 nearest, reason, code = found.error, str(found), found.code
             continue
+        rows, ids = arguments[names[0]], arguments[names[1]]
+        slots = ids.shape[-1] if layout == "expert" else ids.numel() // (rows.numel() // rows.shape[-1])
         try:
-            check_scales(experts, _samples(method, calls[0], names, layout, len(experts)), off is not None)
+            samples = _samples(method, [calls[0], *crowded], names, layout, len(experts))
+            check_scales(experts, samples, off is not None)
         except OffScale as problem:
             off = off or problem
             continue
-        rows, ids = arguments[names[0]], arguments[names[1]]
-        slots = ids.shape[-1] if layout == "expert" else ids.numel() // (rows.numel() // rows.shape[-1])
         return Roles(*names, slots, layout, empty, error)
     raise off or NotReplayable(reason, code)
 
 
 def _samples(
-    method: Callable[..., Any], call: MethodCall, names: candidates.Roles, layout: Layout, count: int
+    method: Callable[..., Any], calls: Sequence[MethodCall], names: candidates.Roles, layout: Layout, count: int
 ) -> Iterator[Sample]:
-    """The call, and calls in which experts exchange their tokens, busy ones with idle ones first."""
-    given, output = call
-    rows, ids, share = (given[name] for name in names)
+    """The calls, and calls in which experts exchange their tokens, busy ones with idle ones first."""
 
-    def sample(chosen: Tensor, result: Tensor, proven: bool) -> Sample:
+    def sample(rows: Tensor, chosen: Tensor, share: Tensor, result: Tensor, proven: bool) -> Sample:
         expert, weight = choice_as_tokens(rows, chosen, share) if layout == "expert" else (chosen, share)
         return Sample(rows, expert, weight, result.double().reshape(-1, result.shape[-1]), result, proven)
 
-    yield sample(ids, output, True)
+    for given, output in calls:
+        rows, ids, share = (given[name] for name in names)
+        yield sample(rows, ids, share, output, True)
+    given, output = calls[0]
+    rows, ids, share = (given[name] for name in names)
     others = [value for name, value in given.items() if name not in names and isinstance(value, Tensor)]
     if others:  # they may hold what follows from the ids, such as counts
         return
@@ -162,7 +165,7 @@ def _samples(
         except (RuntimeError, ValueError, IndexError):  # ids that the method cannot get from its router
             return
         if isinstance(result, Tensor) and result.shape == output.shape:
-            yield sample(chosen, result, False)
+            yield sample(rows, chosen, share, result, False)
 
 
 def _exchanged(ids: Tensor, count: int, turn: int) -> Tensor:

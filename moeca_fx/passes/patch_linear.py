@@ -59,7 +59,8 @@ def _rewrite(module: fx.GraphModule, node: fx.Node) -> None:
         grid = call(graph, aten.view.default, x, [batch, channels, rows, p, columns, q], name=f"{name}_grid")
         apart = call(graph, aten.permute.default, grid, [0, 2, 4, 1, 3, 5], name=f"{name}_apart")
         patches = call(graph, aten.reshape.default, apart, [batch, rows * columns, inputs], name=f"{name}_patches")
-        matrix = call(graph, aten.view.default, weight, [outputs, inputs], name=f"{name}_matrix")
+        flat = aten.view if example_value(weight).is_contiguous() else aten.reshape  # torch.channels_last
+        matrix = call(graph, flat.default, weight, [outputs, inputs], name=f"{name}_matrix")
         tokens = call(graph, aten.linear.default, patches, matrix, *rest[:1], name=f"{name}_tokens")
         value = example_value(node)
         tokens.meta["val"] = value.flatten(2).transpose(1, 2)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.model_checks import resolve_policy
+from moeca_fx.model_wrappers import is_own_forward
 from moeca_fx.policies import Method, Policy
 from moeca_fx.reasons import Reason
 from moeca_fx.runtime.memory import MemoryReport
@@ -97,6 +98,27 @@ class TransformedModel(nn.Module):
         """The cache tensors of a context, by ``<site>.<kind>``; for inspection and tests."""
         return self._moeca.cache(context)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TransformedModel":
+        """A model of its own weights; graphs are compiled again at its first call."""
+        if hasattr(super(), "__deepcopy__"):
+            copied: TransformedModel = super().__deepcopy__(memo)  # type: ignore[misc]  # the original's own
+            return copied
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        object.__setattr__(copied, "__dict__", copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: graphs and caches have no saved form here.
+
+        Raises:
+            UnsupportedModelError: always.
+        """
+        raise UnsupportedModelError(
+            f"{type(self).__name__}: a transformed model cannot be pickled, nor saved whole by torch.save; save its "
+            "state_dict() and transform again where it is loaded, or export it: moeca_fx.export"
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TransformedModel":
         """Move or cast like any module; when that changes anything, graphs are compiled again at the next call."""
         before = self._where_and_what()
@@ -160,4 +182,7 @@ def share_weights(model: nn.Module) -> nn.Module:
             code=Reason.NOT_COPYABLE,
         ) from error
     assert isinstance(clone, nn.Module)
+    for module in clone.modules():
+        if is_own_forward(module):
+            object.__delattr__(module, "forward")  # would hide the forward of the transformed class
     return clone

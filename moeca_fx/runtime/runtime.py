@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from moeca_fx.discover import MoERegion
 from moeca_fx.errors import ConfigError, InputError, UnsupportedModelError
+from moeca_fx.inputs import ordinary, ordinary_mode
 from moeca_fx.model_checks import check_autocast
 from moeca_fx.passes.insert_cache import detached_copy
 from moeca_fx.policies.policy import Policy
@@ -172,7 +173,8 @@ class Runtime:
         check_autocast()
         name = self._context_of(args, kwargs)
         # Caches outlive the call, so they must not become inference tensors, which cannot be written to outside.
-        with torch.inference_mode(False), torch.no_grad():
+        with ordinary_mode():
+            args, kwargs = ordinary((args, dict(kwargs)))
             signature, leaves, batch = signature_of(args, kwargs)
             program = self._program_of(model, signature, leaves, batch, self._first_chunk(batch))
             try:
