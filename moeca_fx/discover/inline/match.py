@@ -7,6 +7,7 @@ All combinations are compared on a few tokens and channels; names and the way th
 found is only a hypothesis: `block` runs the recipe made from it.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from moeca_fx.discover.inline.nearest import Nearest
 from moeca_fx.discover.inline.routings import Routing, Shares, find_routings
-from moeca_fx.discover.inline.tape import Tape
+from moeca_fx.discover.inline.tape import Ref, Tape
 
 _TOKENS, _CHANNELS = 12, 24  # that hypotheses are compared on
 _PROJECTIONS, _AT_ONCE = 8, 4_000_000
+# Values with as many rows as no argument and no result has: a loop over 128 experts leaves hundreds, one an expert.
+_OTHER_ROWS = 12
 # Largest difference on those, relative to the routed sum: only to sort out, the proof comes later.
 _NEAR = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -86,23 +89,23 @@ class Search:
             dropped: only with branches that are dropped beyond a capacity, else only without.
         """
         if self.rows is None:
-            self.rows = list(_token_rows(self.before, self.seen))
+            self.rows = _likely(self.tape, list(_token_rows(self.before, self.seen)))
         for x, rows in self.rows:
-            chosen = _some(len(rows), _TOKENS)
+            chosen, key = _some(len(rows), _TOKENS), (len(rows), experts.count, dropped)
+            if key not in self.shares:
+                self.shares[key] = find_routings(
+                    self.tape, self.before, experts.count, len(rows), self.samples, chosen, dropped
+                )
+            if not self.shares[key].routings:
+                continue  # before the experts are run: that reads all of their weights
             outputs = experts.outputs(rows[chosen])
             if outputs is not None:
-                yield from self._with(experts.count, x, rows, chosen, outputs.double(), dropped)
+                yield from self._with(self.shares[key], x, rows, chosen, outputs.double())
 
-    def _with(
-        self, count: int, x: int, rows: Tensor, chosen: Tensor, outputs: Tensor, dropped: bool
-    ) -> Iterator[Match]:
+    def _with(self, shares: Shares, x: int, rows: Tensor, chosen: Tensor, outputs: Tensor) -> Iterator[Match]:
         tokens, width = len(rows), outputs.shape[-1]
-        if (tokens, count, dropped) not in self.shares:
-            found = find_routings(self.tape, self.before, count, tokens, self.samples, chosen, dropped)
-            self.shares[tokens, count, dropped] = found
         if (tokens, width) not in self.sums:
             self.sums[tokens, width] = Sums(self.tape, self.after, tokens, width, chosen)
-        shares = self.shares[tokens, count, dropped]
         channels = _some(width, _CHANNELS)
         own = rows[chosen].double() if rows.shape[-1] == width else torch.zeros(len(chosen), width, dtype=torch.float64)
         parts = torch.cat([outputs, own[:, None]], 1)[..., channels]  # [J, E + 1, c]
@@ -128,6 +131,17 @@ def _token_rows(values: Mapping[int, Tensor], seen: Sequence[Tensor]) -> Iterato
             continue
         known.append(rows)
         yield number, rows
+
+
+def _likely(tape: Tape, found: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+    """All with as many rows as an argument or a result of the call; of the others the first, if they are few alike."""
+    ends = [number for number, source in tape.sources.items() if source.kind == "input"]
+    ends += [leaf.number for leaf in tape.outputs if isinstance(leaf, Ref)]
+    values = [tape.values[number] for number in ends if number in tape.values]
+    counts = {value.numel() // value.shape[-1] for value in values if value.dim() > 1 and value.numel()}
+    alike = Counter(len(rows) for _, rows in found)
+    others = [n for n, rows in found if len(rows) not in counts and alike[len(rows)] <= _OTHER_ROWS][:_OTHER_ROWS]
+    return [(number, rows) for number, rows in found if len(rows) in counts or number in others]
 
 
 def _floats(value: Tensor) -> bool:
