@@ -4,10 +4,12 @@ fast = moeca_fx.transform(model, example_inputs=(x, t, y), policy=moeca_fx.MoECa
 pipe = moeca_fx.apply(pipe, policy=moeca_fx.MoECa(interval=4))  # a diffusers pipeline
 """
 
-from moeca_fx import errors, policies, zoo
+from moeca_fx import errors, policies, registry, zoo
+from moeca_fx.diagnosis import doctor
 from moeca_fx.inspection import inspect
 from moeca_fx.pipelines import apply, remove, stats
 from moeca_fx.policies import MoECa
+from moeca_fx.registry import register, unregister
 from moeca_fx.runtime.advice import CacheLimitWarning, NothingReusedWarning, OtherLengthWarning
 from moeca_fx.transform import estimate_memory, transform
 from moeca_fx.tuning import tune
@@ -21,13 +23,17 @@ __all__ = [
     "OtherLengthWarning",
     "__version__",
     "apply",
+    "doctor",
     "errors",
     "estimate_memory",
     "inspect",
     "policies",
+    "register",
+    "registry",
     "remove",
     "stats",
     "transform",
     "tune",
+    "unregister",
     "zoo",
 ]

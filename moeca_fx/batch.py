@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from moeca_fx.errors import InputError
+from moeca_fx.reasons import Reason
 
 _STACKED = 4
 """Dimensions from which on a tensor may be a stack of batches."""
@@ -37,7 +38,8 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     if not votes and not vectors:
         raise InputError(
             "example inputs: expected at least one tensor with a leading batch dimension, found none; "
-            "pass example_inputs=(x, t, ...) as the model's forward takes them"
+            "pass example_inputs=(x, t, ...) as the model's forward takes them",
+            code=Reason.INPUTS,
         )
     size = max(votes, key=lambda size: (votes.count(size), vectors.count(size))) if votes else _most_frequent(vectors)
     if not size:

@@ -1,8 +1,18 @@
 """Exceptions. Every message says what failed, where, what was expected, what was found and what to do."""
 
+from moeca_fx.reasons import Reason
+
 
 class MoecaError(Exception):
-    """Base of every error that this package raises on purpose; the command line turns it into exit code 2."""
+    """Base of every error that this package raises on purpose; the command line turns it into exit code 2.
+
+    Attributes:
+        code: the documented reason for which a model is refused (`moeca_fx.reasons`); None for every other error.
+    """
+
+    def __init__(self, *args: object, code: Reason | None = None) -> None:
+        super().__init__(*args)
+        self.code = code
 
 
 class ConfigError(MoecaError, ValueError):

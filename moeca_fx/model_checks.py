@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from moeca_fx.errors import InputError, UnsupportedModelError
 from moeca_fx.model_wrappers import how_to_undo, is_own_forward, package_of
 from moeca_fx.policies import Method, Policy, as_method
+from moeca_fx.reasons import Reason
 
 _SHOWN = 3
 
@@ -20,15 +21,20 @@ def check_model(model: nn.Module) -> None:
     """Raise `UnsupportedModelError`, naming the modules: transformed already, training, hooked or quantised."""
     name = type(model).__name__
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"expected a torch.nn.Module, found {name}; pass the denoiser, not the pipeline")
+        raise UnsupportedModelError(
+            f"expected a torch.nn.Module, found {name}; pass the denoiser, not the pipeline", code=Reason.NOT_A_MODULE
+        )
     if "_moeca" in vars(model):
-        raise UnsupportedModelError(f"{name}: is transformed already; pass the original model, with any policy")
+        raise UnsupportedModelError(
+            f"{name}: is transformed already; pass the original model, with any policy", code=Reason.TRANSFORMED
+        )
     check_autocast()
     frozen = [path or name for path, module in model.named_modules() if _made_for_inference(module)]
     if frozen:
         raise UnsupportedModelError(
             f"{_list(frozen)}: made inside torch.inference_mode, so that writes to it cannot be seen; load the model "
-            "outside of the block (calls inside are welcome)"
+            "outside of the block (calls inside are welcome)",
+            code=Reason.MADE_FOR_INFERENCE,
         )
     patched = {
         path or name: vars(module)["forward"]
@@ -39,12 +45,14 @@ def check_model(model: nn.Module) -> None:
         undo = "undo that (the tool that did it: offloading, compilation, a patch) and transform again"
         raise UnsupportedModelError(
             f"{_list(list(patched))}: forward was replaced on the instance{_by(patched.values())}, which hides what "
-            f"the model computes; {how_to_undo(patched.values(), undo)}"
+            f"the model computes; {how_to_undo(patched.values(), undo)}",
+            code=Reason.PATCHED,
         )
     training = [path or name for path, module in model.named_modules() if module.training]
     if training:
         raise UnsupportedModelError(
-            f"{_list(training)}: in training mode; caching is for inference: call model.eval() first"
+            f"{_list(training)}: in training mode; caching is for inference: call model.eval() first",
+            code=Reason.TRAINING,
         )
     hooked = {path or name: hooks for path, module in model.named_modules() if (hooks := _hooks(module))}
     if hooked:
@@ -52,13 +60,15 @@ def check_model(model: nn.Module) -> None:
         functions = [hook for hooks in hooked.values() for hook in hooks]
         raise UnsupportedModelError(
             f"{_list(list(hooked))}: has forward or backward hooks{_by(functions)}, which a compiled graph would not "
-            f"run; {how_to_undo(functions, undo)}"
+            f"run; {how_to_undo(functions, undo)}",
+            code=Reason.HOOKED,
         )
     quantised = [path for path, module in model.named_modules() if _is_quantised(module)]
     if quantised:
         raise UnsupportedModelError(
             f"{_list(quantised)}: quantised weights; expected floating-point parameters: "
-            "transform the unquantised model"
+            "transform the unquantised model",
+            code=Reason.QUANTISED,
         )
 
 
@@ -72,7 +82,8 @@ def check_autocast() -> None:
     if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
         raise UnsupportedModelError(
             "autocast is on: a transformed model runs in the dtype of its weights; leave the autocast block and cast "
-            "the model instead, e.g. model.bfloat16()"
+            "the model instead, e.g. model.bfloat16()",
+            code=Reason.AUTOCAST,
         )
 
 
@@ -89,21 +100,28 @@ def resolve_policy(policy: object) -> Policy:
 def check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raise `InputError` when the example inputs do not fit forward's signature or are not finite."""
     if not isinstance(args, tuple):
-        raise InputError(f"example_inputs: expected a tuple, found {type(args).__name__}; pass (x, t, ...)")
+        raise InputError(
+            f"example_inputs: expected a tuple, found {type(args).__name__}; pass (x, t, ...)", code=Reason.INPUTS
+        )
     signature = inspect.signature(model.forward)
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise InputError(
-            f"example inputs do not fit {type(model).__name__}.forward{signature}: {error}; pass what one call takes"
+            f"example inputs do not fit {type(model).__name__}.forward{signature}: {error}; pass what one call takes",
+            code=Reason.INPUTS,
         ) from error
     for index, leaf in enumerate(pytree.tree_leaves((args, dict(kwargs)))):
         if isinstance(leaf, Tensor) and count_not_finite(leaf):
-            raise InputError(f"example input {index}: expected finite values, found NaN or infinity; pass a real input")
+            raise InputError(
+                f"example input {index}: expected finite values, found NaN or infinity; pass a real input",
+                code=Reason.INPUTS,
+            )
         if isinstance(leaf, Tensor) and leaf.is_meta != has_no_data(model):
             raise InputError(
                 f"example input {index}: expected a tensor where the model's weights are, found one on {leaf.device}; "
-                "a model on the meta device takes inputs on it, any other real ones"
+                "a model on the meta device takes inputs on it, any other real ones",
+                code=Reason.INPUTS,
             )
 
 
@@ -121,7 +139,8 @@ def run_once(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
         raise InputError(
             f"{type(model).__name__} cannot run on the example inputs: {type(error).__name__}: {error}; pass inputs of "
-            "the shapes and dtypes that one sampling step uses"
+            "the shapes and dtypes that one sampling step uses",
+            code=Reason.INPUTS,
         ) from error
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from moeca_fx.batch import batch_size
 from moeca_fx.discover import Discovery, discover
 from moeca_fx.discover.behaviour import check_behaviour
+from moeca_fx.discover.journal import Journal
 from moeca_fx.discover.state import State, first_output
 from moeca_fx.discover.unlike import unlike_experts
 from moeca_fx.errors import ConfigError, NoMoEFoundError, UnprovenRegionError, UnsupportedModelError
@@ -19,6 +20,7 @@ from moeca_fx.model_checks import check_inputs, check_model, has_no_data, resolv
 from moeca_fx.passes import Compilation, run_pipeline
 from moeca_fx.passes.insert_cache import plan_states
 from moeca_fx.policies import Method, MoECa, Policy
+from moeca_fx.reasons import Reason
 from moeca_fx.runtime.memory import MemoryReport, report
 from moeca_fx.runtime.module import TransformedModel, make_transformed, share_weights
 from moeca_fx.runtime.options import memory_options
@@ -125,8 +127,14 @@ def estimate_memory(
     return report(((state, state.bytes(size)) for state in states), size)
 
 
-def find_regions(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Discovery:
+def find_regions(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], journal: Journal | None = None
+) -> Discovery:
     """Check the model and its inputs, and discover; everything that ran under a router must be proven.
+
+    Args:
+        model, args, kwargs: as for `transform`.
+        journal: gets what was tried.
 
     Raises:
         As `transform`.
@@ -135,20 +143,23 @@ def find_regions(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     check_inputs(model, args, kwargs)
     before = State(model)
     with first_output(model) as output:
-        found = discover(model, args, kwargs)
+        found = discover(model, args, kwargs, journal)
     unproven = [refusal for refusal in found.refused if refusal.is_moe]
     if (found.regions or unproven) and not has_no_data(model):
-        check_behaviour(model, args, kwargs, output[0], before)
+        with (journal or Journal()).stage("behaviour"):
+            check_behaviour(model, args, kwargs, output[0], before)
     if unproven:
         reasons = "; ".join(f"{refusal.path}: {refusal.reason}" for refusal in unproven)
         raise UnprovenRegionError(
-            f"{type(model).__name__}: a mixture-of-experts region could not be proven, nothing was changed. {reasons}"
+            f"{type(model).__name__}: a mixture-of-experts region could not be proven, nothing was changed. {reasons}",
+            code=Reason.most_telling(refusal.code for refusal in unproven),
         )
     if not found.regions:
         seen = [*(f"{refusal.path}: {refusal.reason}" for refusal in found.refused), *unlike_experts(model)]
         looked = "; ".join(seen) or "no candidates"
         raise NoMoEFoundError(
             f"{type(model).__name__}: found no mixture-of-experts layer (expected a list of identical experts under a "
-            f"top-k router). Looked at: {looked}. For a dense model use another cache"
+            f"top-k router). Looked at: {looked}. For a dense model use another cache",
+            code=Reason.NO_EXPERTS,
         )
     return found

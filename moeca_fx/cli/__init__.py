@@ -21,7 +21,8 @@ USAGE_ERROR = 2
 def main() -> None:
     """Run the command line; never returns.
 
-    Exit codes: 0 done, 2 an error with its reason on stderr, 130 interrupted.
+    Exit codes: 0 done, 1 for ``doctor`` a model that does not transform, 2 an error with its reason on stderr, 130
+    interrupted.
     """
     try:
         require("typer", "cli")

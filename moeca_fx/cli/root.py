@@ -10,6 +10,7 @@ from moeca_fx.cli import USAGE_ERROR
 from moeca_fx.cli.bench_command import bench
 from moeca_fx.cli.console import compiler_lines, plain_warnings, show_error
 from moeca_fx.cli.demo_command import demo
+from moeca_fx.cli.doctor_command import doctor
 from moeca_fx.cli.export_command import export
 from moeca_fx.cli.inspect_command import inspect
 from moeca_fx.cli.run_command import run
@@ -41,6 +42,7 @@ app = typer.Typer(
 )
 app.command()(bench)
 app.command()(demo)
+app.command()(doctor)
 app.command()(export)
 app.command()(inspect)
 app.command()(run)

@@ -17,6 +17,7 @@ from moeca_fx.discover.randomness import RandomLog, refuse_random, tracked
 from moeca_fx.discover.state import State
 from moeca_fx.errors import InputError, UnsupportedModelError
 from moeca_fx.model_checks import run_once
+from moeca_fx.reasons import Reason
 
 
 def check_behaviour(
@@ -60,7 +61,8 @@ def _refuse_state(written: list[str]) -> None:
     if written:
         raise UnsupportedModelError(
             f"{_shortened(written)}: written by forward in eval mode; a model with state of its own cannot be cached, "
-            "because cached steps do not run every expert: write it in training mode only"
+            "because cached steps do not run every expert: write it in training mode only",
+            code=Reason.STATE,
         )
 
 
@@ -79,7 +81,8 @@ def _refuse_language_model(model: nn.Module, given: Call, output: Any, found: An
             raise UnsupportedModelError(
                 f"{type(model).__name__}: a causal language model: it takes token ids only, and no position sees later "
                 "ones; expected a denoiser, whose forward is called on the same sample again and again: "
-                "use a key-value cache instead"
+                "use a key-value cache instead",
+                code=Reason.LANGUAGE_MODEL,
             )
 
 

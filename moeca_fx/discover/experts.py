@@ -46,6 +46,8 @@ class ModuleExperts:
 
 def expert_modules(model: nn.Module, region: MoERegion) -> list[nn.Module]:
     """One module an expert that is rewritten, over the model's own weights, in order of expert id."""
+    if region.entry is not None:
+        return list(region.entry.experts(model.get_submodule(region.path)))
     if region.form is not None:
         return stacked_modules(model.get_submodule(region.container), region.form)
     return [as_expert(model.get_submodule(path), region.keyword) for path in region.experts]

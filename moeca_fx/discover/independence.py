@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from moeca_fx.batch import at_least_two, batch_axis, batch_size
 from moeca_fx.errors import UnsupportedModelError
+from moeca_fx.reasons import Reason
 
 # Largest root mean square of the change, relative to the output's: rounding differs with the rows of an expert, and may
 # turn a near tie between two experts of a few tokens.
@@ -72,7 +73,8 @@ def refuse_mixing(
         raise UnsupportedModelError(
             f"{place}: per-sample independence is lost: what it computes for a sample changes with the other samples "
             f"of the batch (by {error:.0f} times what rounding may do); route over the tokens of each sample alone: "
-            "capacity, top-k and normalisation must not run over the flattened batch"
+            "capacity, top-k and normalisation must not run over the flattened batch",
+            code=Reason.MIXES_SAMPLES,
         )
 
 

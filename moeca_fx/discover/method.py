@@ -18,6 +18,7 @@ from moeca_fx.discover.inline.tape import NotReplayable
 from moeca_fx.discover.records import Layout
 from moeca_fx.discover.reference import TOLERANCE, branch_sum, choice_as_tokens
 from moeca_fx.discover.scales import OffScale, Sample, check_scales
+from moeca_fx.reasons import Reason
 
 _EXCHANGES = 6  # more calls of a method, at most, to see every expert
 
@@ -104,15 +105,17 @@ def prove_method(
         OffScale: it is the sum but for one expert's factor.
     """
     if len(calls) != 1:
-        raise NotReplayable(f"called {len(calls)} times in one forward; exactly one call is supported")
+        problem = f"called {len(calls)} times in one forward; exactly one call is supported"
+        raise NotReplayable(problem, Reason.CALLED_AGAIN)
     arguments, output = calls[0]
     if not isinstance(output, Tensor):
-        raise NotReplayable(f"returns {type(output).__name__}; expected one tensor")
+        raise NotReplayable(f"returns {type(output).__name__}; expected one tensor", Reason.RESULT)
     if not bool(torch.isfinite(output).all()):
-        raise NotReplayable("returned NaN or infinity in the probe run; check the weights and the example inputs")
-    reason = "no arguments have the shapes of token rows, expert ids and routing weights"
-    nearest = float("inf")
+        problem = "returned NaN or infinity in the probe run; check the weights and the example inputs"
+        raise NotReplayable(problem, Reason.NOT_FINITE)
     off: OffScale | None = None
+    reason = "no arguments have the shapes of token rows, expert ids and routing weights"
+    nearest, code = float("inf"), Reason.ROLES_UNKNOWN
     for layout, names in _triples(arguments, output, len(experts)):
         try:
             error, empty = _check(experts, layout, names, calls[0])
@@ -121,7 +124,7 @@ def prove_method(
                 error, empty = max(error, other), empty or also_empty
         except _Differs as found:
             if found.error < nearest:
-                nearest, reason = found.error, str(found)
+                nearest, reason, code = found.error, str(found), found.code
             continue
         rows, ids = arguments[names[0]], arguments[names[1]]
         slots = ids.shape[-1] if layout == "expert" else ids.numel() // (rows.numel() // rows.shape[-1])
@@ -132,7 +135,7 @@ def prove_method(
             off = off or problem
             continue
         return Roles(*names, slots, layout, empty, error)
-    raise off or NotReplayable(reason)
+    raise off or NotReplayable(reason, code)
 
 
 def _samples(
@@ -141,8 +144,8 @@ def _samples(
     """The calls, and calls in which experts exchange their tokens, busy ones with idle ones first."""
 
     def sample(rows: Tensor, chosen: Tensor, share: Tensor, result: Tensor, proven: bool) -> Sample:
-        pair = choice_as_tokens(rows, chosen, share) if layout == "expert" else (chosen, share)
-        return Sample(rows, *pair, result.double().reshape(-1, result.shape[-1]), result, proven)
+        expert, weight = choice_as_tokens(rows, chosen, share) if layout == "expert" else (chosen, share)
+        return Sample(rows, expert, weight, result.double().reshape(-1, result.shape[-1]), result, proven)
 
     for given, output in calls:
         rows, ids, share = (given[name] for name in names)
@@ -177,9 +180,9 @@ def _exchanged(ids: Tensor, count: int, turn: int) -> Tensor:
 class _Differs(Exception):
     """Roles that do not explain a call; `error` is how far they are off."""
 
-    def __init__(self, message: str, error: float) -> None:
+    def __init__(self, message: str, error: float, code: Reason) -> None:
         super().__init__(message)
-        self.error = error
+        self.error, self.code = error, code
 
 
 def _check(
@@ -197,13 +200,13 @@ def _check(
             ids, share = choice_as_tokens(rows, ids, share)
         total = branch_sum(experts, rows, ids, share).reshape(output.shape)
     except (RuntimeError, TypeError, ValueError) as problem:
-        raise _Differs(f"an expert could not be run on token rows alone: {problem}", 1e30) from problem
+        said = f"an expert could not be run on token rows alone: {problem}"
+        raise _Differs(said, 1e30, Reason.NOT_BY_ROWS) from problem
     error = float((total - output.double()).abs().max() / output.abs().max().double().clamp_min(1e-30))
     limit = TOLERANCE.get(output.dtype, 0.0)
     if not error <= limit:
-        raise _Differs(
-            f"sum_k weight_k * expert_k(x) differs from its output by {error:.1e} relative (allowed {limit:.0e})", error
-        )
+        said = f"sum_k weight_k * expert_k(x) differs from its output by {error:.1e} relative (allowed {limit:.0e})"
+        raise _Differs(said, error, Reason.NOT_A_WEIGHTED_SUM)
     return error, layout == "token" and bool((ids >= len(experts)).any())
 
 

@@ -25,6 +25,7 @@ from moeca_fx.discover.records import Discovery, MoERegion, Refusal
 from moeca_fx.errors import InputError
 from moeca_fx.graph.constants import KnownValues, outside_of_traces
 from moeca_fx.model_checks import run_once
+from moeca_fx.reasons import Reason
 
 Discover = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], Discovery]
 _HELD = "layer"
@@ -68,12 +69,13 @@ def discover_on_meta(
     """
     candidates = find_candidates(model)
     refused = [
-        Refusal(candidate.path, "a list of blocks: it contains another candidate", is_moe=False)
+        Refusal(candidate.path, "a list of blocks: it contains another candidate", False, (Reason.LIST_OF_BLOCKS,))
         for candidate in candidates
         if candidate.nested
     ]
     around = {candidate.path: _callable_ancestors(model, candidate) for candidate in candidates if not candidate.nested}
-    last = {path: Refusal(path, "no router: no enclosing layer to look at", is_moe=False) for path in around}
+    nothing = "no router: no enclosing layer to look at"
+    last = {path: Refusal(path, nothing, False, (Reason.NO_ROUTER,)) for path in around}
     regions: list[MoERegion] = []
     known: dict[Any, _Studied] = {}
     while around := {path: layers for path, layers in around.items() if layers}:
@@ -140,14 +142,15 @@ def _run(
 def _outcome(path: str, layer: str, studied: _Studied | None) -> MoERegion | Refusal:
     """The region of the candidate `path`, from a study of the enclosing `layer`."""
     if studied is None:
-        return Refusal(path, f"{layer} did not run on the example inputs", is_moe=False)
+        return Refusal(path, f"{layer} did not run on the example inputs", False, (Reason.EXPERTS_DID_NOT_RUN,))
 
     def own(inner: str) -> str:
         return layer + inner.removeprefix(_HELD)
 
     for region in studied.found.regions:
         if own(region.container) == path and region.inline:
-            return Refusal(path, f"{own(region.path)}: holds its router, which takes data to prove", is_moe=True)
+            problem = f"{own(region.path)}: holds its router, which takes data to prove"
+            return Refusal(path, problem, True, (Reason.NEEDS_DATA,))
         if own(region.experts[0]).startswith(path + "."):
             experts = tuple(own(expert) for expert in region.experts)
             free = tuple((index, own(expert)) for index, expert in region.free)
@@ -157,7 +160,7 @@ def _outcome(path: str, layer: str, studied: _Studied | None) -> MoERegion | Ref
     for refusal in studied.found.refused:
         if own(refusal.path) == path:
             return replace(refusal, path=path)
-    return Refusal(path, f"no router: no top-k ran in {layer} on random inputs", is_moe=False)
+    return Refusal(path, f"no router: no top-k ran in {layer} on random inputs", False, (Reason.NO_ROUTER,))
 
 
 def _study(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], discover: Discover) -> _Studied:
@@ -175,7 +178,9 @@ def _study(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dis
     try:
         found = discover(alone, real_args, real_kwargs)
     except InputError as error:
-        raise InputError(f"a copy of {type(module).__name__} with random weights and inputs: {error}") from error
+        raise InputError(
+            f"a copy of {type(module).__name__} with random weights and inputs: {error}", code=error.code
+        ) from error
     result = pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, alone.result)
     return _Studied(found, result)
 

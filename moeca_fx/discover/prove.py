@@ -8,6 +8,7 @@ router and dispatch together (`inline`).
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from moeca_fx.discover.candidates import Candidate
 from moeca_fx.discover.experts import ModuleExperts, as_expert
 from moeca_fx.discover.inline.block import NO_MATCH, Block, Call, crowded, prove_block, record_block
+from moeca_fx.discover.inline.nearest import Nearest
 from moeca_fx.discover.inline.stacked import (
     StackedExperts,
     StackedForm,
@@ -25,16 +27,24 @@ from moeca_fx.discover.inline.stacked import (
     stacked_parameters,
 )
 from moeca_fx.discover.inline.tape import NotReplayable
+from moeca_fx.discover.inline.words import match_in_words
+from moeca_fx.discover.journal import Attempt, Journal
 from moeca_fx.discover.method import MethodCall, Spied, TracedMethod, prove_method, spied
 from moeca_fx.discover.probe import Probe, enclosing, enclosing_router, innermost_method, key_of, run_again
 from moeca_fx.discover.records import MoERegion, Refusal
 from moeca_fx.discover.scales import OffScale
+from moeca_fx.reasons import Reason
 
 _LEVELS = 3  # modules around the experts that are tried as the block
 
 
 def prove(
-    model: nn.Module, candidates: list[Candidate], run: Probe, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    candidates: list[Candidate],
+    run: Probe,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    journal: Journal,
 ) -> tuple[list[MoERegion], list[Refusal]]:
     """Run the model a second time, and prove or refuse every candidate.
 
@@ -43,6 +53,7 @@ def prove(
         candidates: in module order.
         run: what the first run told.
         args, kwargs: example inputs.
+        journal: gets every attempt.
     """
     methods = {key_of(c): _method_of(c, run) for c in candidates if _refused_at_once(c, run) is None}
     seen: Spied = {}
@@ -52,23 +63,26 @@ def prove(
                 calls = seen[method.owner, method.name] = []
                 stack.enter_context(spied(model.get_submodule(method.owner), method.name, calls))
         if methods:
-            run_again(model, run, args, kwargs, seen.values())
+            with journal.stage("second run"):
+                run_again(model, run, args, kwargs, seen.values())
     results = []
     for candidate in candidates:
         refused = _refused_at_once(candidate, run)
-        results.append(refused or _prove(model, candidate, run, methods[key_of(candidate)], seen))
+        results.append(refused or _prove(model, candidate, run, methods[key_of(candidate)], seen, journal))
     proven = [result for result in results if isinstance(result, MoERegion)]
     return proven, [result for result in results if isinstance(result, Refusal)]
 
 
 def _refused_at_once(candidate: Candidate, run: Probe) -> Refusal | None:
     if candidate.nested:
-        return Refusal(candidate.path, "a list of blocks: it contains another candidate", False)
+        problem = "a list of blocks: it contains another candidate"
+        return Refusal(candidate.path, problem, False, (Reason.LIST_OF_BLOCKS,))
     calls = run.experts[key_of(candidate)]
     if not candidate.stacked and calls.count < 2:
         routed = enclosing_router(candidate.path, run.topk) is not None
         routed = routed and (not candidate.attributes or (calls.count > 0 and candidate.count > 2))
-        return Refusal(candidate.path, f"only {calls.count} of {candidate.count} experts ran in the probe run", routed)
+        problem = f"only {calls.count} of {candidate.count} experts ran in the probe run"
+        return Refusal(candidate.path, problem, routed, (Reason.EXPERTS_DID_NOT_RUN,))
     return None
 
 
@@ -92,29 +106,36 @@ def _method_of(candidate: Candidate, run: Probe) -> TracedMethod | str:
 
 
 def _prove(
-    model: nn.Module, candidate: Candidate, run: Probe, method: TracedMethod | str, seen: Spied
+    model: nn.Module, candidate: Candidate, run: Probe, method: TracedMethod | str, seen: Spied, journal: Journal
 ) -> MoERegion | Refusal:
     block = enclosing_router(candidate.path, run.topk)
     calls = run.experts[key_of(candidate)]
     reasons: list[str] = []
+    codes: list[Reason] = []
     if isinstance(method, TracedMethod):
         assert block is not None, f"{candidate.path}: a method is looked for under a router only"
+        proof = partial(_by_method, model, candidate, run, method, block, seen[method.owner, method.name])
         try:
-            return _by_method(model, candidate, run, method, block, seen[method.owner, method.name])
+            return journal.attempt(candidate.path, "method", f"{method.owner}.{method.name}", proof)
         except OffScale as reason:
-            return Refusal(candidate.path, f"{method.owner}.{method.name}: {reason}", True)
+            return Refusal(candidate.path, f"{method.owner}.{method.name}: {reason}", True, (reason.code,))
         except NotReplayable as reason:
             reasons.append(f"{method.owner}.{method.name}: {reason}")
+            codes.append(reason.code)
     else:
         reasons.append(method)
+        journal.attempts.append(Attempt(candidate.path, "method", "not tried", 0.0, problem=method))
+        codes += [Reason.NO_ROUTER] if block is None else []
     try:
-        return _by_block(model, candidate, run)
+        return _by_block(model, candidate, run, journal)
     except NotReplayable as reason:
         reasons.append(str(reason))
+        codes.append(reason.code)
     routed = block is not None and not candidate.attributes and not calls.on_every_token
     if calls.on_every_token:
         reasons.append("each of them runs on every token")
-    return Refusal(candidate.path, "; ".join(reasons), routed)
+        codes.append(Reason.EVERY_TOKEN)
+    return Refusal(candidate.path, "; ".join(reasons), routed, tuple(dict.fromkeys(codes)))
 
 
 def _keyword(candidate: Candidate, run: Probe) -> str | None:
@@ -123,13 +144,19 @@ def _keyword(candidate: Candidate, run: Probe) -> str | None:
 
 
 def _by_method(
-    model: nn.Module, candidate: Candidate, run: Probe, method: TracedMethod, block: str, calls: Sequence[MethodCall]
-) -> MoERegion:
+    model: nn.Module,
+    candidate: Candidate,
+    run: Probe,
+    method: TracedMethod,
+    block: str,
+    calls: Sequence[MethodCall],
+    _nearest: Nearest | None,
+) -> tuple[MoERegion, str]:
     keyword = _keyword(candidate, run)
     experts = [as_expert(expert, keyword) for _, expert in candidate.experts]
     bound = getattr(model.get_submodule(method.owner), method.name)
     roles = prove_method(experts, calls, _crowded_calls(model, run, method, block), bound)
-    return MoERegion(
+    region = MoERegion(
         path=method.owner,
         method=method.name,
         block=block,
@@ -144,6 +171,7 @@ def _by_method(
         layout=roles.layout,
         empty_slots=roles.empty_slots,
     )
+    return region, f"rows: {roles.x}, ids: {roles.expert}, weights: {roles.weight}"
 
 
 def _crowded_calls(model: nn.Module, run: Probe, method: TracedMethod, block: str) -> list[MethodCall]:
@@ -157,41 +185,49 @@ def _crowded_calls(model: nn.Module, run: Probe, method: TracedMethod, block: st
     return calls
 
 
-def _by_block(model: nn.Module, candidate: Candidate, run: Probe) -> MoERegion:
+def _by_block(model: nn.Module, candidate: Candidate, run: Probe, journal: Journal) -> MoERegion:
     """Try the modules around the experts, innermost first.
 
     Raises:
         NotReplayable: with the reason of each.
     """
     reasons: dict[str, list[str]] = {}
+    codes: list[Reason] = []
     for path in [path for path in enclosing(candidate) if path][:_LEVELS]:
         if not run.small.get(path):
             continue
         try:
-            return _block_at(model, candidate, run, path)
+            proof = partial(_block_at, model, candidate, run, path)
+            return journal.attempt(candidate.path, "block", f"{path}.forward", proof)
         except OffScale as reason:  # what lies further out holds the same sum
             raise OffScale(f"{path}.forward: {reason}") from reason
         except NotReplayable as reason:
             reasons.setdefault(str(reason), []).append(f"{path}.forward")
+            codes.append(reason.code)
     said = "; ".join(f"{', '.join(paths)}: {reason}" for reason, paths in reasons.items())
-    raise NotReplayable(said or "no module around the experts was called")
+    problem = said or "no module around the experts was called"
+    raise NotReplayable(problem, Reason.most_telling(codes) or Reason.NO_DISPATCH)
 
 
-def _block_at(model: nn.Module, candidate: Candidate, run: Probe, path: str) -> MoERegion:
+def _block_at(
+    model: nn.Module, candidate: Candidate, run: Probe, path: str, nearest: Nearest | None
+) -> tuple[MoERegion, str]:
     if run.why_no_large:
-        raise NotReplayable(run.why_no_large)
+        raise NotReplayable(run.why_no_large, Reason.ONE_BATCH_SIZE)
     if len(run.small[path]) != 1 or len(run.large[path]) != 1:
-        raise NotReplayable(f"called {len(run.small[path])} times in one forward; exactly one call is supported")
+        problem = f"called {len(run.small[path])} times in one forward; exactly one call is supported"
+        raise NotReplayable(problem, Reason.CALLED_AGAIN)
     calls = (run.small[path][0], run.large[path][0])
     keyword = _keyword(candidate, run)
     if candidate.stacked:
-        block, form = prove_stacked(model, candidate.path, candidate.stacked, path, *calls)
+        block, form = prove_stacked(model, candidate.path, candidate.stacked, path, *calls, nearest=nearest)
         experts = tuple(f"{candidate.path}.{index}" for index in range(candidate.stacked))
     else:
-        block, form = prove_modules(model, [name for name, _ in candidate.experts], keyword, path, *calls), None
+        names = [name for name, _ in candidate.experts]
+        block, form = prove_modules(model, names, keyword, path, *calls, nearest=nearest), None
         experts = tuple(name for index, (name, _) in enumerate(candidate.experts) if index not in block.free)
     routing = block.match.routing
-    return MoERegion(
+    region = MoERegion(
         path=path,
         method="forward",
         block=path,
@@ -209,10 +245,17 @@ def _block_at(model: nn.Module, candidate: Candidate, run: Probe, path: str) -> 
         layout="expert" if routing.kind == "choice" else "token",
         empty_slots=block.empty_slots,
     )
+    return region, match_in_words(block.match, block.recipe.sources, (*block.recipe.before, *block.recipe.after))
 
 
 def prove_modules(
-    model: nn.Module, experts: Sequence[str], keyword: str | None, path: str, small: Call, large: Call
+    model: nn.Module,
+    experts: Sequence[str],
+    keyword: str | None,
+    path: str,
+    small: Call,
+    large: Call,
+    nearest: Nearest | None = None,
 ) -> Block:
     """Prove the block at `path`, whose experts are the modules `experts`, those without parameters too.
 
@@ -221,10 +264,10 @@ def prove_modules(
     """
     modules = [as_expert(model.get_submodule(name), keyword) for name in experts]
     below = [_below(name, path) for name in experts]
-    owner, problem = model.get_submodule(path), NotReplayable(NO_MATCH)
+    owner, problem = model.get_submodule(path), NotReplayable(NO_MATCH, Reason.ROUTING_UNKNOWN)
     for calls in ((small, large), (crowded(small), crowded(large))):
         more = () if calls[0] is small else (small, large)
-        recorded = replace(record_block(owner, _opened(below), *calls, below), more=more)
+        recorded = replace(record_block(owner, _opened(below), *calls, below, nearest=nearest), more=more)
         for dropped in (False, True):
             try:
                 return prove_block(recorded, modules, ModuleExperts(modules), dropped)
@@ -236,7 +279,14 @@ def prove_modules(
 
 
 def prove_stacked(
-    model: nn.Module, container: str, count: int, path: str, small: Call, large: Call, form: StackedForm | None = None
+    model: nn.Module,
+    container: str,
+    count: int,
+    path: str,
+    small: Call,
+    large: Call,
+    form: StackedForm | None = None,
+    nearest: Nearest | None = None,
 ) -> tuple[Block, StackedForm]:
     """Prove the block at `path`, whose experts are stacked in parameters of the module `container`.
 
@@ -247,6 +297,7 @@ def prove_stacked(
         path: of the block.
         small, large: calls of the block.
         form: what the experts compute, when it is known.
+        nearest: remembers the hypothesis that came nearest.
 
     Raises:
         NotReplayable: with the reason.
@@ -258,11 +309,12 @@ def prove_stacked(
     own = [name for name, tensor in stacked_parameters(holder, count).items() if tensor.dim() == 3]
     states = [f"{inner}.{name}" if inner else name for name in own]
     owner = model.get_submodule(path)
-    reason = "its stacked parameters have no known form of an expert (docs/discovery.md lists them)"
+    unknown = "its stacked parameters have no known form of an expert (docs/discovery.md lists them)"
+    reason = NotReplayable(unknown, Reason.STACKED_FORM)
     off: OffScale | None = None
     for calls in ((small, large), (crowded(small), crowded(large))):
         more = () if calls[0] is small else (small, large)
-        recorded = replace(record_block(owner, opened, *calls, states=states), more=more)
+        recorded = replace(record_block(owner, opened, *calls, states=states, nearest=nearest), more=more)
         for dropped, chosen in product((False, True), forms):
             experts = stacked_modules(holder, chosen)
             try:
@@ -270,8 +322,8 @@ def prove_stacked(
             except OffScale as problem:
                 off = problem
             except NotReplayable as problem:
-                reason = reason if str(problem) == NO_MATCH else str(problem)
-    raise off or NotReplayable(reason)
+                reason = reason if str(problem) == NO_MATCH else problem
+    raise off or reason
 
 
 def _forms(holder: nn.Module, count: int) -> list[StackedForm]:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeca_fx.errors import UnsupportedModelError
+from moeca_fx.reasons import Reason
 
 
 def refuse_random(drawn: list[tuple[str, str]]) -> None:
@@ -23,7 +24,8 @@ def refuse_random(drawn: list[tuple[str, str]]) -> None:
         what = "dropout is left on" if dropout else "noise is added, as a noisy gate does in training"
         raise UnsupportedModelError(
             f"{path or 'the model'}: draws random numbers in eval mode ({operation}): {what}; no two calls agree, so "
-            "neither proof nor cache is possible: draw them if self.training only"
+            "neither proof nor cache is possible: draw them if self.training only",
+            code=Reason.RANDOM,
         )
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeca_fx.discover.inline.stacked import StackedForm
+from moeca_fx.reasons import Reason
+from moeca_fx.registry.entry import Entry
 
 Layout = Literal["token", "expert"]
 """Who chooses: each token its k experts (token choice), or each expert its C tokens (expert choice)."""
@@ -32,6 +34,7 @@ class MoERegion:
             row; x is [B, T, H] or [B*T, H].
         empty_slots: whether an id may be E, which means no expert (threshold routing, dropped tokens, experts that
             compute nothing); of token layout alone.
+        entry: the registered entry that says what the method computes; None where it was found out.
     """
 
     path: str
@@ -50,6 +53,7 @@ class MoERegion:
     free: tuple[tuple[int, str], ...] = ()
     layout: Layout = "token"
     empty_slots: bool = False
+    entry: Entry | None = None
 
     def __post_init__(self) -> None:
         assert self.layout == "token" or not self.empty_slots, f"{self.path}: experts that choose fill their slots"
@@ -68,11 +72,18 @@ class Refusal:
         path: module path of the candidate.
         reason: why, and what could be done.
         is_moe: whether it ran under a router (a top-k): then the model cannot be transformed without it.
+        codes: the documented reason of every attempt; none repeats.
     """
 
     path: str
     reason: str
     is_moe: bool
+    codes: tuple[Reason, ...] = ()
+
+    @property
+    def code(self) -> Reason | None:
+        """The one that tells most."""
+        return Reason.most_telling(self.codes)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from moeca_fx.discover.inline.tape import NotReplayable
 from moeca_fx.discover.reference import TOLERANCE
+from moeca_fx.reasons import Reason
 
-_ALLOWED = 4e-3  # a routing weight that is rounded to bf16 on the way is off by as much
-_SURE = 4.0  # standard deviations of the rounding error
+ALLOWED = 4e-3  # a routing weight that is rounded to bf16 on the way is off by as much
+SURE = 4.0  # standard deviations of the rounding error
 _WELL_KNOWN = 3e-3  # largest uncertainty of a factor at which no more calls are looked at
 
 
@@ -78,11 +79,14 @@ class _Evidence:
     def unsure(self) -> float:
         """How far `off` may be off by rounding: as expected of the dtype, or as seen, whichever is more."""
         seen = self.lplp - 2 * self.off * self.lppp + self.off**2 * self.pppp
-        return _SURE * math.sqrt(max(seen, self.rprp)) / self.pp
+        return SURE * math.sqrt(max(seen, self.rprp, 0.0)) / self.pp
 
 
 class OffScale(NotReplayable):
     """An expert enters the sum with another weight than the one that was found."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, Reason.WEIGHTS_OFF)
 
 
 def check_scales(experts: Sequence[nn.Module], samples: Iterable[Sample], strict: bool = False) -> None:
@@ -103,7 +107,7 @@ def check_scales(experts: Sequence[nn.Module], samples: Iterable[Sample], strict
         if all(each.is_known for each in evidence):
             break
     for index, each in enumerate(evidence):
-        if each.pp > 0 and abs(each.off) > _ALLOWED + each.unsure:
+        if each.pp > 0 and abs(each.off) > ALLOWED + each.unsure:
             raise OffScale(f"expert {index} enters the sum with {1 + each.off:.4f} times its routing weight")
     for index, each in enumerate(evidence):
         if strict and not each.is_known:

@@ -85,4 +85,6 @@ def _version(tensor: Tensor) -> int:
 
 def _same(left: Tensor, right: Tensor) -> bool:
     same_kind = left.shape == right.shape and left.dtype == right.dtype and left.device == right.device
-    return same_kind and (left.is_meta or torch.equal(left, right))
+    if not same_kind or left.is_meta:
+        return same_kind
+    return torch.equal(left, right) or torch.allclose(left, right, rtol=0, atol=0, equal_nan=True)

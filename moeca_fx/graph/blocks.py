@@ -5,6 +5,7 @@ from itertools import groupby, pairwise
 
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.sites import AttentionSite, Site, Sites
+from moeca_fx.reasons import Reason
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def check_one_stream(sites: Sites, purpose: str) -> None:
         if after.residual_in != before.residual_out:
             raise UnsupportedModelError(
                 f"{after.path}: expected the token stream that {before.path} leaves, found another one; {purpose} "
-                "needs one stream through all blocks: choose a policy at the output, sublayer or branch level"
+                "needs one stream through all blocks: choose a policy at the output, sublayer or branch level",
+                code=Reason.POLICY,
             )
 
 

@@ -26,6 +26,7 @@ from moeca_fx.graph.rewrite import attribute, example_value
 from moeca_fx.graph.slicing import between
 from moeca_fx.graph.whole_products import whole_products
 from moeca_fx.ops.grouped_linear import grouped_linear
+from moeca_fx.reasons import Reason
 
 aten = torch.ops.aten
 ROWS = TokenAxes(0, 0)
@@ -80,7 +81,9 @@ def build_expert_program(path: str, experts: Sequence[nn.Module], example: torch
     try:
         propagate({rows: ROWS}, inside)
     except NotTokenWise as problem:
-        raise UnsupportedModelError(f"{path}: an expert mixes rows: {problem}; only row-wise experts work") from problem
+        raise UnsupportedModelError(
+            f"{path}: an expert mixes rows: {problem}; only row-wise experts work", code=Reason.EXPERT_MIXES_ROWS
+        ) from problem
     for node in inside:
         builder.add(node, rows)
     program = builder.finish(result)
@@ -106,7 +109,8 @@ def _prove(path: str, program: fx.GraphModule, experts: Sequence[nn.Module], exa
             if not error <= TOLERANCE.get(want.dtype, 0.0):
                 raise UnsupportedModelError(
                     f"{path}: expert {index} differs from its vectorised form by {error:.1e} relative; experts may "
-                    "differ in their parameters only, not in constants or operations"
+                    "differ in their parameters only, not in constants or operations",
+                    code=Reason.EXPERTS_DIFFER,
                 )
 
 
@@ -200,7 +204,8 @@ class _Builder:
         if stack is None:
             raise UnsupportedModelError(
                 f"{self.path}: buffer or constant {name!r} of the experts has no common storage; "
-                "only parameters can differ between experts"
+                "only parameters can differ between experts",
+                code=Reason.EXPERTS_DIFFER,
             )
         attribute_name = name.replace(".", "_")
         self.root.register_buffer(attribute_name, stack, persistent=False)
@@ -209,7 +214,8 @@ class _Builder:
     def _unsupported(self, node: fx.Node) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"{self.path}: operation {node.target} (node {node.name}) uses an expert's parameter in a way that cannot "
-            "be vectorised; supported: linear, matmul, norms, element-wise use of a vector, views of a parameter"
+            "be vectorised; supported: linear, matmul, norms, element-wise use of a vector, views of a parameter",
+            code=Reason.EXPERT_OPERATION,
         )
 
     def finish(self, result: fx.Node) -> fx.GraphModule:

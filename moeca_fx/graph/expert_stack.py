@@ -11,14 +11,15 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from moeca_fx.discover import MoERegion
+from moeca_fx.discover.experts import expert_modules
+from moeca_fx.discover.records import MoERegion
 
 
 def stack_experts(model: nn.Module, regions: Sequence[MoERegion]) -> None:
     """Stack the experts of every region of `model`, in place; what is stacked already stays."""
     for region in regions:
         if region.form is None:  # else the model stacks them itself
-            stack_in_place([model.get_submodule(path) for path in region.experts])
+            stack_in_place(expert_modules(model, region))
         _return_freed_memory()
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from moeca_fx.passes.store_caches import store_caches
 from moeca_fx.passes.vectorize_experts import vectorize_experts
 from moeca_fx.policies.policy import Policy
 
-__all__ = ["PIPELINE", "POLICY_FREE", "Compilation", "run_pipeline"]
+__all__ = ["PIPELINE", "POLICY_FREE", "Compilation", "run_pipeline", "watched"]
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,19 @@ POLICY_FREE = "pack_stream"
 """The last pass that no policy changes: what it leaves serves any number of policies."""
 
 
+_watching: ContextVar[Callable[[str, Compilation], None] | None] = ContextVar("moeca_fx_watching", default=None)
+
+
+@contextmanager
+def watched(observe: Callable[[str, Compilation], None]) -> Iterator[None]:
+    """Inside the block `observe` is called with (pass name, state) after each pass, whoever runs the pipeline."""
+    token = _watching.set(observe)
+    try:
+        yield
+    finally:
+        _watching.reset(token)
+
+
 @contextmanager
 def _without_torch_notices() -> Iterator[None]:
     """torch.export copies specs in a way that torch itself deprecates; users can do nothing about it."""
@@ -183,8 +197,9 @@ def run_pipeline(
                 f"{type(error).__name__}: {error}; please report this model"
             ) from error
         done.append(name)
-        if observe is not None:
-            observe(name, work)
+        for told in (observe, _watching.get()):
+            if told is not None:
+                told(name, work)
         if name == until:
             break
     return work

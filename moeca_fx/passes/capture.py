@@ -34,6 +34,7 @@ from moeca_fx.model_checks import has_no_data
 from moeca_fx.ops.experts import live_regions
 from moeca_fx.passes.follow import Scalars, check_same_values, known_values, run_following
 from moeca_fx.passes.markers import marked_regions, region_call, regions_as_markers
+from moeca_fx.reasons import Reason
 
 _unique = itertools.count()
 _REPLAYED = 10.0  # how often the tolerance of one region a model of many may differ by
@@ -138,7 +139,8 @@ def _prove_and_keep(
             if own_batch:
                 raise
             raise _BatchFixedError(f"it does not run on two samples: {error}") from error
-    marked = marked_regions(model, keyed, small, large)
+    with torch.no_grad():
+        marked = marked_regions(model, keyed, small, large)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(regions_as_markers(model, marked))
@@ -158,7 +160,8 @@ def _prove_and_keep(
             where = f"; Python reads the value of a tensor in {', '.join(known.unknown[:3])}" if known.unknown else ""
             raise CaptureError(
                 f"torch.export could not trace {type(model).__name__}: {first_line}; data-dependent Python outside a "
-                f"proven mixture-of-experts region is the usual cause{where}"
+                f"proven mixture-of-experts region is the usual cause{where}",
+                code=Reason.NOT_TRACEABLE,
             ) from error
     in_spec, out_spec = module._in_spec, module._out_spec
     assert in_spec is not None and out_spec is not None, "an exported module knows its structure"
@@ -246,5 +249,6 @@ def _check_equal(
             raise CaptureError(
                 f"output {index} of the captured graph differs from {type(model).__name__} by {error:.1e}, expected "
                 + (f"at most {allowed:.1e}" if replayed else "equality bit for bit")
-                + "; the model may hold state, dropout or data-dependent Python"
+                + "; the model may hold state, dropout or data-dependent Python",
+                code=Reason.TRACE_DIFFERS,
             )

@@ -21,6 +21,7 @@ from moeca_fx.discover.method import replaced_method
 from moeca_fx.errors import CaptureError
 from moeca_fx.graph.constants import KnownValues
 from moeca_fx.model_checks import run_once
+from moeca_fx.reasons import Reason
 
 Scalars = list[float | int | bool]
 
@@ -80,7 +81,8 @@ def check_same_values(model: nn.Module, first: Scalars, second: Scalars) -> None
         found = differ[0] if differ else f"{len(first)} and {len(second)} of them"
         raise CaptureError(
             f"{type(model).__name__}: a number that Python reads seemed to follow from shapes alone, but is another "
-            f"for other values of the inputs: {found}; the model may hold state or data-dependent Python"
+            f"for other values of the inputs: {found}; the model may hold state or data-dependent Python",
+            code=Reason.TRACE_DIFFERS,
         )
 
 

@@ -34,6 +34,7 @@ from moeca_fx.ops.experts import is_marker
 from moeca_fx.passes.empty_ids import columns, may_be_empty
 from moeca_fx.passes.locate_attention import SDPA, attention_sites, stream_tokens
 from moeca_fx.passes.router_form import describe_router
+from moeca_fx.reasons import Reason
 
 
 def locate(module: fx.GraphModule, regions: dict[str, MoERegion]) -> Sites:
@@ -79,23 +80,30 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
     if residual is None or tokens is None:
         raise UnsupportedModelError(
             f"{region.block}: expected a residual addition over a token stream [B, T, H] with a fixed number of tokens "
-            "after the experts, found none; write the block as x + gate * moe(x)"
+            "after the experts, found none; write the block as x + gate * moe(x)",
+            code=Reason.NO_RESIDUAL,
         )
     x, expert, weight = (operand for operand in marker.args[:3] if isinstance(operand, fx.Node))
     try:
         axes = propagate({residual.residual_in: STREAM}, between([residual.residual_in], [x]))
     except NotTokenWise as problem:
-        raise UnsupportedModelError(f"{region.block}: the experts' input mixes tokens: {problem}") from problem
+        raise UnsupportedModelError(
+            f"{region.block}: the experts' input mixes tokens: {problem}", code=Reason.MIXES_TOKENS
+        ) from problem
     if axes[x] not in (STREAM, TokenAxes(0, 0)):
-        raise UnsupportedModelError(f"{region.block}: the experts' rows are not ordered sample by sample")
+        problem_found = "the experts' rows are not ordered sample by sample"
+        raise UnsupportedModelError(f"{region.block}: {problem_found}", code=Reason.MIXES_TOKENS)
     if region.layout == "token" and not region.empty_slots and columns(expert) > region.num_experts:
         raise UnprovenRegionError(
             f"{region.block}: its router chooses among {columns(expert)}, it has {region.num_experts} experts, and no "
             "token of the example inputs was sent beyond them, so that what happens there is not known; pass example "
-            "inputs that differ more"
+            "inputs that differ more",
+            code=Reason.EXPERTS_DID_NOT_RUN,
         )
     shared = _shared_expert(marker, x, residual)
     companion = next((site for site in attention if site.residual_out == residual.residual_in.name), None)
+    # How many tokens an expert takes goes with the number of tokens, which may be another than in the proof.
+    top_k = region.top_k if region.layout == "token" else int(shape_of(expert)[-1])
     return MoESite(
         path=region.block,
         region=f"{region.path}.{region.method}",
@@ -104,7 +112,7 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
         expert=expert.name,
         weight=weight.name,
         num_experts=region.num_experts,
-        top_k=region.top_k,
+        top_k=top_k,
         router=_FORMS[region.layout].format(describe_router(x, expert, weight, residual.residual_in)),
         shared=shared.name if shared else None,
         shared_root=strip_reshapes(x).name if shared else None,
@@ -115,7 +123,7 @@ def _moe(marker: fx.Node, region: MoERegion, attention: list[AttentionSite]) -> 
         residual_out=residual.residual_out.name,
         attention=companion.path if companion else None,
         tokens=tokens,
-        not_synchronized=_WHY_NOT_BY_ROWS[region.layout](marker, companion, region.top_k) if companion else None,
+        not_synchronized=_WHY_NOT_BY_ROWS[region.layout](marker, companion, top_k) if companion else None,
         layout=region.layout,
         empty_slots=region.layout == "token" and (region.empty_slots or may_be_empty(expert)),
     )

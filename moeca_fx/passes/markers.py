@@ -7,23 +7,37 @@ Recipes hold sizes, so they are recorded anew for the inputs at hand.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from moeca_fx.discover import MoERegion
 from moeca_fx.discover.experts import as_expert, expert_modules
-from moeca_fx.discover.inline.block import Block, Call, Marker, reference_marker
+from moeca_fx.discover.inline.block import Call, Marker, reference_marker
 from moeca_fx.discover.inline.tape import NotReplayable
 from moeca_fx.discover.method import replaced_method
 from moeca_fx.discover.prove import prove_modules, prove_stacked
 from moeca_fx.errors import UnprovenRegionError
 from moeca_fx.ops.experts import MARKERS
+from moeca_fx.registry.proof import EntryBlock
 
 Calls = Mapping[str, list[Call]]
+
+
+class Replay(Protocol):
+    """Computes a call with its routed experts left to a marker."""
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """Ids of experts without parameters."""
+
+    def run(
+        self, owner: nn.Module, experts: Sequence[nn.Module], marker: Marker, args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """The call's result."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +52,7 @@ class Marked:
 
     key: str
     region: MoERegion
-    block: Block | None
+    block: Replay | None
 
 
 def marked_regions(model: nn.Module, keyed: Mapping[str, MoERegion], small: Calls, large: Calls) -> list[Marked]:
@@ -58,7 +72,9 @@ def marked_regions(model: nn.Module, keyed: Mapping[str, MoERegion], small: Call
     ]
 
 
-def _block(model: nn.Module, region: MoERegion, small: Calls, large: Calls) -> Block:
+def _block(model: nn.Module, region: MoERegion, small: Calls, large: Calls) -> Replay:
+    if region.entry is not None:
+        return EntryBlock(region.entry)  # its code holds no sizes; the whole trace is compared with the model
     calls = (small[region.path][0], large[region.path][0])
     try:
         if region.form is not None:
@@ -67,7 +83,8 @@ def _block(model: nn.Module, region: MoERegion, small: Calls, large: Calls) -> B
         return prove_modules(model, _all_experts(region), region.keyword, region.path, *calls)
     except NotReplayable as reason:
         raise UnprovenRegionError(
-            f"{region.path}: was proven on the inputs of transform, and is not on those of this call: {reason}"
+            f"{region.path}: was proven on the inputs of transform, and is not on those of this call: {reason}",
+            code=reason.code,
         ) from reason
 
 
@@ -105,7 +122,7 @@ def _traced(model: nn.Module, owner: nn.Module, each: Marked) -> Any:
     return call_marker
 
 
-def _replay(model: nn.Module, owner: nn.Module, each: Marked, block: Block) -> Any:
+def _replay(model: nn.Module, owner: nn.Module, each: Marked, block: Replay) -> Any:
     experts = _for_replay(model, each.region)
 
     def replay(*args: Any, **kwargs: Any) -> Any:
@@ -116,7 +133,7 @@ def _replay(model: nn.Module, owner: nn.Module, each: Marked, block: Block) -> A
 
 def _for_replay(model: nn.Module, region: MoERegion) -> list[nn.Module]:
     """Experts by id; those with parameters are behind the marker."""
-    if region.form is not None:
+    if region.form is not None or region.entry is not None:
         return expert_modules(model, region)
     return [as_expert(model.get_submodule(path), region.keyword) for path in _all_experts(region)]
 

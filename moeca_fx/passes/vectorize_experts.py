@@ -37,6 +37,7 @@ from moeca_fx.graph.sites import Form, MoESite, Sites
 from moeca_fx.graph.state import SCALES_WITH, Counter
 from moeca_fx.ops import chosen, dispatch, present, slots
 from moeca_fx.ops.experts import is_marker
+from moeca_fx.reasons import Reason
 
 aten = torch.ops.aten
 
@@ -132,7 +133,8 @@ def _zero_empty(graph: fx.Graph, site: MoESite, marker: fx.Node, base: str) -> f
     if ids.shape != value.shape:
         raise UnsupportedModelError(
             f"{site.path}: expected expert ids and weights of one shape where slots may be empty, found "
-            f"{tuple(ids.shape)} and {tuple(value.shape)}; reshape one of them before the experts"
+            f"{tuple(ids.shape)} and {tuple(value.shape)}; reshape one of them before the experts",
+            code=Reason.SLOTS_OF_TWO_SHAPES,
         )
     there = call(graph, aten.eq.Scalar, expert, site.num_experts, name=f"{base}_absent")
     zeroed = call(graph, aten.masked_fill.Scalar, weight, there, 0.0, name=f"{base}_weight", like=weight)

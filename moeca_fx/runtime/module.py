@@ -15,6 +15,7 @@ from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.model_checks import resolve_policy
 from moeca_fx.model_wrappers import is_own_forward
 from moeca_fx.policies import Method, Policy
+from moeca_fx.reasons import Reason
 from moeca_fx.runtime.memory import MemoryReport
 from moeca_fx.runtime.runtime import DEFAULT_CONTEXT, Runtime, original_view
 from moeca_fx.runtime.session import Session
@@ -151,7 +152,8 @@ def make_transformed(model: nn.Module, runtime: Runtime) -> TransformedModel:
     if taken:
         raise UnsupportedModelError(
             f"{original.__name__} has attributes of its own that a transformed model needs for itself: "
-            f"{', '.join(taken)}; rename them"
+            f"{', '.join(taken)}; rename them",
+            code=Reason.NOT_COPYABLE,
         )
     clone = share_weights(model)
 
@@ -176,7 +178,8 @@ def share_weights(model: nn.Module) -> nn.Module:
         clone = copy.deepcopy(model, memo)
     except TypeError as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be copied: {error}; remove locks, open files and the like from it"
+            f"{type(model).__name__} cannot be copied: {error}; remove locks, open files and the like from it",
+            code=Reason.NOT_COPYABLE,
         ) from error
     assert isinstance(clone, nn.Module)
     for module in clone.modules():

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from moeca_fx.batch import batch_axis, may_be_stacked
 from moeca_fx.errors import UnsupportedModelError
+from moeca_fx.reasons import Reason
 
 Axes = tuple[int | None, ...]
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -53,7 +54,8 @@ def find_axes(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, ba
     raise UnsupportedModelError(
         f"{type(model).__name__}: expected the result of one sample to be the same alone and beside another, found "
         "another along every axis that may hold samples; samples may depend on each other: leave out chunk and "
-        "cache_limit, or call it with one sample at a time"
+        "cache_limit, or call it with one sample at a time",
+        code=Reason.MIXES_SAMPLES,
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from moeca_fx.errors import InputError
+from moeca_fx.reasons import Reason
 
 
 class Announced(Enum):
@@ -54,7 +55,8 @@ def find_timestep(
     names = ", ".join(owners[index] for index in candidates) or "none"
     raise InputError(
         f"cannot tell which input of {type(model).__name__} is the timestep: expected one tensor of shape [] or [B] "
-        f"that feeds a sinusoidal embedding, candidates are: {names}; pass timestep='<parameter name>' to transform"
+        f"that feeds a sinusoidal embedding, candidates are: {names}; pass timestep='<parameter name>' to transform",
+        code=Reason.TIMESTEP,
     )
 
 
@@ -66,7 +68,8 @@ def _named_timestep(named: str | int, leaves: list[Any], owners: list[str], args
     if len(matches) != 1 or not _is_small_number_tensor(leaves[matches[0]]):
         raise InputError(
             f"timestep={named!r}: expected the name or position of one tensor input of shape [] or [B], found "
-            f"{'none' if not matches else 'something else'}; the inputs are {', '.join(owners)}"
+            f"{'none' if not matches else 'something else'}; the inputs are {', '.join(owners)}",
+            code=Reason.TIMESTEP,
         )
     return matches[0]
 

@@ -46,10 +46,19 @@ def test_a_batch_of_nothing_is_refused() -> None:
 
 def test_values_that_equal_nothing_end_the_search() -> None:
     structure = Structure(
-        routing="expert_choice", container="stacked_out_in", split="inline", gate="mlp", num_experts=6, rows="batched",
-        selection="noisy", weights="renormalised_scaled", shared="none", returns="pair", attention="by_hand",
+        routing="expert_choice",
+        container="stacked_out_in",
+        split="inline",
+        gate="mlp",
+        num_experts=6,
+        rows="batched",
+        selection="noisy",
+        weights="renormalised_scaled",
+        shared="none",
+        returns="pair",
+        attention="by_hand",
         data="tokens",
-    )  # fmt: skip
+    )
     begin = time.perf_counter()
     found = discover(*MUTATIONS["NaN inputs"](*build(structure, 4, 3)))
     assert found.regions == () and any("NaN or infinity" in refusal.reason for refusal in found.refused)

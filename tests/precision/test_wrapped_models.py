@@ -71,7 +71,7 @@ def test_with_accelerate(kind: Kind) -> None:
     accelerate = pytest.importorskip("accelerate", reason="optional: its offloading is imitated above")
     model = model_of(kind)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    with pytest.raises(UnsupportedModelError, match="by accelerate.*remove_hook_from_module"):
+    with pytest.raises(UnsupportedModelError, match=r"by accelerate.*remove_hook_from_module"):
         moeca_fx.transform(model, inputs_of(), policy=None, compile=False)
     accelerate.hooks.remove_hook_from_module(model, recurse=True)
     _equal_and_reusing(model)
@@ -140,7 +140,9 @@ def _equal_and_reusing(model: nn.Module) -> None:
 def test_adapters_beside_the_weights(kind: Kind, names: tuple[str, ...]) -> None:
     given = inputs_of()
     with torch.no_grad():
-        assert difference(_adapted(model_of(kind), names)(*given), model_of(kind)(*given)) > 1e-3, "it changes something"
+        assert difference(_adapted(model_of(kind), names)(*given), model_of(kind)(*given)) > 1e-3, (
+            "it changes something"
+        )
     _equal_and_reusing(_adapted(model_of(kind), names))
 
 

@@ -33,8 +33,8 @@ def page(results: Results, minutes: float) -> str:
         lines.append(f"| {share.axis} | {share.value} | {share.total} | {share.transformed} | {percent} |")
     lines += ["", "| documented reason | what is refused | error | structures |", "|---|---|---|---|"]
     for reason in REASONS:
-        count = sum(o.verdict == "refused" and o.reason == reason.code for _, _, o in results.outcomes)
-        lines.append(f"| {reason.code} | {reason.meaning} | `{reason.error.__name__}` | {count} |")
+        count = sum(o.verdict == "refused" and o.reason == reason for _, _, o in results.outcomes)
+        lines.append(f"| {reason} | {reason.meaning} | `{reason.error}` | {count} |")
     return "\n".join([*lines, ""])
 
 

@@ -21,14 +21,16 @@ from torch.utils import _pytree as pytree
 from moeca_fx.batch import other_values
 from moeca_fx.discover.inline.branches import COPY, Branches, branches_of, may_be_empty
 from moeca_fx.discover.inline.match import Experts, Match, Search
+from moeca_fx.discover.inline.nearest import Nearest
 from moeca_fx.discover.inline.recipe import Recipe, make_recipe
 from moeca_fx.discover.inline.tape import NotReplayable, Ref, Tape, depends_on, record
 from moeca_fx.discover.reference import TOLERANCE, branch_sum, choice_as_tokens
 from moeca_fx.discover.scales import OffScale, Sample, check_scales
+from moeca_fx.reasons import Reason
 
 NO_MATCH = "no values of its run are token rows, a routing over its experts, and their weighted sum"
-_NOT_FINITE = "it returned NaN or infinity; check the weights and the example inputs"
 _APART = 0.02  # what is left of the differences between tokens in a crowded call
+_NOT_FINITE = "it returned NaN or infinity; check the weights and the example inputs"
 _TRIED = 12  # hypotheses that are made into recipes and run
 _MORE_CALLS = 6  # of a block, at most, where two do not show every expert's factor
 
@@ -145,6 +147,7 @@ def record_block(
     large: Call,
     paths: Sequence[str] = (),
     states: Sequence[str] = (),
+    nearest: Nearest | None = None,
 ) -> Recorded:
     """Run a block on both calls.
 
@@ -154,6 +157,7 @@ def record_block(
         small, large: arguments.
         paths: of the experts below the owner; none for stacked ones.
         states: paths below the owner of the parameters that stack experts.
+        nearest: remembers the hypothesis that came nearest.
 
     Raises:
         NotReplayable: it cannot be recorded, or returns NaN or infinity.
@@ -161,9 +165,10 @@ def record_block(
     short, long = (record(owner, opened, call.args, call.kwargs) for call in (small, large))
     results = [short.values.get(leaf.number) for leaf in short.outputs if isinstance(leaf, Ref)]
     if not all(bool(torch.isfinite(value).all()) for value in results if value is not None):
-        raise NotReplayable(_NOT_FINITE)  # NaN equals nothing: the search would hold every value for another one
+        # NaN equals nothing: the search would hold every value for another one
+        raise NotReplayable(_NOT_FINITE, Reason.NOT_FINITE)
     below = frozenset(paths), frozenset(states)
-    search = Search(short, small.samples, _rows_seen(short, paths), depends_on(short, *below))
+    search = Search(short, small.samples, _rows_seen(short, paths), depends_on(short, *below), nearest=nearest)
     return Recorded(owner, small, large, short, long, search, opened, *below)
 
 
@@ -184,26 +189,26 @@ def prove_block(
         OffScale: it is the sum but for one expert's factor.
     """
     short, small = recorded.short, recorded.small
-    problem = NO_MATCH
+    problem = NotReplayable(NO_MATCH, Reason.ROUTING_UNKNOWN)
     for match in islice(recorded.search.matches(together, dropped), _TRIED):
         try:
             block = _block(match, short, recorded.long, experts)
-            calls = (small, recorded.large, _changed(small), crowded(small), *recorded.more)
+            calls = (small, recorded.large, changed(small), crowded(small), *recorded.more)
             error = max(_error(block, recorded.owner, experts, call) for call in calls)
             if error > TOLERANCE.get(block.dtype, 0.0):
-                raise NotReplayable(f"its replay differs from it by {error:.1e} relative")
+                raise NotReplayable(f"its replay differs from it by {error:.1e} relative", Reason.REPLAY_DIFFERS)
             _check_scales(block, recorded, experts, off is not None)
         except OffScale as reason:
             off = off or reason
             continue
         except NotReplayable as reason:
-            problem = str(reason)
+            problem = reason
             continue
         except (RuntimeError, ValueError, IndexError) as reason:  # sizes that fit one call and not another
-            problem = f"its replay fails: {reason}"
+            problem = NotReplayable(f"its replay fails: {reason}", Reason.REPLAY_FAILS)
             continue
         return replace(block, error=error)
-    raise off or NotReplayable(problem)
+    raise off or problem
 
 
 def _block(match: Match, short: Tape, long: Tape, experts: Sequence[nn.Module]) -> Block:
@@ -213,7 +218,9 @@ def _block(match: Match, short: Tape, long: Tape, experts: Sequence[nn.Module]) 
     value = short.values[match.total]
     free = tuple(index for index, expert in enumerate(experts) if next(expert.parameters(), None) is None)
     if free and routing.kind == "choice":
-        raise NotReplayable("its experts choose tokens, and some of them have no parameters")
+        raise NotReplayable(
+            "its experts choose tokens, and some of them have no parameters", Reason.FREE_EXPERTS_CHOOSE
+        )
     return Block(match, recipe, tuple(value.shape[1:]), value.dtype, free, len(experts), 0.0)
 
 
@@ -227,9 +234,8 @@ def _rows_seen(tape: Tape, paths: Sequence[str]) -> list[Tensor]:
     return found
 
 
-def _changed(call: Call) -> Call:
+def changed(call: Call) -> Call:
     """The same shapes, other data."""
-
     args, kwargs = pytree.tree_map(other_values, (call.args, dict(call.kwargs)))
     return Call(args, kwargs, call.samples)
 
@@ -261,22 +267,31 @@ def reference_marker(experts: Sequence[nn.Module], free: Sequence[int], choice: 
 def _error(block: Block, owner: nn.Module, experts: Sequence[nn.Module], call: Call) -> float:
     """Largest difference between the block and its replay, relative to each result."""
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        want = pytree.tree_leaves(owner.forward(*call.args, **call.kwargs))
+        want = owner.forward(*call.args, **call.kwargs)
         marker = reference_marker(experts, block.free, block.match.routing.kind == "choice")
-        have = pytree.tree_leaves(block.run(owner, experts, marker, call.args, call.kwargs))
+        return largest_difference(want, block.run(owner, experts, marker, call.args, call.kwargs))
+
+
+def largest_difference(want: Any, have: Any) -> float:
+    """Of two results of one structure, relative to the largest value of each tensor of the first.
+
+    Raises:
+        NotReplayable: shapes, types or plain values differ, or the first holds NaN or infinity.
+    """
     worst = 0.0
-    for a, b in zip(want, have, strict=True):
+    for a, b in zip(pytree.tree_leaves(want), pytree.tree_leaves(have), strict=True):
         if isinstance(a, Tensor):
             if a.shape != b.shape or a.dtype != b.dtype:
-                raise NotReplayable(f"its replay gives {tuple(b.shape)} {b.dtype}, it {tuple(a.shape)} {a.dtype}")
+                shapes = f"{tuple(b.shape)} {b.dtype}, it {tuple(a.shape)} {a.dtype}"
+                raise NotReplayable(f"its replay gives {shapes}", Reason.REPLAY_DIFFERS)
             if not a.numel():
                 continue
             if not bool(torch.isfinite(a).all()):
-                raise NotReplayable(_NOT_FINITE)
+                raise NotReplayable(_NOT_FINITE, Reason.NOT_FINITE)
             difference = (a.double() - b.double()).abs().max()
             worst = max(worst, float(difference / a.abs().max().double().clamp_min(1e-30)))
         elif a != b:
-            raise NotReplayable(f"its replay gives {b!r} where it gives {a!r}")
+            raise NotReplayable(f"its replay gives {b!r} where it gives {a!r}", Reason.REPLAY_DIFFERS)
     return worst
 
 

@@ -7,6 +7,7 @@ All combinations are compared on a few tokens and channels; names and the way th
 found is only a hypothesis: `block` runs the recipe made from it.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -14,11 +15,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moeca_fx.discover.inline.nearest import Nearest
 from moeca_fx.discover.inline.routings import Routing, Shares, find_routings
-from moeca_fx.discover.inline.tape import Tape
+from moeca_fx.discover.inline.tape import Ref, Tape
 
 _TOKENS, _CHANNELS = 12, 24  # that hypotheses are compared on
 _PROJECTIONS, _AT_ONCE = 8, 4_000_000
+# Values with as many rows as no argument and no result has: a loop over 128 experts leaves hundreds, one an expert.
+_OTHER_ROWS = 12
 # Largest difference on those, relative to the routed sum: only to sort out, the proof comes later.
 _NEAR = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -60,6 +64,7 @@ class Search:
         samples: batch size of the call.
         seen: rows that experts were called with; only token rows among which they are come into question.
         after: values that the experts have a part in: the routed sum is one of them, nothing else that is looked for.
+        nearest: remembers the hypothesis that came nearest; None when nobody asks.
     """
 
     tape: Tape
@@ -67,8 +72,9 @@ class Search:
     seen: Sequence[Tensor]
     after: frozenset[int]
     shares: dict[tuple[int, int, bool], Shares] = field(default_factory=dict)
-    sums: dict[tuple[int, int], "_Sums"] = field(default_factory=dict)
+    sums: dict[tuple[int, int], "Sums"] = field(default_factory=dict)
     rows: list[tuple[int, Tensor]] | None = None
+    nearest: Nearest | None = None
 
     @property
     def before(self) -> dict[int, Tensor]:
@@ -83,28 +89,30 @@ class Search:
             dropped: only with branches that are dropped beyond a capacity, else only without.
         """
         if self.rows is None:
-            self.rows = list(_token_rows(self.before, self.seen))
+            self.rows = _likely(self.tape, list(_token_rows(self.before, self.seen)))
         for x, rows in self.rows:
-            chosen = _some(len(rows), _TOKENS)
+            chosen, key = _some(len(rows), _TOKENS), (len(rows), experts.count, dropped)
+            if key not in self.shares:
+                self.shares[key] = find_routings(
+                    self.tape, self.before, experts.count, len(rows), self.samples, chosen, dropped
+                )
+            if not self.shares[key].routings:
+                continue  # before the experts are run: that reads all of their weights
             outputs = experts.outputs(rows[chosen])
             if outputs is not None:
-                yield from self._with(experts.count, x, rows, chosen, outputs.double(), dropped)
+                yield from self._with(self.shares[key], x, rows, chosen, outputs.double())
 
-    def _with(
-        self, count: int, x: int, rows: Tensor, chosen: Tensor, outputs: Tensor, dropped: bool
-    ) -> Iterator[Match]:
+    def _with(self, shares: Shares, x: int, rows: Tensor, chosen: Tensor, outputs: Tensor) -> Iterator[Match]:
         tokens, width = len(rows), outputs.shape[-1]
-        if (tokens, count, dropped) not in self.shares:
-            found = find_routings(self.tape, self.before, count, tokens, self.samples, chosen, dropped)
-            self.shares[tokens, count, dropped] = found
         if (tokens, width) not in self.sums:
-            self.sums[tokens, width] = _Sums(self.tape, self.after, tokens, width, chosen)
-        shares = self.shares[tokens, count, dropped]
+            self.sums[tokens, width] = Sums(self.tape, self.after, tokens, width, chosen)
         channels = _some(width, _CHANNELS)
         own = rows[chosen].double() if rows.shape[-1] == width else torch.zeros(len(chosen), width, dtype=torch.float64)
         parts = torch.cat([outputs, own[:, None]], 1)[..., channels]  # [J, E + 1, c]
         routed = torch.einsum("rje,jec->rjc", shares.weights, parts)
         limit = _NEAR.get(rows.dtype, 0.0)
+        if self.nearest is not None:
+            self.nearest.look(self, self.sums[tokens, width], shares, x, routed, chosen, limit)
         for index, total, rest in self.sums[tokens, width].holding(routed, limit):
             yield Match(x, shares.routings[index], total, rest)
 
@@ -125,6 +133,17 @@ def _token_rows(values: Mapping[int, Tensor], seen: Sequence[Tensor]) -> Iterato
         yield number, rows
 
 
+def _likely(tape: Tape, found: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+    """All with as many rows as an argument or a result of the call; of the others the first, if they are few alike."""
+    ends = [number for number, source in tape.sources.items() if source.kind == "input"]
+    ends += [leaf.number for leaf in tape.outputs if isinstance(leaf, Ref)]
+    values = [tape.values[number] for number in ends if number in tape.values]
+    counts = {value.numel() // value.shape[-1] for value in values if value.dim() > 1 and value.numel()}
+    alike = Counter(len(rows) for _, rows in found)
+    others = [n for n, rows in found if len(rows) not in counts and alike[len(rows)] <= _OTHER_ROWS][:_OTHER_ROWS]
+    return [(number, rows) for number, rows in found if len(rows) in counts or number in others]
+
+
 def _floats(value: Tensor) -> bool:
     return value.is_floating_point() and value.numel() > 1 and not value.is_inference()
 
@@ -139,7 +158,7 @@ def _some(number: int, most: int) -> Tensor:
     return torch.arange(count) * number // count
 
 
-class _Sums:
+class Sums:
     """Values of the tape that may hold the routed sum [N, H]."""
 
     def __init__(self, tape: Tape, after: frozenset[int], tokens: int, width: int, chosen: Tensor) -> None:

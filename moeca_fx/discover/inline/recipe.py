@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from moeca_fx.discover.inline.composites import with_composites
 from moeca_fx.discover.inline.tape import Entry, NotReplayable, Ref, Source, Tape
+from moeca_fx.reasons import Reason
 
 Routed = Callable[..., Tensor]
 
@@ -90,7 +91,7 @@ def make_recipe(small: Tape, large: Tape, wanted: Sequence[int], routed: int) ->
     """
     assert small.out_spec is not None
     if small.out_spec != large.out_spec:
-        raise NotReplayable("the structure of its result depends on the batch size")
+        raise NotReplayable("the structure of its result depends on the batch size", Reason.DEPENDS_ON_THE_BATCH)
     unit = _unit(small, large)
     ratio = (small.sizes[unit], large.sizes[unit])
     before = _slice(small, wanted, stop=routed)
@@ -100,7 +101,7 @@ def make_recipe(small: Tape, large: Tape, wanted: Sequence[int], routed: int) ->
     twins = _Twins(small, large, ratio)
     kept = [twins.merged(entry) for entry in [*before, *after]]
     if len(small.outputs) != len(large.outputs):
-        raise NotReplayable("the number of its results depends on the batch size")
+        raise NotReplayable("the number of its results depends on the batch size", Reason.DEPENDS_ON_THE_BATCH)
     results = tuple(_merged(a, b, ratio) for a, b in zip(small.outputs, large.outputs, strict=True))
     used = {number for entry in kept for number in entry.reads()} | set(wanted)
     used |= {leaf.number for leaf in results if isinstance(leaf, Ref)}
@@ -117,7 +118,7 @@ def _unit(small: Tape, large: Tape) -> int:
     for position, size in small.sizes.items():
         if large.sizes.get(position) != size:
             return position
-    raise NotReplayable("none of its tensor arguments has a batch")
+    raise NotReplayable("none of its tensor arguments has a batch", Reason.DEPENDS_ON_THE_BATCH)
 
 
 def _slice(tape: Tape, wanted: Iterable[int], stop: int) -> list[Entry]:
@@ -145,9 +146,9 @@ def _refuse_data(entry: Entry, tape: Tape) -> None:
         if all(place is not None and place.dtype not in (torch.bool, torch.uint8) for place in places):
             return  # by numbers: as many rows as numbers
     if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
-        raise NotReplayable(f"{entry.target} makes sizes from data, outside of the experts")
+        raise NotReplayable(f"{entry.target} makes sizes from data, outside of the experts", Reason.DEPENDS_ON_DATA)
     if torch.Tag.nondeterministic_seeded in tags:
-        raise NotReplayable(f"{entry.target} draws random numbers")
+        raise NotReplayable(f"{entry.target} draws random numbers", Reason.RANDOM)
 
 
 class _Twins:
@@ -168,21 +169,23 @@ class _Twins:
         Raises:
             NotReplayable: the other tape has no entry like it, or its numbers do not follow from the batch.
         """
-        problem = f"{entry.target} has no counterpart in a run with another batch size"
+        problem = NotReplayable(
+            f"{entry.target} has no counterpart in a run with another batch size", Reason.DEPENDS_ON_THE_BATCH
+        )
         for index, other in enumerate(self.others):
             if other is None or other.target != entry.target or not self._read_alike(entry, other):
                 continue
             try:
                 merged = _merged_entry(entry, other, self.ratio)
             except NotReplayable as reason:
-                problem = str(reason)
+                problem = reason
                 continue
             self.others[index] = None
             self.values |= dict(zip(entry.reads(), other.reads(), strict=True))
             pairs = zip(entry.outputs, other.outputs, strict=True)
             self.values |= {mine: theirs for mine, theirs in pairs if mine is not None and theirs is not None}
             return merged
-        raise NotReplayable(problem)
+        raise problem
 
     def _read_alike(self, entry: Entry, other: Entry) -> bool:
         """Whether both read the same values; one without a known twin (the experts' result, a constant) fits any."""
@@ -200,7 +203,9 @@ def _merged_entry(a: Entry, b: Entry, ratio: tuple[int, int]) -> Entry:
     mine, spec = pytree.tree_flatten((a.args, dict(a.kwargs)))
     theirs, other_spec = pytree.tree_flatten((b.args, dict(b.kwargs)))
     if spec != other_spec:
-        raise NotReplayable(f"{a.target} takes other arguments in a run with another batch size")
+        raise NotReplayable(
+            f"{a.target} takes other arguments in a run with another batch size", Reason.DEPENDS_ON_THE_BATCH
+        )
     args, kwargs = pytree.tree_unflatten([_merged(x, y, ratio) for x, y in zip(mine, theirs, strict=True)], spec)
     return Entry(a.target, args, kwargs, a.outputs)
 
@@ -213,7 +218,9 @@ def _merged(a: Any, b: Any, ratio: tuple[int, int]) -> Any:
         return a
     if type(a) is int and type(b) is int and a * ratio[1] == b * ratio[0]:
         return Scaled(Fraction(a, ratio[0]))
-    raise NotReplayable(f"a number around the experts depends on data: {a!r} in one run, {b!r} in another")
+    raise NotReplayable(
+        f"a number around the experts depends on data: {a!r} in one run, {b!r} in another", Reason.DEPENDS_ON_DATA
+    )
 
 
 def _check_constants(sources: Mapping[int, Source], large: Tape, twins: _Twins) -> None:
@@ -222,7 +229,9 @@ def _check_constants(sources: Mapping[int, Source], large: Tape, twins: _Twins) 
             other = large.sources.get(twins.values.get(number, -1))
             same = other is not None and isinstance(other.key, Tensor) and isinstance(source.key, Tensor)
             if not same or not torch.equal(other.key, source.key):  # type: ignore[union-attr, arg-type]
-                raise NotReplayable("a tensor around the experts is made outside of torch from data")
+                raise NotReplayable(
+                    "a tensor around the experts is made outside of torch from data", Reason.DEPENDS_ON_DATA
+                )
 
 
 def _read(source: Source, owner: nn.Module, leaves: list[Any]) -> Any:

@@ -185,7 +185,9 @@ def _choice(
     samples: int,
     chosen: Tensor,
 ) -> Iterator[tuple[Routing, Tensor]]:
-    each = tokens // samples
+    each, left = divmod(tokens, samples)
+    if left:
+        return  # rows that do not belong to samples
     for number, token in whole.items():
         if token.dim() != 3 or token.shape[:2] != (samples, count) or int(token.min()) < 0 or int(token.max()) >= each:
             continue

@@ -21,13 +21,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moeca_fx.reasons import Reason
+
 aten = torch.ops.aten
 _SAME = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 _PLAIN = (int, float, bool, str, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 class NotReplayable(Exception):
-    """The call did what a tape cannot hold; says what."""
+    """The call did what a tape cannot hold; says what, and which documented reason that is."""
+
+    def __init__(self, reason: str, code: Reason) -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -210,7 +216,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
             if isinstance(leaf, Tensor):
                 return Ref(self._value(leaf))
             if not isinstance(leaf, _PLAIN):
-                raise NotReplayable(f"an operation takes a {type(leaf).__name__}")
+                raise NotReplayable(f"an operation takes a {type(leaf).__name__}", Reason.OPERANDS)
             return leaf
 
         return pytree.tree_map(ref, tree)
@@ -247,9 +253,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         if base == "copy_":
             plain = aten.copy.default
         if not isinstance(target, Tensor) or not base.endswith("_") or plain is None or plain._schema.is_mutable:
-            raise NotReplayable(f"{func} writes in a way that cannot be followed")
+            raise NotReplayable(f"{func} writes in a way that cannot be followed", Reason.WRITES)
         if _storage(target) in self.protected:
-            raise NotReplayable(f"{func} writes into an argument or a weight")
+            raise NotReplayable(f"{func} writes into an argument or a weight", Reason.WRITES)
         number = self._emit(plain, read_args, read_kwargs)
         memory = self.memories[_storage(target)]
         if _geometry(target) == memory.geometry:
@@ -292,10 +298,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
                 return
             read_args, read_kwargs, versions = self.pending
             if versions != _versions((args, kwargs)):
-                raise NotReplayable(f"the submodule {path} writes into its arguments")
+                raise NotReplayable(f"the submodule {path} writes into its arguments", Reason.WRITES)
             leaves = pytree.tree_leaves(output)
             if not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
-                raise NotReplayable(f"the submodule {path} returns a {type(output).__name__}")
+                raise NotReplayable(f"the submodule {path} returns a {type(output).__name__}", Reason.OPERANDS)
             numbers: list[int | None] = []
             for leaf in leaves:
                 own = isinstance(leaf, Tensor) and id(leaf) not in self.known

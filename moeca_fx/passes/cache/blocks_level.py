@@ -16,6 +16,7 @@ from moeca_fx.graph.state import StateSpec, with_older
 from moeca_fx.passes.cache.builder import StepBuilder
 from moeca_fx.passes.cache.level import Level, nodes_by_name
 from moeca_fx.policies.rules import BlocksRule
+from moeca_fx.reasons import Reason
 
 SITE = "blocks"
 
@@ -64,6 +65,7 @@ def _stretch(blocks: tuple[Block, ...], rule: BlocksRule) -> tuple[Block, ...]:
     if not skipped:
         raise UnsupportedModelError(
             f"skipping blocks: expected more than first={rule.first} plus last={rule.last} blocks, found "
-            f"{len(blocks)}; lower them"
+            f"{len(blocks)}; lower them",
+            code=Reason.POLICY,
         )
     return skipped

@@ -16,6 +16,7 @@ from moeca_fx.ops import forecast
 from moeca_fx.passes.cache.builder import StepBuilder
 from moeca_fx.passes.cache.level import Level, actions_of
 from moeca_fx.policies.rules import OutputRule
+from moeca_fx.reasons import Reason
 
 SITE = "output"
 
@@ -83,7 +84,8 @@ def _outputs(module: fx.GraphModule) -> list[fx.Node]:
     if not nodes or not all(example_value(node).is_floating_point() for node in nodes):
         raise UnsupportedModelError(
             f"the model's result: expected floating-point tensors to forecast, found {[node.name for node in nodes]}; "
-            "choose a policy at the sublayer or branch level"
+            "choose a policy at the sublayer or branch level",
+            code=Reason.POLICY,
         )
     return nodes
 
@@ -106,5 +108,6 @@ def _matching_input(module: fx.GraphModule, output: fx.Node) -> fx.Node:
             return node
     raise UnsupportedModelError(
         f"a forecast over the model's input: expected an input of the output's shape {tuple(wanted.shape)}, at most "
-        "with fewer channels, found none; calibrate with inputs=False"
+        "with fewer channels, found none; calibrate with inputs=False",
+        code=Reason.POLICY,
     )

@@ -15,6 +15,7 @@ from moeca_fx.graph.slicing import between
 from moeca_fx.graph.state import StateSpec, with_older
 from moeca_fx.policies.rules import BranchRule
 from moeca_fx.policies.selector import ScoreThreshold
+from moeca_fx.reasons import Reason
 
 Action = Literal["full", "reuse", "rows", "synchronized"]
 
@@ -139,7 +140,8 @@ def check_layout(site: MoESite, rule: BranchRule) -> None:
     if site.layout == "expert" and rule.margin is not None:
         raise UnsupportedModelError(
             f"{site.path}: its experts choose their tokens, so a cached branch that stays for a new one would serve "
-            f"the feature of another token; expected a rule without a margin, found {rule.margin}; set margin=None"
+            f"the feature of another token; expected a rule without a margin, found {rule.margin}; set margin=None",
+            code=Reason.POLICY,
         )
 
 

@@ -16,6 +16,7 @@ from moeca_fx.graph.state import StateSpec
 from moeca_fx.passes.cache.graphs import ProbeGraph
 from moeca_fx.passes.cache.level import nodes_by_name
 from moeca_fx.policies.schedule import Probe
+from moeca_fx.reasons import Reason
 
 SITE = "probe"
 
@@ -34,7 +35,8 @@ def continues_from(sites: Sites, probe: Probe | None) -> str | None:
     blocks = blocks_of(sites)
     if not 1 <= probe.blocks < len(blocks):
         raise UnsupportedModelError(
-            f"a first-block probe: expected 1 to {len(blocks) - 1} first blocks, found {probe.blocks}; choose another"
+            f"a first-block probe: expected 1 to {len(blocks) - 1} first blocks, found {probe.blocks}; choose another",
+            code=Reason.POLICY,
         )
     return blocks[probe.blocks - 1].sites[-1].residual_out
 
@@ -65,12 +67,16 @@ def build_probe(module: fx.GraphModule, sites: Sites, probe: Probe) -> ProbeGrap
 def _modulated_input(nodes: dict[str, fx.Node], sites: Sites) -> fx.Node:
     """What the first attention's projection reads."""
     if not sites.attention:
-        raise UnsupportedModelError("a probe of the modulated input: expected an attention sublayer, found none")
+        raise UnsupportedModelError(
+            "a probe of the modulated input: expected an attention sublayer, found none", code=Reason.POLICY
+        )
     first = sites.attention[0]
     inside = between([nodes[first.residual_in]], [nodes[first.query]])
     linear = next((node for node in inside if node.target in LINEAR), None)
     if linear is None:
-        raise UnsupportedModelError(f"{first.path}: expected a linear projection of the queries, found none")
+        raise UnsupportedModelError(
+            f"{first.path}: expected a linear projection of the queries, found none", code=Reason.POLICY
+        )
     source = linear.args[0]
     assert isinstance(source, fx.Node)
     return strip_reshapes(source)

@@ -26,6 +26,7 @@ from moeca_fx.passes.cache.level import Level, nodes_by_name
 from moeca_fx.passes.cache.moe_rows import MoERowPrograms, build_moe_row_programs, refresh_moe
 from moeca_fx.policies.rules import SublayerRule
 from moeca_fx.policies.selector import Place, TokenSelector
+from moeca_fx.reasons import Reason
 
 KINDS = {"AttentionSite": "attn", "DenseFFNSite": "ffn", "MoESite": "moe"}
 
@@ -177,5 +178,6 @@ def _check_rows(sites: Sites, rule: SublayerRule) -> None:
             raise UnsupportedModelError(
                 f"{site.path}: its experts choose among all tokens of a sample, so one token cannot be routed alone; "
                 f"expected a rule without a token selector, found {type(rule.selector).__name__}; use MoECa or another "
-                "branch rule, or hold or forecast whole sublayers (FORA, TaylorSeer)"
+                "branch rule, or hold or forecast whole sublayers (FORA, TaylorSeer)",
+                code=Reason.POLICY,
             )
