@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeca_fx.batch import batch_size, doubled
+from moeca_fx.discover.calls import Call
 from moeca_fx.discover.candidates import Candidate
-from moeca_fx.discover.inline.block import Call
 from moeca_fx.errors import InputError
 from moeca_fx.model_checks import run_once
 

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from moeca_fx.batch import at_least_two, batch_axis, batch_size, doubled, other_values
 from moeca_fx.discover import MoERegion
-from moeca_fx.discover.inline.block import Call
+from moeca_fx.discover.calls import Call
 from moeca_fx.discover.probe import calls_of
 from moeca_fx.discover.reference import TOLERANCE
 from moeca_fx.errors import CaptureError, InputError

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from moeca_fx.discover import MoERegion
+from moeca_fx.discover.calls import Call
 from moeca_fx.discover.experts import as_expert, expert_modules
-from moeca_fx.discover.inline.block import Call, Marker, reference_marker
+from moeca_fx.discover.inline.block import Marker, reference_marker
+from moeca_fx.discover.inline.holders import prove_modules, prove_stacked
 from moeca_fx.discover.inline.tape import NotReplayable
 from moeca_fx.discover.method import replaced_method
-from moeca_fx.discover.prove import prove_modules, prove_stacked
 from moeca_fx.errors import UnprovenRegionError
 from moeca_fx.ops.experts import MARKERS
 from moeca_fx.registry.proof import EntryBlock

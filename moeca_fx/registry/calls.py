@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moeca_fx.batch import batch_size
-from moeca_fx.discover.inline.block import Call
+from moeca_fx.discover.calls import Call
 from moeca_fx.discover.method import replaced_method
 from moeca_fx.registry.entry import Entry
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from moeca_fx.discover.inline.block import Call, Marker, changed, crowded, largest_difference, reference_marker
+from moeca_fx.discover.calls import Call, changed, crowded
+from moeca_fx.discover.inline.block import Marker, largest_difference, reference_marker
 from moeca_fx.discover.inline.tape import NotReplayable
 from moeca_fx.discover.records import MoERegion
 from moeca_fx.discover.reference import TOLERANCE

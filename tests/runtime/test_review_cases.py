@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import moeca_fx
 from moeca_fx import MoECa
-from moeca_fx.errors import CaptureError, ConfigError, UnprovenRegionError, UnsupportedModelError
+from moeca_fx.errors import ConfigError, UnprovenRegionError, UnsupportedModelError
 from moeca_fx.passes.cache.plan import plan_sites
 from moeca_fx.policies.rules import BranchRule
 from tests.helpers.passes import staged
@@ -165,9 +165,14 @@ class _OneByOne(Mixing):
         return torch.cat([super(_OneByOne, self).forward(z[i : i + 1]) for i in range(z.shape[0])])
 
 
-def test_a_batch_fixed_by_the_models_code_is_named() -> None:
-    with pytest.raises(CaptureError, match="its own code fixes the batch size"):
-        moeca_fx.transform(toy(mixing=_OneByOne), toy_inputs())
+def test_a_batch_fixed_by_the_models_code_is_traced_once_a_size() -> None:
+    model = toy(mixing=_OneByOne)
+    fast = moeca_fx.transform(model, toy_inputs(), policy=None)
+    for batch in (2, 3, 2):
+        inputs = toy_inputs(batch)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)
+    assert "fixes the batch" in str(moeca_fx.inspect(model, toy_inputs()))
 
 
 class _WithContext(Toy):

@@ -1,0 +1,86 @@
+"""Prove a block: routing and routed sum are searched for on its tape, what lies around them becomes a recipe.
+
+The recipe must give what the block gives on both calls, on other data, and on crowded tokens, where limits show; and
+every expert must enter with the weight that was found (`factors`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+
+import torch
+from torch import nn
+
+from moeca_fx.discover.calls import Call, changed, crowded
+from moeca_fx.discover.inline.block import Block, largest_difference, reference_marker
+from moeca_fx.discover.inline.factors import check_factors
+from moeca_fx.discover.inline.match import Experts, Match
+from moeca_fx.discover.inline.recipe import make_recipe
+from moeca_fx.discover.inline.recorded import Recorded
+from moeca_fx.discover.inline.tape import NotReplayable, Tape
+from moeca_fx.discover.reference import TOLERANCE
+from moeca_fx.discover.scales import OffScale
+from moeca_fx.reasons import Reason
+
+NO_MATCH = "no values of its run are token rows, a routing over its experts, and their weighted sum"
+_TRIED = 12  # hypotheses that are made into recipes and run
+
+
+def prove_block(
+    recorded: Recorded, experts: Sequence[nn.Module], together: Experts, dropped: bool, off: OffScale | None = None
+) -> Block:
+    """Find and prove the routed experts of a block.
+
+    Args:
+        recorded: its calls.
+        experts: one module an expert, in order of expert id, those without parameters too.
+        together: the same experts.
+        dropped: whether to look for branches that are dropped beyond a capacity; they are not found otherwise.
+        off: what another reading of the same block was refused for; then every expert's factor must be well known.
+
+    Raises:
+        NotReplayable: with the reason.
+        OffScale: it is the sum but for one expert's factor.
+    """
+    short, small = recorded.short, recorded.small
+    problem = NotReplayable(NO_MATCH, Reason.ROUTING_UNKNOWN)
+    for match in islice(recorded.search.matches(together, dropped), _TRIED):
+        try:
+            block = _block(match, short, recorded.long, experts)
+            calls = (small, recorded.large, changed(small), crowded(small), *recorded.more)
+            error = max(_error(block, recorded.owner, experts, call) for call in calls)
+            if error > TOLERANCE.get(block.dtype, 0.0):
+                raise NotReplayable(f"its replay differs from it by {error:.1e} relative", Reason.REPLAY_DIFFERS)
+            check_factors(block, recorded, experts, off is not None)
+        except OffScale as reason:
+            off = off or reason
+            continue
+        except NotReplayable as reason:
+            problem = reason
+            continue
+        except (RuntimeError, ValueError, IndexError) as reason:  # sizes that fit one call and not another
+            problem = NotReplayable(f"its replay fails: {reason}", Reason.REPLAY_FAILS)
+            continue
+        return replace(block, error=error)
+    raise off or problem
+
+
+def _block(match: Match, short: Tape, long: Tape, experts: Sequence[nn.Module]) -> Block:
+    routing = match.routing
+    wanted = [match.x, *routing.values, *([match.rest] if match.rest is not None else [])]
+    recipe = make_recipe(short, long, wanted, match.total)
+    value = short.values[match.total]
+    free = tuple(index for index, expert in enumerate(experts) if next(expert.parameters(), None) is None)
+    if free and routing.kind == "choice":
+        raise NotReplayable(
+            "its experts choose tokens, and some of them have no parameters", Reason.FREE_EXPERTS_CHOOSE
+        )
+    return Block(match, recipe, tuple(value.shape[1:]), value.dtype, free, len(experts), 0.0)
+
+
+def _error(block: Block, owner: nn.Module, experts: Sequence[nn.Module], call: Call) -> float:
+    """Largest difference between the block and its replay, relative to each result."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        want = owner.forward(*call.args, **call.kwargs)
+        marker = reference_marker(experts, block.free, block.match.routing.kind == "choice")
+        return largest_difference(want, block.run(owner, experts, marker, call.args, call.kwargs))

@@ -1,0 +1,81 @@
+"""A block's calls in two runs of the model, of different batch sizes, with their tapes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moeca_fx.discover.calls import Call
+from moeca_fx.discover.inline.block import NOT_FINITE
+from moeca_fx.discover.inline.match import Search
+from moeca_fx.discover.inline.nearest import Nearest
+from moeca_fx.discover.inline.tape import NotReplayable, Ref, Tape, depends_on, record
+from moeca_fx.reasons import Reason
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A block's calls in two runs of the model, of different batch sizes, and their tapes.
+
+    Attributes:
+        owner: module of the calls.
+        small, large: their arguments.
+        short, long: their tapes.
+        search: over the first tape.
+        opened, paths, states: as for `record_block`.
+        more: arguments of other calls, which must be explained too.
+    """
+
+    owner: nn.Module
+    small: Call
+    large: Call
+    short: Tape
+    long: Tape
+    search: Search
+    opened: frozenset[str]
+    paths: frozenset[str]
+    states: frozenset[str]
+    more: Sequence[Call] = ()
+
+
+def record_block(
+    owner: nn.Module,
+    opened: frozenset[str],
+    small: Call,
+    large: Call,
+    paths: Sequence[str] = (),
+    states: Sequence[str] = (),
+    nearest: Nearest | None = None,
+) -> Recorded:
+    """Run a block on both calls.
+
+    Args:
+        owner: module of the calls.
+        opened: paths of its submodules on the way to the experts, and of none else.
+        small, large: arguments.
+        paths: of the experts below the owner; none for stacked ones.
+        states: paths below the owner of the parameters that stack experts.
+        nearest: remembers the hypothesis that came nearest.
+
+    Raises:
+        NotReplayable: it cannot be recorded, or returns NaN or infinity.
+    """
+    short, long = (record(owner, opened, call.args, call.kwargs) for call in (small, large))
+    results = [short.values.get(leaf.number) for leaf in short.outputs if isinstance(leaf, Ref)]
+    if not all(bool(torch.isfinite(value).all()) for value in results if value is not None):
+        # NaN equals nothing: the search would hold every value for another one
+        raise NotReplayable(NOT_FINITE, Reason.NOT_FINITE)
+    below = frozenset(paths), frozenset(states)
+    search = Search(short, small.samples, _rows_seen(short, paths), depends_on(short, *below), nearest=nearest)
+    return Recorded(owner, small, large, short, long, search, opened, *below)
+
+
+def _rows_seen(tape: Tape, paths: Sequence[str]) -> list[Tensor]:
+    """Rows that experts read."""
+    found = []
+    for entry in tape.entries:
+        if entry.is_module and entry.target in paths:
+            leaves = [tape.values.get(number) for number in entry.reads()]
+            found += [leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves if leaf is not None and leaf.dim()]
+    return found
