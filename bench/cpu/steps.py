@@ -78,7 +78,7 @@ def bench_steps(name: str, batch: int, dtype: torch.dtype, rounds: int, *, origi
 def _flops(vectorised: TransformedModel, inputs: tuple[Tensor, ...], batch: int) -> int:
     """FLOPs of one uncached call."""
     program = next(iter(vectorised._moeca.programs.values()))
-    return vectorised._moeca.accounting.tally(program, list(inputs), batch).step_flops().uncached
+    return vectorised._moeca.accounting.tally(program, list(inputs), batch).step_flops().uncached.executed(1, {})
 
 
 def _inputs(name: str, batch: int) -> tuple[Tensor, ...]:
@@ -144,7 +144,7 @@ def _cached_run(
 
 def share_of_full(flops: StepFlops, counts: dict[Any, int]) -> float:
     """FLOPs of a step of the first rule over a full step's, by what it counted."""
-    return flops.rules[0].executed(1, counts) / flops.full
+    return flops.rules[0].executed(1, counts) / flops.full.executed(1, {})
 
 
 def without_experts(expert: Tensor, fraction: float) -> Tensor:

@@ -46,7 +46,7 @@ class State:
         numbers = [
             f"{path}.{name}".lstrip(".")
             for (path, name), value in now.numbers.items()
-            if self.numbers.get((path, name), value) != value
+            if not _equal(self.numbers.get((path, name), value), value)
         ]
         return [*buffers, *parameters, *numbers]
 
@@ -81,6 +81,10 @@ def first_output(model: nn.Module) -> Iterator[list[Any]]:
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
+
+
+def _equal(left: float, right: float) -> bool:
+    return left == right or (left != left and right != right)
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
