@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_INSTALL_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: demo results bench test slow engines structures fuzz lint format clean help
+.PHONY: demo results bench test slow engines models structures fuzz lint format clean help
 
 help:
 	@echo "make demo    set up, then sample digits with the original, vectorised and cached model"
@@ -21,6 +21,7 @@ help:
 	@echo "make test    set up, then run the fast test suite"
 	@echo "make slow    the slow tests"
 	@echo "make engines TensorRT-RTX engines of all four models, fp32 and fp16, without a GPU; 20 minutes"
+	@echo "make models  HiDream and Nucleus of diffusers, and their pipelines; 7 minutes"
 	@echo "make structures  420 ways to write a model, each transformed and proven or refused; 15 minutes on two cores"
 	@echo "make fuzz    10 minutes of coverage-guided fuzzing of discovery; stops at the first finding"
 	@echo "make lint    ruff (lint, format) and mypy"
@@ -45,6 +46,9 @@ slow: $(VENV)/.installed-dev
 
 engines: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/export/test_models.py -k test_an_engine_is_built
+
+models: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 -m slow tests/models tests/pipelines -k "not compiled and not published and not meta"
 
 # In two processes of its own; `python -m tests.structures.report` writes what it finds to docs/structures.md.
 structures: $(VENV)/.installed-dev

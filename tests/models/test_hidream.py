@@ -19,6 +19,7 @@ from tests.policies.every import every_method, label
 
 pytest.importorskip("diffusers", reason="HiDream comes with diffusers (pip install 'moeca_fx[peers]')")
 
+pytestmark = pytest.mark.slow  # `make models`, which CI runs
 SOME = MoECa()
 SQUARE = SIZES["square"]
 NAMES = list(SIZES)

@@ -22,6 +22,7 @@ from tests.policies.every import every_method, label
 
 pytest.importorskip("diffusers", reason="Nucleus comes with diffusers (pip install 'moeca_fx[peers]')")
 
+pytestmark = pytest.mark.slow  # `make models`, which CI runs
 SOME = MoECa()
 KEYS, SIGMOID = SIZES["shared keys"], SIZES["sigmoid"]
 NAMES = list(SIZES)

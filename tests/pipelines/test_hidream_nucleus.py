@@ -18,6 +18,7 @@ OTHER_SIZES: dict[Make, dict[str, int]] = {
     hidream_pipeline: {"height": 4, "width": 16},
     nucleus_pipeline: {"height": 16, "width": 16},
 }
+pytestmark = pytest.mark.slow  # `make models`, which CI runs
 MAKES = [pytest.param(make, id=make.__name__) for make in OTHER_SIZES]
 
 
