@@ -129,10 +129,11 @@ def _prove_and_keep(
             with torch.no_grad():
                 with calls_of(model, inline, small, batch_size(args, kwargs)):
                     expected, seen = run_following(model, keyed.values(), args, kwargs)
-                if inline:
+                if inline and own_batch:
                     with calls_of(model, inline, large, 2 * batch_size(args, kwargs)):
                         run_following(model, keyed.values(), *doubled(args, kwargs))
-                more, again = run_following(model, keyed.values(), *other)
+                with calls_of(model, set() if own_batch else inline, large, 2 * batch_size(args, kwargs)):
+                    more, again = run_following(model, keyed.values(), *other)
                 if inline and not own_batch:  # `other` has more samples
                     _, again = run_following(model, keyed.values(), *_second_input(args, kwargs))
         except InputError as error:

@@ -5,16 +5,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import moeca_fx
 from moeca_fx import MoECa, policies
 from moeca_fx.errors import ExportError, UnsupportedModelError
 from moeca_fx.export.plan import build_plan
 from moeca_fx.policies import Method
-from moeca_fx.runtime.module import TransformedModel
 from tests.helpers import hidream
 from tests.helpers.hidream import SIZES, inputs, pair, sample, trajectory
+from tests.helpers.whole_graphs import check_one_graph_a_step
 from tests.policies.every import every_method, label
 
 pytest.importorskip("diffusers", reason="HiDream comes with diffusers (pip install 'moeca_fx[peers]')")
@@ -62,29 +61,12 @@ def test_steps_that_recompute_everything_are_equal(name: str, method: Method | N
                 assert _close(have, want, 0.1)
 
 
-def _graph_arguments(fast: TransformedModel, kwargs: dict[str, Any], name: str) -> list[Any]:
-    graphs = fast._moeca.prepare(fast, (), kwargs).graphs
-    assert graphs is not None
-    step = graphs.full_step if name == "full" else next(rule for rule in graphs.rules if rule.name == name)
-    held = [torch.zeros(2, *state.shape, dtype=state.dtype) for state in step.reads]
-    return [*kwargs.values(), *held, *([torch.ones(16)] if step.clock else [])]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_step_is_one_graph(name: str) -> None:
     _, fast = pair(name, SOME)
-    kwargs = inputs(SIZES[name])
-    graphs = fast._moeca.prepare(fast, (), kwargs).graphs
-    assert graphs is not None
-    for step, module in graphs.modules().items():
-        torch._dynamo.reset()
-        counter = CompileCounterWithBackend("eager")
-        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.no_grad():
-            torch.compile(module, fullgraph=True, backend=counter)(*_graph_arguments(fast, kwargs, step))
-        assert counter.frame_count == 1, f"{step}: {counter.frame_count} graphs"
+    check_one_graph_a_step(fast, inputs(SIZES[name]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("MOECA_FX_COMPILE", "1")
@@ -268,7 +250,6 @@ def _on_meta(model: nn.Module, kwargs: dict[str, torch.Tensor]) -> tuple[nn.Modu
     return model.to("meta"), {key: value.to("meta") for key, value in kwargs.items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_on_the_meta_device_the_same_is_found(name: str) -> None:
     size = SIZES[name]
@@ -282,7 +263,6 @@ def test_on_the_meta_device_the_same_is_found(name: str) -> None:
         moeca_fx.transform(model, (), kwargs)
 
 
-@pytest.mark.slow
 def test_the_published_configuration_on_the_meta_device() -> None:
     from diffusers import HiDreamImageTransformer2DModel
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils import _pytree as pytree
 
 import moeca_fx
@@ -18,6 +17,7 @@ from moeca_fx.policies import Method
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers import nucleus
 from tests.helpers.nucleus import SIZES, inputs, pair, sample, trajectory
+from tests.helpers.whole_graphs import check_one_graph_a_step
 from tests.policies.every import every_method, label
 
 pytest.importorskip("diffusers", reason="Nucleus comes with diffusers (pip install 'moeca_fx[peers]')")
@@ -241,29 +241,12 @@ def test_half_precision(grouped: bool) -> None:
 # -- compilation ----------------------------------------------------------------------------------------------------
 
 
-def _graph_arguments(fast: TransformedModel, kwargs: dict[str, Any], name: str) -> list[Any]:
-    graphs = fast._moeca.prepare(fast, (), kwargs).graphs
-    assert graphs is not None
-    step = graphs.full_step if name == "full" else next(rule for rule in graphs.rules if rule.name == name)
-    held = [torch.zeros(2, *state.shape, dtype=state.dtype) for state in step.reads]
-    return [*pytree.tree_leaves(kwargs), *held, *([torch.ones(16)] if step.clock else [])]
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_step_is_one_graph(name: str) -> None:
     _, fast = pair(name, SOME)
-    kwargs = inputs(SIZES[name])
-    graphs = fast._moeca.prepare(fast, (), kwargs).graphs
-    assert graphs is not None
-    for step, module in graphs.modules().items():
-        torch._dynamo.reset()
-        counter = CompileCounterWithBackend("eager")
-        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.no_grad():
-            torch.compile(module, fullgraph=True, backend=counter)(*_graph_arguments(fast, kwargs, step))
-        assert counter.frame_count == 1, f"{step}: {counter.frame_count} graphs"
+    check_one_graph_a_step(fast, inputs(SIZES[name]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("MOECA_FX_COMPILE", "1")

@@ -13,7 +13,7 @@ from tests.helpers.toys import Toy
 from tests.precision.models import KINDS, Kind, inputs_of, model_of
 
 MOST_TO_DISCOVER = 3  # two probe runs, and one with another first sample
-TO_CAPTURE = {"method": 3, "block": 5, "stacked": 5}  # inputs that the trace is compared on, twice as many, the trace
+TO_CAPTURE = {"method": 3, "block": 4, "stacked": 4}  # inputs that the trace is compared on, twice as many, the trace
 
 
 @pytest.fixture
