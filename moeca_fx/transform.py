@@ -10,7 +10,7 @@ from moeca_fx.batch import batch_size
 from moeca_fx.discover import Discovery, discover
 from moeca_fx.discover.behaviour import check_behaviour
 from moeca_fx.discover.journal import Journal
-from moeca_fx.discover.state import State, first_output
+from moeca_fx.discover.state import State, first_run
 from moeca_fx.discover.unlike import unlike_experts
 from moeca_fx.errors import ConfigError, NoMoEFoundError, UnprovenRegionError, UnsupportedModelError
 from moeca_fx.graph.expert_stack import stack_experts
@@ -142,12 +142,12 @@ def find_regions(
     check_model(model)
     check_inputs(model, args, kwargs)
     before = State(model)
-    with first_output(model) as output:
+    with first_run(model) as ran:
         found = discover(model, args, kwargs, journal)
     unproven = [refusal for refusal in found.refused if refusal.is_moe]
     if (found.regions or unproven) and not has_no_data(model):
         with (journal or Journal()).stage("behaviour"):
-            check_behaviour(model, args, kwargs, output[0], before)
+            check_behaviour(model, *ran[0], before)
     if unproven:
         reasons = "; ".join(f"{refusal.path}: {refusal.reason}" for refusal in unproven)
         raise UnprovenRegionError(

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from moeca_fx.batch import batch_size, doubled
 from moeca_fx.discover.candidates import find_candidates
 from moeca_fx.discover.journal import Journal
 from moeca_fx.discover.on_meta import discover_on_meta
@@ -32,8 +31,6 @@ def discover(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], journal: Journal | None = None
 ) -> Discovery:
     """Find and prove every token-level MoE region; runs the model twice. On the meta device, see `on_meta`.
-
-    Where one sample leaves a region unproven, two more runs, on two and four samples, decide.
 
     Args:
         model: a model in eval mode; left as it was.
@@ -56,15 +53,10 @@ def _discover(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     with recorded(model, places) as recording:
         with journal.stage("probe"):
             run = journal.run = probe(model, candidates, args, kwargs)
-        found = prove(model, candidates, run, args, kwargs, journal)
+        found = prove(model, candidates, run, journal)
         if places and len(recording.runs) == 1:
-            run_again(model, run, args, kwargs, ())
+            run_again(model, run, ())
     if places:
         found = with_entries(model, places, recording, run.why_no_large, found, journal)
-    unproven = any(refusal.is_moe for refusal in found[1])
-    if unproven and not run.why_no_large and batch_size(args, kwargs) == 1:
-        # A transposed axis of one sample needs no copy: its run has other operations than one of two samples.
-        journal.attempts.clear()
-        return _discover(model, *doubled(args, kwargs), journal)
     journal.found = Discovery(regions=tuple(found[0]), refused=tuple(found[1]))
     return journal.found

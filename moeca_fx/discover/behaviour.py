@@ -15,7 +15,7 @@ from moeca_fx.batch import batch_size
 from moeca_fx.discover.independence import Call, allowed, change_first_sample, change_of, refuse_mixing, tensors_of
 from moeca_fx.discover.randomness import RandomLog, refuse_random, tracked
 from moeca_fx.discover.state import State
-from moeca_fx.errors import InputError, UnsupportedModelError
+from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.model_checks import run_once
 from moeca_fx.reasons import Reason
 
@@ -27,7 +27,7 @@ def check_behaviour(
 
     Args:
         model: in eval mode; its state is set back to `before` when it is refused.
-        args, kwargs: example inputs.
+        args, kwargs: inputs of a run; of at least two samples but for a model that takes one alone.
         output: what the model returned on them.
         before: state before any run.
 
@@ -40,13 +40,8 @@ def check_behaviour(
     now = State(model)
     running: list[str] = []
     log = RandomLog(running)
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), tracked(model, running), log:
-            found = run_once(model, *given)
-    except InputError:
-        if size > 1:
-            raise
-        return  # a model of one sample only: capture says so
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), tracked(model, running), log:
+        found = run_once(model, *given)
     try:
         _refuse_state(now.changed())
         refuse_random(log.drawn)

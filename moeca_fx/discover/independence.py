@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from moeca_fx.batch import at_least_two, batch_axis, batch_size
+from moeca_fx.batch import batch_axis, batch_size
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.reasons import Reason
 
@@ -27,7 +27,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def change_first_sample(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-    """Inputs with another first sample; of one sample alone, inputs of two, the second of which is that sample.
+    """Inputs with another first sample.
 
     The new sample is constant, which sends its tokens to few experts: whatever is shared between samples runs full.
     Of ids [B, T] only the later half changes. Conditions stay: some of them belong to no sample.
@@ -39,7 +39,7 @@ def change_first_sample(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping
         axis = batch_axis(leaf, size)
         if axis is None or not isinstance(leaf, Tensor):
             return leaf
-        changed = torch.cat([leaf, leaf], dim=axis) if size == 1 else leaf.clone()
+        changed = leaf.clone()
         if leaf is sample and leaf.is_floating_point():
             changed[0] = 4 * leaf.abs().mean()
         elif leaf is sample:
@@ -71,7 +71,7 @@ def refuse_mixing(
         return  # the proof says so: NaN changes with nothing
     error = max((change_of(a, b) / allowed(a) for a, b in _others(output, found, size)), default=0.0)
     if not error <= 1.0:
-        place = _first_mixing(model, *at_least_two(args, kwargs))
+        place = _first_mixing(model, args, kwargs)
         raise UnsupportedModelError(
             f"{place}: per-sample independence is lost: what it computes for a sample changes with the other samples "
             f"of the batch (by {error:.0f} times what rounding may do); route over the tokens of each sample alone: "
@@ -83,8 +83,8 @@ def refuse_mixing(
 def _others(output: Any, found: Any, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Outputs of every sample but the first of the changed call, in both calls."""
     for before, after in zip(tensors_of(output), tensors_of(found), strict=True):
-        if before.shape[0] == size and after.shape[0] == max(size, 2):
-            yield (before if size == 1 else before[1:]), after[1:]
+        if 1 < size == before.shape[0] == after.shape[0]:
+            yield before[1:], after[1:]
 
 
 def tensors_of(result: Any) -> list[Tensor]:

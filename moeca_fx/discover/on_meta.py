@@ -176,6 +176,8 @@ def _study(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dis
 
     real_args, real_kwargs = pytree.tree_map(on_data, args), pytree.tree_map(on_data, kwargs)
     try:
+        with torch.no_grad():
+            run_once(alone, real_args, real_kwargs)  # the result that is kept
         found = discover(alone, real_args, real_kwargs)
     except InputError as error:
         raise InputError(

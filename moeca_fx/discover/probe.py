@@ -1,4 +1,4 @@
-"""Two runs of the model: which method dispatches to each candidate's experts, under which router, with what arguments.
+"""Two runs of the model, on two samples or more: which method dispatches to each candidate's experts, and with what.
 
 Hooks on the experts record the live Python frames. The innermost frame common to all expert calls whose `self` is a
 module of the model is the region; the smallest enclosing module in which a top-k ran is the MoE block. The second run
@@ -69,6 +69,7 @@ class Probe:
     Attributes:
         experts: by candidate path and first expert.
         topk: stack of running modules at every top-k of the first run.
+        args, kwargs: inputs of the first run.
         small, large: calls of the modules around the candidates in both runs, by path.
         paths: module path by identity.
         why_no_large: why there is no second run.
@@ -76,6 +77,8 @@ class Probe:
 
     experts: dict[tuple[str, int], ExpertCalls]
     topk: list[tuple[str, ...]]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
     small: dict[str, list[Call]]
     large: dict[str, list[Call]]
     paths: dict[int, str]
@@ -104,7 +107,29 @@ def key_of(candidate: Candidate) -> tuple[str, int]:
 
 
 def probe(model: nn.Module, candidates: list[Candidate], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Probe:
-    """Run the model once and note what its experts and the modules around them were called with."""
+    """Run the model once and note what its experts and the modules around them were called with.
+
+    One sample is given a second one: an axis of one sample is moved without a copy, so that its run has other
+    operations than one of two samples.
+
+    Raises:
+        InputError: the model cannot run on these inputs.
+    """
+    if batch_size(args, kwargs) > 1:
+        return _probe(model, candidates, args, kwargs)
+    try:
+        return _probe(model, candidates, *doubled(args, kwargs))
+    except InputError as problem:
+        run = _probe(model, candidates, args, kwargs)
+        run.why_no_large = _one_batch_size(problem)
+        return run
+
+
+def _one_batch_size(problem: InputError) -> str:
+    return f"the model does not run on twice the samples: {problem}"
+
+
+def _probe(model: nn.Module, candidates: list[Candidate], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Probe:
     experts = {key_of(candidate): ExpertCalls() for candidate in candidates}
     running: list[str] = []
     around = {path for candidate in candidates if not candidate.nested for path in enclosing(candidate)}
@@ -125,7 +150,7 @@ def probe(model: nn.Module, candidates: list[Candidate], args: tuple[Any, ...], 
         for handle in handles:
             handle.remove()
     paths = {id(module): path for path, module in model.named_modules()}
-    return Probe(experts, log.stacks, small, {}, paths)
+    return Probe(experts, log.stacks, args, kwargs, small, {}, paths)
 
 
 def enclosing(candidate: Candidate) -> list[str]:
@@ -166,26 +191,27 @@ def _call_recorder(calls: list[Call], samples: int) -> Any:
     return record
 
 
-def run_again(
-    model: nn.Module, run: Probe, args: tuple[Any, ...], kwargs: Mapping[str, Any], seen: Iterable[list[Any]]
-) -> None:
+def run_again(model: nn.Module, run: Probe, seen: Iterable[list[Any]]) -> None:
     """The second run, on twice the samples; on the same ones when the model cannot run on more.
 
     Args:
-        model, args, kwargs: as for the first run.
+        model: as for the first run.
         run: of the first run; gets the calls of this one.
         seen: what is being recorded; emptied when the run is begun anew.
     """
-    more = doubled(args, kwargs)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        if run.why_no_large:
+            run_once(model, run.args, run.kwargs)
+            return
+        more = doubled(run.args, run.kwargs)
         try:
             with calls_of(model, set(run.small), run.large, batch_size(*more)):
                 run_once(model, *more)
         except InputError as problem:
-            run.why_no_large = f"the model does not run on twice the samples: {problem}"
+            run.why_no_large = _one_batch_size(problem)
             for calls in seen:
                 calls.clear()
-            run_once(model, args, kwargs)
+            run_once(model, run.args, run.kwargs)
 
 
 def _track(module: nn.Module, path: str, running: list[str]) -> list[Any]:

@@ -5,10 +5,9 @@ of the model is traced as it is (`method`). Otherwise the modules around the exp
 router and dispatch together (`inline`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -34,8 +33,6 @@ def prove(
     model: nn.Module,
     candidates: list[Candidate],
     run: Probe,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
     journal: Journal,
 ) -> tuple[list[MoERegion], list[Refusal]]:
     """Run the model a second time, and prove or refuse every candidate.
@@ -44,7 +41,6 @@ def prove(
         model: in eval mode.
         candidates: in module order.
         run: what the first run told.
-        args, kwargs: example inputs.
         journal: gets every attempt.
     """
     methods = {key_of(c): _method_of(c, run) for c in candidates if _refused_at_once(c, run) is None}
@@ -56,7 +52,7 @@ def prove(
                 stack.enter_context(spied(model.get_submodule(method.owner), method.name, calls))
         if methods:
             with journal.stage("second run"):
-                run_again(model, run, args, kwargs, seen.values())
+                run_again(model, run, seen.values())
     results = []
     for candidate in candidates:
         refused = _refused_at_once(candidate, run)

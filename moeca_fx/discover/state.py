@@ -64,15 +64,15 @@ class State:
 
 
 @contextmanager
-def first_output(model: nn.Module) -> Iterator[list[Any]]:
-    """Keep what the model returns from its first run inside the block."""
-    seen: list[Any] = []
+def first_run(model: nn.Module) -> Iterator[list[tuple[Any, Any, Any]]]:
+    """Keep arguments, keyword arguments and result of the model's first finished run inside the block."""
+    seen: list[tuple[Any, Any, Any]] = []
 
-    def record(_module: nn.Module, _args: Any, output: Any) -> None:
+    def record(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not seen:
-            seen.append(output)
+            seen.append((args, kwargs, output))
 
-    handle = model.register_forward_hook(record)
+    handle = model.register_forward_hook(record, with_kwargs=True)
     try:
         yield seen
     finally:

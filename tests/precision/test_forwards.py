@@ -44,9 +44,10 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return found
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_forwards_of_transform(kind: Kind, forwards: Counter[str]) -> None:
-    moeca_fx.transform(model_of(kind, height=2), inputs_of(), policy=MoECa(), compile=False)
+def test_forwards_of_transform(kind: Kind, batch: int, forwards: Counter[str]) -> None:
+    moeca_fx.transform(model_of(kind, height=2), inputs_of(batch=batch), policy=MoECa(), compile=False)
     assert forwards == {"discover": MOST_TO_DISCOVER, "capture": TO_CAPTURE[kind]}
 
 
