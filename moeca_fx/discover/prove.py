@@ -80,8 +80,8 @@ def _refused_at_once(candidate: Candidate, run: Probe) -> Refusal | None:
         routed = enclosing_router(candidate.path, run.topk) is not None and not calls.on_every_token
         own = ", ".join(sorted(map(str, others)))
         problem = (
-            f"its experts run under autocast {own}, which the model enters itself, with autocast {Autocast.now()} around "
-            "the model; let the caller enter it, around transform and calls"
+            f"its experts run under autocast {own}, which the model enters itself, and {Autocast.now()} around the "
+            "model; let the caller enter it, around transform and calls"
         )
         return Refusal(candidate.path, problem, routed, (Reason.AUTOCAST,))
     return None

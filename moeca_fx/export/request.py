@@ -130,8 +130,8 @@ def make_request(
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
     if Autocast.now() != OFF:
         raise ExportError(
-            f"export: autocast is on ({Autocast.now()}), and graphs and weights of an artefact have the dtype of the model; "
-            "leave the block and export the model in that dtype, e.g. dtype='fp16'"
+            f"export: autocast is on ({Autocast.now()}), and an artefact computes in the dtype of its weights; leave "
+            "the block and export the model in that dtype, e.g. dtype='fp16'"
         )
     prepare_folder(target)
     if dtype is not None:

@@ -184,8 +184,8 @@ class _ArtefactRuntime(Runtime):
     ) -> Program:
         if signature[2] != OFF:
             raise InputError(
-                f"{self.manifest.model}: called under autocast {signature[2]}; expected none, because an artefact computes "
-                "in the dtypes that it was exported with; leave the block"
+                f"{self.manifest.model}: called under autocast {signature[2]}; expected none, because an artefact "
+                "computes in the dtypes that it was exported with; leave the block"
             )
         _check_call(self.manifest, pytree.tree_leaves(args))
         return self.artefact

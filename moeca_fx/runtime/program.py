@@ -1,6 +1,6 @@
 """A program: the compiled graphs for one kind of call (structure, shapes but for the batch, dtypes, device, casts)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,6 +50,13 @@ class Program:
     timestep: int | None
     steps: Mapping[str, CompiledStep]
     why_fixed: str | None = field(default=None, kw_only=True)
+
+    def graph_modules(self) -> Iterator[nn.Module]:
+        """The graphs, lowered ones too; some hold the same tensors."""
+        assert self.traced.captured is not None
+        yield from (self.traced.captured.module, self.traced_module, self.plain)
+        yield from self.graphs.modules().values() if self.graphs is not None else ()
+        yield from (step.module for step in self.steps.values())
 
     def run(self, name: str, batch: int, *inputs: Any) -> Any:
         """Run one of the graphs, compiled where that was asked for.

@@ -17,6 +17,7 @@ from moeca_fx.autocast import OFF, Autocast
 from moeca_fx.discover import MoERegion
 from moeca_fx.errors import ConfigError, InputError, UnprovenRegionError, UnsupportedModelError
 from moeca_fx.inputs import ordinary, ordinary_mode
+from moeca_fx.offloading import whole_model_hook, without_hook
 from moeca_fx.passes.insert_cache import detached_copy
 from moeca_fx.policies.policy import Policy
 from moeca_fx.policies.schedule import FULL
@@ -409,8 +410,13 @@ class Runtime:
         if not quiet:
             self.advice.session_over(session.ended)
 
+    def graph_modules(self) -> Iterator[nn.Module]:
+        """Every graph of every program; some hold the same tensors."""
+        for program in self.programs.values():
+            yield from program.graph_modules()
+
     def forget_programs(self) -> None:
-        """Drop graphs and caches: the weights moved or changed their type."""
+        """Drop graphs and caches: the weights changed their type, or are laid out otherwise."""
         self.trajectories.clear()
         self.programs.clear()
         self.fixed.clear()
@@ -473,7 +479,9 @@ def original_view(model: nn.Module) -> nn.Module:
     """The same modules and weights under the original class, whose forward is the one to trace."""
     _transformed, _mixin, original = type(model).__mro__[:3]
     view: nn.Module = object.__new__(original)
-    object.__setattr__(view, "__dict__", model.__dict__)
+    hooked = whole_model_hook(model) is not None
+    with without_hook(model):  # which would run the transformed model
+        object.__setattr__(view, "__dict__", dict(model.__dict__) if hooked else model.__dict__)
     return view
 
 

@@ -106,7 +106,7 @@ def test_experts_under_an_autocast_that_the_model_enters_are_refused() -> None:
 def test_a_model_that_does_not_run_under_autocast_is_refused_by_what_it_raises() -> None:
     class Adding(nn.Module):
         def forward(self, grid: Tensor, clock: Tensor) -> Tensor:
-            return torch.zeros(4, 8).index_add(0, torch.arange(4), grid[0, :4] @ torch.eye(8))
+            return torch.zeros(4, 8).index_add(0, torch.arange(4), grid[0, :4, :8] @ torch.eye(8))
 
     with bf16(), pytest.raises(InputError, match=r"Adding cannot run on the example inputs.*BFloat16"):
         moeca_fx.transform(Adding().eval(), inputs_of(), policy=None, compile=False)
