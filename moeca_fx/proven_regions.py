@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from moeca_fx.discover import Discovery, discover
+from moeca_fx.discover.adapted import kind_of, of_kinds, unevenly_adapted
 from moeca_fx.discover.behaviour import check_behaviour
 from moeca_fx.discover.journal import Journal
 from moeca_fx.discover.state import State, first_output
@@ -49,12 +50,22 @@ def prove_regions(
             f"{type(model).__name__}: a mixture-of-experts region could not be proven, nothing was changed. {reasons}",
             code=Reason.most_telling(refusal.code for refusal in unproven),
         )
+    uneven = unevenly_adapted(model)
+    kinds = {kind_of(model.get_submodule(region.experts[0])) for region in found.regions if region.form is None}
+    if left := of_kinds(uneven, kinds):
+        raise UnprovenRegionError(
+            f"{type(model).__name__}: experts of a layer differ: {'; '.join(map(str, left))}", code=Reason.ADAPTERS
+        )
     if not found.regions:
-        seen = [*(f"{refusal.path}: {refusal.reason}" for refusal in found.refused), *unlike_experts(model)]
+        seen = [
+            *map(str, uneven),
+            *(f"{refusal.path}: {refusal.reason}" for refusal in found.refused),
+            *unlike_experts(model),
+        ]
         looked = "; ".join(seen) or "no candidates"
         raise NoMoEFoundError(
             f"{type(model).__name__}: found no mixture-of-experts layer (expected a list of identical experts under a "
-            f"top-k router). Looked at: {looked}. For a dense model use another cache",
+            f"top-k router). Looked at: {looked}. " + ("" if uneven else "For a dense model use another cache"),
             code=Reason.NO_EXPERTS,
         )
     return found

@@ -215,6 +215,12 @@ class Reason(StrEnum):
         "the model is transformed already",
         "pass the original, with any policy",
     )
+    ADAPTERS = (
+        "adapters",
+        _UNPROVEN,
+        "an adapter (LoRA through peft) is in some experts of a layer and not in others",
+        "merge it, `merge_and_unload()` or `pipe.fuse_lora()`, or give every expert one",
+    )
     AUTOCAST = (
         "autocast",
         _UNPROVEN,

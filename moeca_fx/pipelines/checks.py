@@ -65,8 +65,8 @@ def check_denoiser(pipe: Any, name: str, model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{where}: accelerate moves its weights layer by layer while it runs ({offloaded[-1]} has a hook, from "
             "sequential offloading or a device_map), which a compiled graph would not see; call "
-            "pipe.remove_all_hooks() or pipe.reset_device_map(), then pipe.enable_model_cpu_offload(), which moves whole models, or "
-            "pipe.to(device)"
+            "pipe.remove_all_hooks() or pipe.reset_device_map(), then pipe.enable_model_cpu_offload(), which moves "
+            "whole models, or pipe.to(device)"
         )
     hooked = [path or name for path, module in model.named_modules() if _has_diffusers_hooks(module)]
     if hooked:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moeca_fx.discover.adapted import adapter_states
 from moeca_fx.model_wrappers import is_own_forward
 from moeca_fx.offloading import whole_model_hook, without_hook
 from moeca_fx.runtime.lock import TRACING
@@ -167,7 +168,8 @@ class _Parts:
     """What a model is made of: equal as long as nothing is exchanged; values of tensors may change, they are shared.
 
     Attributes:
-        names: of modules, tensors, and of what is called besides (attention processors), with what tells them apart.
+        names: of modules, tensors, and of what is called besides (attention processors), with what tells them apart, and
+            what adapters are set to.
         alive: these objects, so that others cannot take their addresses.
     """
 
@@ -180,6 +182,7 @@ class _Parts:
                 for name, value in vars(module).items()
                 if callable(value)
                 and not isinstance(value, Tensor)
+                and name != "_old_forward"  # which accelerate leaves before its hook is there
                 and not (name == "forward" and is_own_forward(module))
             ]
         modules = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if path]
@@ -187,4 +190,5 @@ class _Parts:
         self.names = (
             *((path, id(value), type(value)) for path, value in self.alive),
             *((name, tensor.dtype, tensor.shape) for name, tensor in tensors),
+            *adapter_states(model),
         )

@@ -142,11 +142,11 @@ class TransformedModel(nn.Module):
         now = self._where_and_what()
         if now == before:
             return
-        cast = [kind[1] for kind in now] != [kind[1] for kind in before]
+        (_, types, devices), (_, before_types, before_devices) = zip(*now, strict=True), zip(*before, strict=True)
         stack_experts(self, self._moeca.regions)
-        if cast or not bindings.follow(self):
+        if types != before_types or not bindings.follow(self):
             self._moeca.forget_programs()
-        else:
+        elif devices != before_devices:
             self._moeca.trajectories.clear()  # their caches are where the weights were
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -27,7 +27,7 @@ def test_graphs_follow_weights_that_moved(kind: Kind) -> None:
     expected, programs = run(fast), dict(fast._moeca.programs)
     constants = storages(*fast._moeca.graph_modules()) - storages(fast)
     fast._apply(moved)
-    assert fast.memory().total == 0 and fast._moeca.programs == programs
+    assert fast._moeca.programs == programs
     graphs = list(fast._moeca.graph_modules())
     assert storages(*graphs) & storages(fast) and storages(*graphs) <= storages(fast) | constants, "old memory is free"
     assert all(torch.equal(a, b) for a, b in zip(run(fast), expected, strict=True))
