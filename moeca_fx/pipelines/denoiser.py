@@ -168,8 +168,8 @@ class _Parts:
     """What a model is made of: equal as long as nothing is exchanged; values of tensors may change, they are shared.
 
     Attributes:
-        names: of modules, tensors, and of what is called besides (attention processors), with what tells them apart, and
-            what adapters are set to.
+        names: of modules, tensors, and of what is called besides (attention processors), with what tells them apart,
+            and what adapters are set to.
         alive: these objects, so that others cannot take their addresses.
     """
 

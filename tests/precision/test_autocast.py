@@ -2,17 +2,19 @@
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import moeca_fx
+import moeca_fx.export
 from moeca_fx import MoECa
 from moeca_fx.autocast import OFF, Autocast, computed_in
 from moeca_fx.discover import discover
 from moeca_fx.discover.reference import TOLERANCE
-from moeca_fx.errors import InputError, UnprovenRegionError
+from moeca_fx.errors import ExportError, InputError, UnprovenRegionError
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers.toys import Blend, toy, toy_inputs
 from tests.precision.models import MethodQuarry, inputs_of, model_of
@@ -110,6 +112,20 @@ def test_a_model_that_does_not_run_under_autocast_is_refused_by_what_it_raises()
 
     with bf16(), pytest.raises(InputError, match=r"Adding cannot run on the example inputs.*BFloat16"):
         moeca_fx.transform(Adding().eval(), inputs_of(), policy=None, compile=False)
+
+
+def test_export_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    with bf16(), pytest.raises(ExportError, match=r"autocast is on \(cpu torch\.bfloat16\).*dtype='fp16'"):
+        moeca_fx.export.to_pt2(model_of("block"), tmp_path / "out", inputs_of())
+    assert not (tmp_path / "out").exists()
+
+
+def test_graphs_compile_whole(inside: Pair) -> None:
+    _, fast = inside
+    (program,) = [made for key, made in fast._moeca.programs.items() if key[2] != OFF]
+    compiled = torch.compile(program.plain, fullgraph=True, backend="eager")
+    given = inputs_of(seed=2)
+    assert 0 <= difference(compiled(*given)[0], program.plain(*given)[0]) <= ALLOWED / 10
 
 
 def test_a_state_is_put_back() -> None:
