@@ -51,7 +51,8 @@ def prove_regions(
             code=Reason.most_telling(refusal.code for refusal in unproven),
         )
     uneven = unevenly_adapted(model)
-    kinds = {kind_of(model.get_submodule(region.experts[0])) for region in found.regions if region.form is None}
+    modules = [region.experts[0] for region in found.regions if region.form is None and region.entry is None]
+    kinds = {kind_of(model.get_submodule(path)) for path in modules}
     if left := of_kinds(uneven, kinds):
         raise UnprovenRegionError(
             f"{type(model).__name__}: experts of a layer differ: {'; '.join(map(str, left))}", code=Reason.ADAPTERS
