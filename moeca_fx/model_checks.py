@@ -28,7 +28,6 @@ def check_model(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{name}: is transformed already; pass the original model, with any policy", code=Reason.TRANSFORMED
         )
-    check_autocast()
     frozen = [path or name for path, module in model.named_modules() if _made_for_inference(module)]
     if frozen:
         raise UnsupportedModelError(
@@ -75,16 +74,6 @@ def check_model(model: nn.Module) -> None:
 def has_no_data(model: nn.Module) -> bool:
     """Whether the model is on the meta device: shapes without values, which nothing can be proven on."""
     return any(parameter.is_meta for parameter in model.parameters())
-
-
-def check_autocast() -> None:
-    """Raise `UnsupportedModelError` inside an autocast block: the graphs are traced and proven in the model's dtype."""
-    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
-        raise UnsupportedModelError(
-            "autocast is on: a transformed model runs in the dtype of its weights; leave the autocast block and cast "
-            "the model instead, e.g. model.bfloat16()",
-            code=Reason.AUTOCAST,
-        )
 
 
 def resolve_policy(policy: object) -> Policy:

@@ -215,7 +215,18 @@ class Reason(StrEnum):
         "the model is transformed already",
         "pass the original, with any policy",
     )
-    AUTOCAST = ("autocast", _UNSUPPORTED, "autocast is on", "leave the block and cast the model, `model.bfloat16()`")
+    ADAPTERS = (
+        "adapters",
+        _UNPROVEN,
+        "an adapter (LoRA through peft) is in some experts of a layer and not in others",
+        "merge it, `merge_and_unload()` or `pipe.fuse_lora()`, or give every expert one",
+    )
+    AUTOCAST = (
+        "autocast",
+        _UNPROVEN,
+        "experts run under an autocast that the model enters or leaves itself, or are others under that of a call",
+        "enter autocast around `transform` and the calls, not in the model",
+    )
     PATCHED = (
         "patched",
         _UNSUPPORTED,

@@ -7,20 +7,15 @@ from typing import Any, TypeVar
 from torch import nn
 
 from moeca_fx.batch import batch_size
-from moeca_fx.discover import Discovery, discover
-from moeca_fx.discover.behaviour import check_behaviour
-from moeca_fx.discover.journal import Journal
-from moeca_fx.discover.state import State, first_run
-from moeca_fx.discover.unlike import unlike_experts
-from moeca_fx.errors import ConfigError, NoMoEFoundError, UnprovenRegionError, UnsupportedModelError
+from moeca_fx.errors import ConfigError, UnsupportedModelError
 from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.graph.storage import CacheDtype, find_storage, stored_states
 from moeca_fx.inputs import ordinary, ordinary_mode
-from moeca_fx.model_checks import check_inputs, check_model, has_no_data, resolve_policy
+from moeca_fx.model_checks import check_model, has_no_data, resolve_policy
 from moeca_fx.passes import Compilation, run_pipeline
 from moeca_fx.passes.insert_cache import plan_states
 from moeca_fx.policies import Method, MoECa, Policy
-from moeca_fx.reasons import Reason
+from moeca_fx.proven_regions import find_regions
 from moeca_fx.runtime.memory import MemoryReport, report
 from moeca_fx.runtime.module import TransformedModel, make_transformed, share_weights
 from moeca_fx.runtime.options import memory_options
@@ -125,41 +120,3 @@ def estimate_memory(
     size = batch_size(args, kwargs) if batch is None else batch
     states = stored_states(plan_states(located.module, located.sites, parts), storage)
     return report(((state, state.bytes(size)) for state in states), size)
-
-
-def find_regions(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], journal: Journal | None = None
-) -> Discovery:
-    """Check the model and its inputs, and discover; everything that ran under a router must be proven.
-
-    Args:
-        model, args, kwargs: as for `transform`.
-        journal: gets what was tried.
-
-    Raises:
-        As `transform`.
-    """
-    check_model(model)
-    check_inputs(model, args, kwargs)
-    before = State(model)
-    with first_run(model) as ran:
-        found = discover(model, args, kwargs, journal)
-    unproven = [refusal for refusal in found.refused if refusal.is_moe]
-    if (found.regions or unproven) and not has_no_data(model):
-        with (journal or Journal()).stage("behaviour"):
-            check_behaviour(model, *ran[0], before)
-    if unproven:
-        reasons = "; ".join(f"{refusal.path}: {refusal.reason}" for refusal in unproven)
-        raise UnprovenRegionError(
-            f"{type(model).__name__}: a mixture-of-experts region could not be proven, nothing was changed. {reasons}",
-            code=Reason.most_telling(refusal.code for refusal in unproven),
-        )
-    if not found.regions:
-        seen = [*(f"{refusal.path}: {refusal.reason}" for refusal in found.refused), *unlike_experts(model)]
-        looked = "; ".join(seen) or "no candidates"
-        raise NoMoEFoundError(
-            f"{type(model).__name__}: found no mixture-of-experts layer (expected a list of identical experts under a "
-            f"top-k router). Looked at: {looked}. For a dense model use another cache",
-            code=Reason.NO_EXPERTS,
-        )
-    return found

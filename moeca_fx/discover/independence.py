@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moeca_fx.autocast import computed_in
 from moeca_fx.batch import batch_axis, batch_size
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.reasons import Reason
@@ -100,8 +101,8 @@ def change_of(before: Tensor, after: Tensor) -> float:
 
 
 def allowed(tensor: Tensor) -> float:
-    """`TOLERANCE` of a tensor's dtype."""
-    return TOLERANCE.get(tensor.dtype, TOLERANCE[torch.float32])
+    """`TOLERANCE` of a tensor's dtype, under the autocast of now."""
+    return TOLERANCE.get(computed_in(tensor.dtype), TOLERANCE[torch.float32])
 
 
 def _first_mixing(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moeca_fx.discover import expert_choice as candidates
 from moeca_fx.discover.inline.tape import NotReplayable
 from moeca_fx.discover.records import Layout
-from moeca_fx.discover.reference import TOLERANCE, branch_sum, choice_as_tokens
+from moeca_fx.discover.reference import branch_sum, choice_as_tokens, tolerance_of
 from moeca_fx.discover.scales import OffScale, Sample, check_scales
 from moeca_fx.reasons import Reason
 
@@ -203,7 +203,7 @@ def _check(
         said = f"an expert could not be run on token rows alone: {problem}"
         raise _Differs(said, 1e30, Reason.NOT_BY_ROWS) from problem
     error = float((total - output.double()).abs().max() / output.abs().max().double().clamp_min(1e-30))
-    limit = TOLERANCE.get(output.dtype, 0.0)
+    limit = tolerance_of(output.dtype)
     if not error <= limit:
         said = f"sum_k weight_k * expert_k(x) differs from its output by {error:.1e} relative (allowed {limit:.0e})"
         raise _Differs(said, error, Reason.NOT_A_WEIGHTED_SUM)

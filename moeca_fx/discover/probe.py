@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moeca_fx.autocast import Autocast
 from moeca_fx.batch import batch_size, doubled
 from moeca_fx.discover.calls import Call
 from moeca_fx.discover.candidates import Candidate
@@ -34,12 +35,14 @@ class ExpertCalls:
         common: frames they all share, outermost first.
         keywords: names by which rows were given; "" stands for by position.
         inputs: storage and shape of each call's rows.
+        autocasts: states that they were called under.
     """
 
     count: int = 0
     common: list[FrameType] = field(default_factory=list)
     keywords: set[str] = field(default_factory=set)
     inputs: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    autocasts: set[Autocast] = field(default_factory=set)
 
     def add(self, frames: list[FrameType], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take note of one call."""
@@ -51,6 +54,7 @@ class ExpertCalls:
                 shared += 1
             self.common = self.common[:shared]
         self.count += 1
+        self.autocasts.add(Autocast.now())
         self.keywords.add("" if args or len(kwargs) != 1 else next(iter(kwargs)))
         for leaf in pytree.tree_leaves((args, dict(kwargs)))[:1]:
             if isinstance(leaf, Tensor):

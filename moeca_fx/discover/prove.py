@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from moeca_fx.autocast import Autocast
 from moeca_fx.discover.calls import crowded
 from moeca_fx.discover.candidates import Candidate
 from moeca_fx.discover.experts import as_expert
@@ -71,6 +72,14 @@ def _refused_at_once(candidate: Candidate, run: Probe) -> Refusal | None:
         routed = routed and (not candidate.attributes or (calls.count > 0 and candidate.count > 2))
         problem = f"only {calls.count} of {candidate.count} experts ran in the probe run"
         return Refusal(candidate.path, problem, routed, (Reason.EXPERTS_DID_NOT_RUN,))
+    if others := calls.autocasts - {Autocast.now()}:
+        routed = enclosing_router(candidate.path, run.topk) is not None and not calls.on_every_token
+        own = ", ".join(sorted(map(str, others)))
+        problem = (
+            f"its experts run under autocast {own}, which the model enters itself, and {Autocast.now()} around the "
+            "model; let the caller enter it, around transform and calls"
+        )
+        return Refusal(candidate.path, problem, routed, (Reason.AUTOCAST,))
     return None
 
 

@@ -5,8 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from moeca_fx.autocast import computed_in
+
 # Largest accepted error relative to the largest output. The reference accumulates in fp64, the model in its own dtype.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """`TOLERANCE` of values of a dtype under the autocast of now; 0 for numbers that are not rounded."""
+    return TOLERANCE.get(computed_in(dtype), 0.0)
 
 
 def branch_sum(experts: Sequence[nn.Module], x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:

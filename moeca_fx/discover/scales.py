@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moeca_fx.autocast import computed_in
 from moeca_fx.discover.inline.tape import NotReplayable
-from moeca_fx.discover.reference import TOLERANCE
+from moeca_fx.discover.reference import tolerance_of
 from moeca_fx.reasons import Reason
 
 ALLOWED = 4e-3  # a routing weight that is rounded to bf16 on the way is off by as much
@@ -131,7 +132,9 @@ def _look_at(experts: Sequence[nn.Module], sample: Sample, evidence: Sequence[_E
                 left.index_add_(0, token, -part)
     if not sample.proven and not _explained(left, parts, sample):
         return
-    rounding = sample.rounded.reshape(left.shape).double() * (torch.finfo(sample.rounded.dtype).eps / 12**0.5)
+    rounding = sample.rounded.reshape(left.shape).double() * (
+        torch.finfo(computed_in(sample.rounded.dtype)).eps / 12**0.5
+    )
     for each, found in zip(evidence, parts, strict=True):
         if found is not None:
             token, part = found
@@ -149,5 +152,5 @@ def _explained(left: Tensor, parts: Sequence[tuple[Tensor, Tensor] | None], samp
             if product**2 / size > gain:
                 best, factor, gain = found, product / size, product**2 / size
     rest = left if best is None else left.index_add(0, best[0], -factor * best[1])
-    limit = TOLERANCE.get(sample.rounded.dtype, 0.0) * float(sample.routed.abs().max())
+    limit = tolerance_of(sample.rounded.dtype) * float(sample.routed.abs().max())
     return bool(torch.isfinite(rest).all()) and float(rest.abs().max()) <= limit

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moeca_fx.autocast import OFF, Autocast
 from moeca_fx.errors import ConfigError, ExportError, MoecaError
 from moeca_fx.export.manifest import Manifest, describe, write_manifest
 from moeca_fx.export.plan import ExportPlan, Form, build_plan, exportable_rule
@@ -127,6 +128,11 @@ def make_request(
     dtype = options.get("dtype")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    if Autocast.now() != OFF:
+        raise ExportError(
+            f"export: autocast is on ({Autocast.now()}), and an artefact computes in the dtype of its weights; leave "
+            "the block and export the model in that dtype, e.g. dtype='fp16'"
+        )
     prepare_folder(target)
     if dtype is not None:
         model = copy.deepcopy(model).to(DTYPES[dtype])

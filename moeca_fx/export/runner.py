@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from moeca_fx.autocast import OFF
 from moeca_fx.errors import InputError
 from moeca_fx.export.graph import CACHE_IN, CACHE_OUT
 from moeca_fx.export.manifest import Manifest, dtype_of, read_manifest, read_port, reading_fields
@@ -181,6 +182,11 @@ class _ArtefactRuntime(Runtime):
     def _program(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Any, signature: Signature, batch: int
     ) -> Program:
+        if signature[2] != OFF:
+            raise InputError(
+                f"{self.manifest.model}: called under autocast {signature[2]}; expected none, because an artefact "
+                "computes in the dtypes that it was exported with; leave the block"
+            )
         _check_call(self.manifest, pytree.tree_leaves(args))
         return self.artefact
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moeca_fx.discover.reference import TOLERANCE
+from moeca_fx.autocast import OFF
+from moeca_fx.discover.reference import tolerance_of
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.expert_stack import stacked_view
 from moeca_fx.graph.functional import functional_module
@@ -38,7 +39,7 @@ def _shift(dim: int, rank: int) -> int:
     return dim % rank + 1
 
 
-# View operations on a parameter, and how their arguments read on the stack: (args, rank) -> args.
+# View operations on a parameter, and casts of it, and how their arguments read on the stack: (args, rank) -> args.
 _VIEWS: dict[Any, Callable[[tuple[Any, ...], int], tuple[Any, ...]]] = {
     aten.split.Tensor: lambda a, r: (a[1], _shift(a[2] if len(a) > 2 else 0, r)),
     aten.split_with_sizes.default: lambda a, r: (a[1], _shift(a[2] if len(a) > 2 else 0, r)),
@@ -47,6 +48,7 @@ _VIEWS: dict[Any, Callable[[tuple[Any, ...], int], tuple[Any, ...]]] = {
     aten.unbind.int: lambda a, r: (_shift(a[1] if len(a) > 1 else 0, r),),
     aten.transpose.int: lambda a, r: (_shift(a[1], r), _shift(a[2], r)),
     aten.unsqueeze.default: lambda a, r: (_shift(a[1], r + 1),),
+    aten._to_copy.default: lambda a, r: (),
 }
 
 
@@ -102,11 +104,12 @@ def _prove(path: str, program: fx.GraphModule, experts: Sequence[nn.Module], exa
     row_expert = torch.arange(count, device=rows.device).repeat_interleave(rows.shape[0])
     offsets = torch.arange(1, count + 1, device=rows.device) * rows.shape[0]
     with torch.no_grad():
-        found = program(grouped, row_expert, offsets).chunk(count)
+        with OFF.around():  # its casts are its own
+            found = program(grouped, row_expert, offsets).chunk(count)
         for index, (expert, have) in enumerate(zip(experts, found, strict=True)):
             want = expert(rows)
             error = float((want - have).abs().max() / want.abs().max().clamp_min(1e-30))
-            if not error <= TOLERANCE.get(want.dtype, 0.0):
+            if not error <= tolerance_of(want.dtype):
                 raise UnsupportedModelError(
                     f"{path}: expert {index} differs from its vectorised form by {error:.1e} relative; experts may "
                     "differ in their parameters only, not in constants or operations",
@@ -194,7 +197,7 @@ class _Builder:
                 rank = example_value(source).dim()
                 arguments = _VIEWS[node.target](node.args, rank)
                 stack = self._stack(source)
-                self.stacks[node] = self.graph.call_function(node.target, (stack, *arguments))  # type: ignore[arg-type]
+                self.stacks[node] = self.graph.call_function(node.target, (stack, *arguments), node.kwargs)  # type: ignore[arg-type]
             else:
                 raise self._unsupported(node)
         return self.stacks[node]

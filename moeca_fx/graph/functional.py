@@ -5,9 +5,11 @@
     to(x, dtype)                -->   x, or _to_copy(x, dtype)
     m = zeros_like(x)
     scatter_(m, 1, i, 1)              scatter(m, 1, i, 1), read by all that read m afterwards
+    linear(x, w), under autocast      linear(_to_copy(x, bf16), _to_copy(w, bf16))
 
 torch's own way there (`ExportedProgram.run_decompositions`) traces the whole graph again, which takes twice as long as
-the first trace. It is what is left for graphs with an operation that no rule here covers.
+the first trace. It is what is left for graphs with an operation that no rule here covers, and for those traced
+under autocast, whose casts the first trace does not hold.
 """
 
 from collections.abc import Callable
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from moeca_fx.autocast import Autocast
 from moeca_fx.graph.rewrite import call, example_value
 
 aten = torch.ops.aten
@@ -33,13 +36,29 @@ def functional_module(program: ExportedProgram) -> fx.GraphModule:
         program: what `torch.export.export` gives, with the fake value of every node in its metadata.
     """
     module: fx.GraphModule = program.module(check_guards=False)
+    if Autocast.now().dtypes or _switches_autocast_on(module):  # only the second trace sees the casts
+        return _traced_again(program)
     try:
         for part in module.modules():
             if isinstance(part, fx.GraphModule):  # the module itself and the bodies of higher-order calls
                 _make_functional(part)
     except _NoRuleError:
-        module = program.run_decompositions({}).module(check_guards=False)
+        return _traced_again(program)
     return module
+
+
+def _traced_again(program: ExportedProgram) -> fx.GraphModule:
+    module: fx.GraphModule = program.run_decompositions({}).module(check_guards=False)
+    return module
+
+
+def _switches_autocast_on(module: fx.GraphModule) -> bool:
+    parts = [part for part in module.modules() if isinstance(part, fx.GraphModule)]
+    return any(
+        node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2] is not False
+        for part in parts
+        for node in part.graph.nodes
+    )
 
 
 def _make_functional(module: fx.GraphModule) -> None:

@@ -74,28 +74,28 @@ def combine_branches(feature: Tensor, weight: Tensor, like: Tensor) -> Tensor:
         like: [.., H] tensor whose shape and dtype the result takes.
     """
     tokens = like.numel() // like.shape[-1]
-    combined = _weighted_sum(feature.reshape(tokens, -1, feature.shape[-1]), weight.reshape(tokens, -1))
-    return combined.to(like.dtype).view(like.shape)
+    rows = feature.reshape(tokens, -1, feature.shape[-1])
+    return _weighted_sum(rows, weight.reshape(tokens, -1), like.dtype).view(like.shape)
 
 
 def combine_rows(feature: Tensor, weight: Tensor, top_k: int) -> Tensor:
     """`combine_branches` for any number of token rows, none too: feature [M*k, H], weight [M, k] -> [M, H]."""
-    return _weighted_sum(feature.reshape(-1, top_k, feature.shape[-1]), weight.reshape(-1, top_k)).to(feature.dtype)
+    return _weighted_sum(feature.reshape(-1, top_k, feature.shape[-1]), weight.reshape(-1, top_k), feature.dtype)
 
 
 def combine_slots(feature: Tensor, weight: Tensor) -> Tensor:
     """``y = sum_q w_q h_q`` over slots: feature [B, T, k, H] and weight [B, T, k] -> [B, T, H]."""
     batch, tokens, _, width = feature.shape
-    return _weighted_sum(feature.flatten(0, 1), weight.flatten(0, 1)).view(batch, tokens, width)
+    return _weighted_sum(feature.flatten(0, 1), weight.flatten(0, 1), feature.dtype).view(batch, tokens, width)
 
 
-def _weighted_sum(feature: Tensor, weight: Tensor) -> Tensor:
-    """[N, k, H] and [N, k] -> [N, H] in the features' dtype, summed in the wider of the two."""
+def _weighted_sum(feature: Tensor, weight: Tensor, result: torch.dtype) -> Tensor:
+    """[N, k, H] and [N, k] -> [N, H], summed in the wider of their dtypes."""
     dtype = torch.promote_types(feature.dtype, weight.dtype)
     if torch.compiler.is_compiling():  # k terms that fuse with what follows: every feature is read once
         terms = [weight[:, p, None].to(dtype) * feature[:, p].to(dtype) for p in range(feature.shape[1])]
-        return functools.reduce(torch.add, terms).to(feature.dtype)
-    return torch.bmm(weight.unsqueeze(1).to(dtype), feature.to(dtype)).squeeze(1).to(feature.dtype)
+        return functools.reduce(torch.add, terms).to(result)
+    return torch.bmm(weight.unsqueeze(1).to(dtype), feature.to(dtype)).squeeze(1).to(result)
 
 
 def feature_norm(feature: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
 
+from moeca_fx.autocast import OFF, Autocast
 from moeca_fx.discover import MoERegion
 from moeca_fx.errors import MoecaError, PassError
 from moeca_fx.graph import legality
@@ -44,6 +45,7 @@ class Compilation:
         module: the graph being rewritten.
         sites: what was located.
         graphs: full and cached step, when there is a policy.
+        autocast: what the model is run and traced under; its casts are operations of the graph, and passes run without.
     """
 
     model: nn.Module
@@ -57,6 +59,7 @@ class Compilation:
     module: fx.GraphModule | None = None
     sites: Sites | None = None
     graphs: CachedGraphs | None = None
+    autocast: Autocast = field(default_factory=Autocast.now)
 
     def graph_modules(self) -> dict[str, fx.GraphModule]:
         """The graphs that exist at this point, by name."""
@@ -66,7 +69,8 @@ class Compilation:
 
 
 def _capture(work: Compilation) -> Compilation:
-    captured = capture(work.model, work.regions, work.args, work.kwargs, work.fixed)
+    with work.autocast.around():
+        captured = capture(work.model, work.regions, work.args, work.kwargs, work.fixed)
     return replace(work, captured=captured, module=captured.module)
 
 
@@ -83,7 +87,7 @@ def _locate(work: Compilation) -> Compilation:
 def _vectorize_experts(work: Compilation) -> Compilation:
     assert work.module is not None and work.captured is not None and work.sites is not None
     stack_experts(work.model, work.regions)
-    sites = vectorize_experts(work.module, work.sites, work.captured.regions, work.model)
+    sites = vectorize_experts(work.module, work.sites, work.captured.regions, work.model, work.autocast)
     return replace(work, sites=sites)
 
 
@@ -184,7 +188,7 @@ def run_pipeline(
     done = names[: names.index(after) + 1] if after is not None else []
     for name, step in PIPELINE[len(done) :]:
         try:
-            with _without_torch_notices():
+            with _without_torch_notices(), OFF.around():
                 work = step(work)
             for module in work.graph_modules().values():
                 legality.check(name, module)

@@ -23,17 +23,18 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 
+from moeca_fx.autocast import OFF, Autocast
 from moeca_fx.batch import at_least_two, batch_axis, batch_size, doubled, other_values
 from moeca_fx.discover import MoERegion
 from moeca_fx.discover.calls import Call
 from moeca_fx.discover.probe import calls_of
-from moeca_fx.discover.reference import TOLERANCE
+from moeca_fx.discover.reference import tolerance_of
 from moeca_fx.errors import CaptureError, InputError
 from moeca_fx.graph.functional import functional_module
 from moeca_fx.model_checks import has_no_data
 from moeca_fx.ops.experts import live_regions
 from moeca_fx.passes.follow import Scalars, check_same_values, known_values, run_following
-from moeca_fx.passes.markers import marked_regions, region_call, regions_as_markers
+from moeca_fx.passes.markers import dtypes_seen, marked_regions, region_call, regions_as_markers
 from moeca_fx.reasons import Reason
 
 _unique = itertools.count()
@@ -118,6 +119,7 @@ def _prove_and_keep(
     on_data = not has_no_data(model)
     own_batch = fixed is not None
     inline = {region.path for region in keyed.values() if region.inline}
+    dtypes: dict[str, tuple[torch.dtype, torch.dtype]] = {}
     small: dict[str, list[Call]] = {}
     large: dict[str, list[Call]] = {}
     expected, more = None, None
@@ -127,7 +129,7 @@ def _prove_and_keep(
     if on_data:
         try:  # what the model itself cannot run is no fault of the trace
             with torch.no_grad():
-                with calls_of(model, inline, small, batch_size(args, kwargs)):
+                with calls_of(model, inline, small, batch_size(args, kwargs)), dtypes_seen(model, keyed, dtypes):
                     expected, seen = run_following(model, keyed.values(), args, kwargs)
                 if inline and own_batch:
                     with calls_of(model, inline, large, 2 * batch_size(args, kwargs)):
@@ -141,7 +143,7 @@ def _prove_and_keep(
                 raise
             raise _BatchFixedError(f"it does not run on two samples: {error}") from error
     with torch.no_grad():
-        marked = marked_regions(model, keyed, small, large)
+        marked = marked_regions(model, keyed, small, large, dtypes if Autocast.now().dtypes else {})
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(regions_as_markers(model, marked))
@@ -238,13 +240,13 @@ def _check_equal(
 
     `replayed` are the dtypes of such blocks.
     """
-    with torch.no_grad():
+    with torch.no_grad(), OFF.around():  # the graph has autocast's casts
         found = captured.module(*pytree.tree_leaves((args, dict(kwargs))))
     for index, (want, have) in enumerate(zip(pytree.tree_leaves(expected), found, strict=True)):
         if not isinstance(want, Tensor) or torch.equal(want, have):
             continue
         error = float((want - have).abs().max())
-        rounding = max(TOLERANCE.get(dtype, 0.0) for dtype in (want.dtype, *replayed)) if replayed else 0.0
+        rounding = max(tolerance_of(dtype) for dtype in (want.dtype, *replayed)) if replayed else 0.0
         allowed = _REPLAYED * rounding * float(want.abs().max())
         if not error <= allowed:
             raise CaptureError(

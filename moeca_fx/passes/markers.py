@@ -12,8 +12,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from moeca_fx.autocast import Autocast
 from moeca_fx.discover import MoERegion
 from moeca_fx.discover.calls import Call
 from moeca_fx.discover.experts import as_expert, expert_modules
@@ -49,28 +51,63 @@ class Marked:
         key: of its marker in the graph.
         region: what it is.
         block: how to replay it; None for a dispatching method.
+        dtypes: of the method's rows and result, where autocast makes them differ; a marker's are equal.
     """
 
     key: str
     region: MoERegion
     block: Replay | None
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None
 
 
-def marked_regions(model: nn.Module, keyed: Mapping[str, MoERegion], small: Calls, large: Calls) -> list[Marked]:
+def marked_regions(
+    model: nn.Module,
+    keyed: Mapping[str, MoERegion],
+    small: Calls,
+    large: Calls,
+    dtypes: Mapping[str, tuple[torch.dtype, torch.dtype]],
+) -> list[Marked]:
     """Regions ready to be traced.
 
     Args:
         model: the model.
         keyed: marker key -> region.
         small, large: calls of the owners of inline regions in two runs of the model, of different batch sizes.
+        dtypes: of the rows and results of dispatching methods, by marker key, where they are known to differ.
 
     Raises:
         UnprovenRegionError: an inline region is not proven on these inputs.
     """
     return [
-        Marked(key, region, _block(model, region, small, large) if region.inline else None)
+        Marked(key, region, _block(model, region, small, large) if region.inline else None, dtypes.get(key))
         for key, region in keyed.items()
     ]
+
+
+@contextmanager
+def dtypes_seen(
+    model: nn.Module, keyed: Mapping[str, MoERegion], found: dict[str, tuple[torch.dtype, torch.dtype]]
+) -> Iterator[None]:
+    """Note the dtypes of rows and result of every dispatching method that is called inside the block, by marker key."""
+    with ExitStack() as stack:
+        for key, region in keyed.items():
+            if not region.inline:
+                owner = model.get_submodule(region.path)
+                watched = _noting_dtypes(getattr(owner, region.method), region.x, key, found)
+                stack.enter_context(replaced_method(owner, region.method, watched))
+        yield
+
+
+def _noting_dtypes(method: Any, x: str, key: str, found: dict[str, tuple[torch.dtype, torch.dtype]]) -> Any:
+    signature = inspect.signature(method)
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = method(*args, **kwargs)
+        rows: Tensor = signature.bind(*args, **kwargs).arguments[x]
+        found[key] = (rows.dtype, result.dtype)
+        return result
+
+    return run
 
 
 def _block(model: nn.Module, region: MoERegion, small: Calls, large: Calls) -> Replay:
@@ -118,7 +155,11 @@ def _traced(model: nn.Module, owner: nn.Module, each: Marked) -> Any:
         chosen: Tensor = given[region.expert]
         if region.empty_slots:  # a method skips every id that it has no expert for; past the markers only E means none
             chosen = chosen.clamp(max=region.num_experts)
-        return _marker(region, key)(given[region.x], chosen, given[region.weight])
+        rows: Tensor = given[region.x]
+        if each.dtypes is None:
+            return _marker(region, key)(rows, chosen, given[region.weight])
+        wide = rows.to(torch.promote_types(*each.dtypes))
+        return _marker(region, key)(wide, chosen, given[region.weight]).to(each.dtypes[1])
 
     return call_marker
 
@@ -151,14 +192,25 @@ def _marker(region: MoERegion, key: str) -> Marker:
 
 def region_call(model: nn.Module, each: Marked) -> Marker:
     """What the marker stands for, to run the traced graph before its experts are lowered."""
-    region = each.region
+    region, autocast = each.region, Autocast.now()
     if each.block is not None:
         experts = _for_replay(model, region)
-        return reference_marker(experts, each.block.free, region.layout == "expert")
+        return _around(autocast, reference_marker(experts, each.block.free, region.layout == "expert"))
     method = getattr(model.get_submodule(region.path), region.method)
 
     def run(x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
-        result: Tensor = method(**{region.x: x, region.expert: expert, region.weight: weight})
-        return result
+        rows = x if each.dtypes is None else x.to(each.dtypes[0])
+        result: Tensor = method(**{region.x: rows, region.expert: expert, region.weight: weight})
+        return result if each.dtypes is None else result.to(x.dtype)
+
+    return _around(autocast, run)
+
+
+def _around(autocast: Autocast, marker: Marker) -> Marker:
+    """The marker under what its region runs under; the graph around it runs without."""
+
+    def run(x: Tensor, chosen: Tensor, weight: Tensor) -> Tensor:
+        with autocast.around():
+            return marker(x, chosen, weight)
 
     return run

@@ -28,6 +28,7 @@ from dataclasses import replace
 import torch
 from torch import fx, nn
 
+from moeca_fx.autocast import OFF, Autocast
 from moeca_fx.discover import MoERegion
 from moeca_fx.discover.experts import expert_modules
 from moeca_fx.errors import PassError, UnsupportedModelError
@@ -43,7 +44,11 @@ aten = torch.ops.aten
 
 
 def vectorize_experts(
-    module: fx.GraphModule, sites: Sites, regions: Mapping[str, MoERegion], model: nn.Module
+    module: fx.GraphModule,
+    sites: Sites,
+    regions: Mapping[str, MoERegion],
+    model: nn.Module,
+    autocast: Autocast = OFF,
 ) -> Sites:
     """Lower every marker, in place; sites that are vectorised already are left.
 
@@ -52,13 +57,14 @@ def vectorize_experts(
         sites: from `locate`.
         regions: marker key -> proven region.
         model: the model whose experts share stacked storage already (`stack_in_place`).
+        autocast: what the experts run under.
 
     Returns:
         The sites with the new node names.
     """
     nodes = {node.name: node for node in module.graph.nodes}
     updated = tuple(
-        _vectorize(module, site, nodes[site.experts], regions, model)
+        _vectorize(module, site, nodes[site.experts], regions, model, autocast)
         if isinstance(site, MoESite) and not site.feature
         else site
         for site in sites.ordered
@@ -70,7 +76,12 @@ def vectorize_experts(
 
 
 def _vectorize(
-    module: fx.GraphModule, site: MoESite, marker: fx.Node, regions: Mapping[str, MoERegion], model: nn.Module
+    module: fx.GraphModule,
+    site: MoESite,
+    marker: fx.Node,
+    regions: Mapping[str, MoERegion],
+    model: nn.Module,
+    autocast: Autocast,
 ) -> MoESite:
     x, _, _, key = marker.args
     assert isinstance(x, fx.Node), f"{marker.name}: operands are nodes"
@@ -80,7 +91,9 @@ def _vectorize(
     parameter = next(iter(experts[0].parameters()))
     example = torch.zeros(4, value.shape[-1], dtype=value.dtype, device=parameter.device)
     base = site.path.replace(".", "_")
-    module.add_submodule(f"{base}_experts", build_expert_program(region.path, experts, example))
+    with autocast.around():
+        program = build_expert_program(region.path, experts, example)
+    module.add_submodule(f"{base}_experts", program)
     weight = site.weight
     with module.graph.inserting_before(marker):
         if site.empty_slots:

@@ -13,6 +13,7 @@ from torch import nn
 from moeca_fx.errors import ConfigError
 from moeca_fx.graph.storage import CacheDtype
 from moeca_fx.model_checks import resolve_policy
+from moeca_fx.offloading import give_back
 from moeca_fx.pipelines.checks import check_denoiser, check_pipeline, check_scheduler, find_denoiser
 from moeca_fx.pipelines.denoiser import Denoiser
 from moeca_fx.pipelines.request import PLACE, Application, applied_class
@@ -107,6 +108,7 @@ def remove(pipe: Pipeline) -> Pipeline:
     if vars(pipe)[application.name] is application.shown:
         vars(pipe)[application.name] = application.found
     application.denoiser.removed, application.denoiser.fast = True, None
+    give_back(application.denoiser.model)
     return pipe
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from moeca_fx.errors import ConfigError, UnsupportedModelError, require
 from moeca_fx.model_checks import check_model
+from moeca_fx.offloading import whole_model_hook, without_hook
 from moeca_fx.pipelines.schedulers import is_scheduler
 
 _BY_CONVENTION = ("transformer", "unet")
@@ -60,12 +61,12 @@ def check_denoiser(pipe: Any, name: str, model: nn.Module) -> None:
     """
     where = f"{type(pipe).__name__}.{name}"
     offloaded = [path or name for path, module in model.named_modules() if "_hf_hook" in vars(module)]
-    if offloaded:
+    if offloaded and whole_model_hook(model) is None:
         raise UnsupportedModelError(
-            f"{where}: accelerate moves its weights while it runs ({offloaded[0]} has a hook, from model or sequential "
-            "offloading or a device_map), which a compiled graph would not see; call pipe.remove_all_hooks() or "
-            "pipe.reset_device_map(), then pipe.to(device). To save memory, keep the denoiser on the device and "
-            "offload text encoders alone (accelerate.cpu_offload_with_hook)"
+            f"{where}: accelerate moves its weights layer by layer while it runs ({offloaded[-1]} has a hook, from "
+            "sequential offloading or a device_map), which a compiled graph would not see; call "
+            "pipe.remove_all_hooks() or pipe.reset_device_map(), then pipe.enable_model_cpu_offload(), which moves "
+            "whole models, or pipe.to(device)"
         )
     hooked = [path or name for path, module in model.named_modules() if _has_diffusers_hooks(module)]
     if hooked:
@@ -78,7 +79,8 @@ def check_denoiser(pipe: Any, name: str, model: nn.Module) -> None:
             f"{where}: was compiled in place; moeca_fx compiles its graphs itself (apply(..., compile=True)): load the "
             "pipeline without compiling its denoiser"
         )
-    check_model(model)
+    with without_hook(model):
+        check_model(model)
 
 
 def _has_diffusers_hooks(module: nn.Module) -> bool:

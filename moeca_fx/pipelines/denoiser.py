@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moeca_fx.discover.adapted import adapter_states
+from moeca_fx.model_wrappers import is_own_forward
+from moeca_fx.offloading import whole_model_hook, without_hook
 from moeca_fx.runtime.lock import TRACING
 from moeca_fx.runtime.module import TransformedModel
 from moeca_fx.runtime.session import Session
@@ -41,6 +44,7 @@ class Denoiser:
         self.fast: TransformedModel | None = None
         self.removed = False
         self._made_from = _Parts(nn.Module())
+        self._places: list[int] = []
         self._run: ContextVar[Run | None] = ContextVar("moeca_fx_run", default=None)
         self._name: ContextVar[str | None] = ContextVar("moeca_fx_name", default=None)
 
@@ -78,18 +82,24 @@ class Denoiser:
         run = self._run.get()
         if run is None or self.removed:
             return otherwise(*args, **kwargs)
+        hook = whole_model_hook(self.model)
+        if hook is not None:
+            args, kwargs = hook.pre_forward(self.model, *args, **kwargs)
+            self.follow()
         fast = self.fast or self._transform(args, kwargs)
         name = self._name.get()
         with fast._moeca.within(run.session(fast)), nullcontext() if name is None else fast.context(name):
-            return fast(*args, **kwargs)
+            result = fast(*args, **kwargs)
+        return result if hook is None else hook.post_forward(self.model, result)
 
     def _transform(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TransformedModel:
         """From the first call's own inputs; inference tensors are copied, because they cannot be traced."""
         log.info("%s: transforming at its first call", type(self.model).__name__)
         with TRACING, torch.inference_mode(False), torch.no_grad():
             args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.detach().clone(), (args, kwargs))
-            self.fast = self._make(self.model, args, kwargs)
-        self._made_from = _Parts(self.model)
+            with without_hook(self.model):
+                self.fast = self._make(self.model, args, kwargs)
+        self._made_from, self._places = _Parts(self.model), _places(self.model)
         return self.fast
 
     def drop_if_changed(self) -> None:
@@ -97,6 +107,14 @@ class Denoiser:
         if self.fast is not None and _Parts(self.model).names != self._made_from.names:
             log.info("%s: its weights or modules changed; it is transformed again", type(self.model).__name__)
             self.fast = None
+        self.follow()
+
+    def follow(self) -> None:
+        """Where the model's weights lie elsewhere by now, so do those of the transformed model and its graphs."""
+        places = _places(self.model)
+        if self.fast is not None and places != self._places:
+            self.fast._follow(self.model)
+            self._places = _places(self.model)  # experts were stacked again
 
 
 class Run:
@@ -141,25 +159,36 @@ class Run:
             self.fast._moeca.close(self._session, quiet=quiet or self.quiet)
 
 
+def _places(model: nn.Module) -> list[int]:
+    """Where the weights lie."""
+    return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+
+
 class _Parts:
     """What a model is made of: equal as long as nothing is exchanged; values of tensors may change, they are shared.
 
     Attributes:
-        names: of modules, tensors, and of what is called besides (attention processors), with what tells them apart.
+        names: of modules, tensors, and of what is called besides (attention processors), with what tells them apart,
+            and what adapters are set to.
         alive: these objects, so that others cannot take their addresses.
     """
 
     def __init__(self, model: nn.Module) -> None:
         tensors = [*model.named_parameters(), *model.named_buffers()]
-        called = [
-            (f"{path}.{name}", value)
-            for path, module in model.named_modules()
-            for name, value in vars(module).items()
-            if callable(value) and not isinstance(value, Tensor)
-        ]
+        with without_hook(model):
+            called = [
+                (f"{path}.{name}", value)
+                for path, module in model.named_modules()
+                for name, value in vars(module).items()
+                if callable(value)
+                and not isinstance(value, Tensor)
+                and name != "_old_forward"  # which accelerate leaves before its hook is there
+                and not (name == "forward" and is_own_forward(module))
+            ]
         modules = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if path]
         self.alive = [*called, *modules]
         self.names = (
             *((path, id(value), type(value)) for path, value in self.alive),
-            *((name, tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape) for name, tensor in tensors),
+            *((name, tensor.dtype, tensor.shape) for name, tensor in tensors),
+            *adapter_states(model),
         )

@@ -26,9 +26,12 @@ class StandIn(nn.Module):
     _moeca_denoiser: Denoiser
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """In a request without hooks: those on the model are another pipeline's, which is tracing it in its thread."""
+        """In a request without hooks: those on the model are another pipeline's, which is tracing it in its thread.
+
+        What accelerate left on the instance to move the model is run by `Denoiser.call`.
+        """
         if self._moeca_denoiser.current is not None:
-            return self.forward(*args, **kwargs)
+            return type(self).forward(self, *args, **kwargs)
         return super().__call__(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StandIn":

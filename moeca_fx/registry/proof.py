@@ -17,7 +17,7 @@ from moeca_fx.discover.calls import Call, changed, crowded
 from moeca_fx.discover.inline.block import Marker, largest_difference
 from moeca_fx.discover.inline.tape import NotReplayable
 from moeca_fx.discover.records import MoERegion
-from moeca_fx.discover.reference import TOLERANCE
+from moeca_fx.discover.reference import tolerance_of
 from moeca_fx.discover.scales import ALLOWED, SURE
 from moeca_fx.reasons import Reason
 from moeca_fx.registry.checked import Checked, Doubled, experts_of, failed, guarded
@@ -124,7 +124,7 @@ def _difference(entry: Entry, want: Any, have: Any) -> float:
 
 def _limit(result: Any) -> float:
     floats = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return min((TOLERANCE.get(leaf.dtype, 0.0) for leaf in floats), default=0.0)
+    return min((tolerance_of(leaf.dtype) for leaf in floats), default=0.0)
 
 
 def _off(entry: Entry, owner: nn.Module, experts: Sequence[nn.Module], call: Call, want: Any, have: Any) -> list[str]:

@@ -16,6 +16,7 @@ from moeca_fx.model_checks import resolve_policy
 from moeca_fx.model_wrappers import is_own_forward
 from moeca_fx.policies import Method, Policy
 from moeca_fx.reasons import Reason
+from moeca_fx.runtime.bindings import Bindings
 from moeca_fx.runtime.memory import MemoryReport
 from moeca_fx.runtime.runtime import DEFAULT_CONTEXT, Runtime, original_view
 from moeca_fx.runtime.session import Session
@@ -120,12 +121,33 @@ class TransformedModel(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TransformedModel":
-        """Move or cast like any module; when that changes anything, graphs are compiled again at the next call."""
-        before = self._where_and_what()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # nn.Module leaves it untyped
-        if self._where_and_what() != before:
-            self._rebuild()
+        """Move or cast like any module: graphs follow weights that moved, and are made again for cast ones."""
+        with self._moved():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # nn.Module leaves it untyped
         return self
+
+    def _follow(self, model: nn.Module) -> None:
+        """Take the weights of `model`, of which this is the transformed one, and which moved."""
+        stack_experts(model, self._moeca.regions)
+        theirs = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        with self._moved():
+            for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+                tensor.data = theirs[name].detach()
+
+    @contextmanager
+    def _moved(self) -> Iterator[None]:
+        """Inside the block weights may become others."""
+        before, bindings = self._where_and_what(), Bindings(self, self._moeca.graph_modules())
+        yield
+        now = self._where_and_what()
+        if now == before:
+            return
+        (_, types, devices), (_, before_types, before_devices) = zip(*now, strict=True), zip(*before, strict=True)
+        stack_experts(self, self._moeca.regions)
+        if types != before_types or not bindings.follow(self):
+            self._moeca.forget_programs()
+        elif devices != before_devices:
+            self._moeca.trajectories.clear()  # their caches are where the weights were
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As `nn.Module.load_state_dict`; with `assign`, graphs are compiled again over the new tensors."""

@@ -1,6 +1,6 @@
-"""A program: the compiled graphs for one kind of call (structure, shapes without the batch, dtypes, devices)."""
+"""A program: the compiled graphs for one kind of call (structure, shapes but for the batch, dtypes, device, casts)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from moeca_fx.autocast import Autocast
 from moeca_fx.batch import batch_axis, batch_size
 from moeca_fx.discover import MoERegion
 from moeca_fx.errors import InputError
@@ -49,6 +50,13 @@ class Program:
     timestep: int | None
     steps: Mapping[str, CompiledStep]
     why_fixed: str | None = field(default=None, kw_only=True)
+
+    def graph_modules(self) -> Iterator[nn.Module]:
+        """The graphs, lowered ones too; some hold the same tensors."""
+        assert self.traced.captured is not None
+        yield from (self.traced.captured.module, self.traced_module, self.plain)
+        yield from self.graphs.modules().values() if self.graphs is not None else ()
+        yield from (step.module for step in self.steps.values())
 
     def run(self, name: str, batch: int, *inputs: Any) -> Any:
         """Run one of the graphs, compiled where that was asked for.
@@ -164,14 +172,14 @@ def _compiled_steps(work: Compilation) -> dict[str, CompiledStep]:
 
 
 def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Signature, list[Any], int]:
-    """What a call must share with another to run the same program; also its flat inputs and batch size.
+    """What a call must share with another to run the same program, autocast too; its flat inputs and batch size.
 
     Raises:
         InputError: no tensor with a batch dimension.
     """
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     batch = batch_size(args, kwargs)
-    return (spec, tuple(_describe(leaf, batch) for leaf in leaves)), leaves, batch
+    return (spec, tuple(_describe(leaf, batch) for leaf in leaves), Autocast.now()), leaves, batch
 
 
 def _describe(leaf: Any, batch: int) -> Any:

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moeca_fx.autocast import OFF, Autocast
 from moeca_fx.discover import MoERegion
-from moeca_fx.errors import ConfigError, InputError, UnsupportedModelError
+from moeca_fx.errors import ConfigError, InputError, UnprovenRegionError, UnsupportedModelError
 from moeca_fx.inputs import ordinary, ordinary_mode
-from moeca_fx.model_checks import check_autocast
+from moeca_fx.offloading import whole_model_hook, without_hook
 from moeca_fx.passes.insert_cache import detached_copy
 from moeca_fx.policies.policy import Policy
 from moeca_fx.policies.schedule import FULL
+from moeca_fx.proven_regions import prove_regions
+from moeca_fx.reasons import Reason
 from moeca_fx.runtime.accounting import Accounting, Tally
 from moeca_fx.runtime.advice import Advice
 from moeca_fx.runtime.chunks import Chunk, join, split_batch
@@ -43,7 +46,7 @@ class Runtime:
     """Runs the graphs of one transformed model and keeps its trajectories.
 
     Args:
-        regions: proven MoE regions.
+        regions: MoE regions that are proven under the autocast of now.
         policy: None runs the vectorised graph at every step.
         timestep: parameter name or position of the timestep; None finds it, `ANNOUNCED` needs none.
         options: how much memory it may use.
@@ -63,6 +66,7 @@ class Runtime:
         compile: bool = False,
     ) -> None:
         self.regions = regions
+        self._proven = {Autocast.now(): regions}
         self.policy = policy
         self.timestep = timestep
         self.options = options
@@ -79,12 +83,17 @@ class Runtime:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Runtime":
         """A copied model starts without programs, trajectories and statistics; they are rebuilt on its first call."""
-        return Runtime(self.regions, self.policy, self.timestep, self.options, self.compile)
+        return self._alike(self.policy, self.compile)
+
+    def _alike(self, policy: Policy | None, compile: bool) -> "Runtime":
+        other = Runtime(self.regions, policy, self.timestep, self.options, compile)
+        other._proven = dict(self._proven)
+        return other
 
     def under(self, policy: Policy | None, compile: bool | None = None) -> "Runtime":
         """A runtime of the same traced graphs under another policy, without trajectories and statistics."""
         chosen = self.compile if compile is None else compile
-        other = Runtime(self.regions, policy, self.timestep, self.options, chosen)
+        other = self._alike(policy, chosen)
         other.fixed = dict(self.fixed)
         for key, program in self.programs.items():
             own = replace(program.traced, module=detached_copy(program.traced_module))
@@ -115,7 +124,8 @@ class Runtime:
             return leaves
         key = (*signature, batch)
         if key not in self._axes:
-            self._axes[key] = find_axes(original_view(model), leaves, signature[0], batch)
+            with _autocast_of(signature).around():
+                self._axes[key] = find_axes(original_view(model), leaves, signature[0], batch)
         return cut(leaves, self._axes[key], chunk.start, chunk.size)
 
     def _program(
@@ -132,13 +142,35 @@ class Runtime:
                 )
             plain_args, plain_kwargs = _detached(args), _detached(dict(kwargs))
             view, storage, fixed = original_view(model), self.options.storage, self.fixed.get(signature)
-            program = build_program(
-                view, self.regions, plain_args, plain_kwargs, self.policy, self.timestep, storage, self.compile, fixed
-            )
+            with _autocast_of(signature).around():
+                regions = self._regions_of(view, plain_args, plain_kwargs)
+                program = build_program(
+                    view, regions, plain_args, plain_kwargs, self.policy, self.timestep, storage, self.compile, fixed
+                )
             if program.why_fixed is not None:
                 self.fixed.setdefault(signature, program.why_fixed)
             self._add(self._key_of(signature, batch), program)
         return self.programs[self._key_of(signature, batch)]
+
+    def _regions_of(self, view: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[MoERegion, ...]:
+        """The regions as they are proven under the autocast of now: other dtypes are another proof.
+
+        Raises:
+            UnprovenRegionError: they hold other experts than those whose weights were stacked.
+        """
+        now = Autocast.now()
+        if now not in self._proven:
+            found = prove_regions(view, args, kwargs).regions
+            if [region.experts for region in found] != [region.experts for region in self.regions]:
+                known = ", ".join(str(state) for state in self._proven)
+                raise UnprovenRegionError(
+                    f"{type(view).__name__}: called under autocast {now}, where {_layers(found)} hold experts; "
+                    f"transformed under autocast {known}, where {_layers(self.regions)} do; call transform under the "
+                    "autocast of the calls",
+                    code=Reason.AUTOCAST,
+                )
+            self._proven[now] = found
+        return self._proven[now]
 
     def _key_of(self, signature: Signature, batch: int) -> Signature:
         """Under which a call's program is kept."""
@@ -170,12 +202,11 @@ class Runtime:
             raise UnsupportedModelError(
                 f"{type(model).__name__} is in training mode; caching is for inference: call .eval() first"
             )
-        check_autocast()
         name = self._context_of(args, kwargs)
+        signature, _, batch = signature_of(args, kwargs)
         # Caches outlive the call, so they must not become inference tensors, which cannot be written to outside.
-        with ordinary_mode():
-            args, kwargs = ordinary((args, dict(kwargs)))
-            signature, leaves, batch = signature_of(args, kwargs)
+        with ordinary_mode(), OFF.around():
+            leaves = ordinary(pytree.tree_leaves((args, dict(kwargs))))
             program = self._program_of(model, signature, leaves, batch, self._first_chunk(batch))
             try:
                 return self._run(model, signature, program, leaves, batch, name)
@@ -379,8 +410,13 @@ class Runtime:
         if not quiet:
             self.advice.session_over(session.ended)
 
+    def graph_modules(self) -> Iterator[nn.Module]:
+        """Every graph of every program; some hold the same tensors."""
+        for program in self.programs.values():
+            yield from program.graph_modules()
+
     def forget_programs(self) -> None:
-        """Drop graphs and caches: the weights moved or changed their type."""
+        """Drop graphs and caches: the weights changed their type, or are laid out otherwise."""
         self.trajectories.clear()
         self.programs.clear()
         self.fixed.clear()
@@ -424,6 +460,16 @@ class Runtime:
         return {state: parts[0] if len(parts) == 1 else torch.cat(parts) for state, parts in held.items()}
 
 
+def _autocast_of(signature: Signature) -> Autocast:
+    """What a call is made under."""
+    autocast: Autocast = signature[2]
+    return autocast
+
+
+def _layers(regions: Iterable[MoERegion]) -> str:
+    return ", ".join(region.path for region in regions) or "no layers"
+
+
 def _key(context: str, chunk: int) -> Key:
     """Of a chunk's trajectory."""
     return (context, chunk) if chunk else context
@@ -433,7 +479,9 @@ def original_view(model: nn.Module) -> nn.Module:
     """The same modules and weights under the original class, whose forward is the one to trace."""
     _transformed, _mixin, original = type(model).__mro__[:3]
     view: nn.Module = object.__new__(original)
-    object.__setattr__(view, "__dict__", model.__dict__)
+    hooked = whole_model_hook(model) is not None
+    with without_hook(model):  # which would run the transformed model
+        object.__setattr__(view, "__dict__", dict(model.__dict__) if hooked else model.__dict__)
     return view
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moeca_fx.autocast import computed_in
 from moeca_fx.batch import batch_axis, may_be_stacked
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.reasons import Reason
@@ -71,7 +72,7 @@ def _is_cut_along(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec
         found = pytree.tree_leaves(model(*args, **kwargs))
         return (leaf[:1].float() for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point())
 
-    tolerance = min(_TOLERANCE.get(leaf.dtype, 5e-2) for leaf in model.parameters())
+    tolerance = min(_TOLERANCE.get(computed_in(leaf.dtype), 5e-2) for leaf in model.parameters())
     try:
         with torch.no_grad():
             pairs = list(zip(results(1), results(2), strict=True))

@@ -57,7 +57,7 @@ class Trajectory:
         if batch != self.call_batch:
             return f"the batch size changed from {self.call_batch} to {batch}"
         if program is not self.program:
-            return "the shape, dtype or device of the inputs changed"
+            return "the shape, dtype or device of the inputs, or the autocast around them, changed"
         if timestep is None:
             return None
         assert self.timestep is not None, "a trajectory has made at least one call"

@@ -246,11 +246,19 @@ def test_other_states_are_refused_by_name() -> None:
         moeca_fx.apply(pipe, SOME)
     pipe.transformer.eval()
     moeca_fx.apply(pipe, SOME)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UnsupportedModelError, match="autocast is on"):
-        write(pipe)
     pipe.transformer.compile()
     with pytest.raises(UnsupportedModelError, match="was compiled in place"):
         write(pipe)
+
+
+def test_requests_under_autocast_and_without() -> None:
+    plain = text_pipeline()
+    pipe = moeca_fx.apply(text_pipeline(), None)
+    for enabled in (False, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found, want = write(pipe), write(plain)
+        assert float((found - want).abs().max() / want.abs().max()) <= (0.05 if enabled else 1e-4)
+    assert len(pipe.transformer._moeca_denoiser.fast._moeca.programs) == 2
 
 
 def test_inference_mode_gives_the_same() -> None:

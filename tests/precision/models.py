@@ -28,7 +28,8 @@ def dispatched(
         row, place = torch.where(which == number)
         if row.numel():
             part = expert(rows[row]) * share[row, place, None]
-            total = total.index_add(0, row, part if number != FAULTY or boost == 1 else part * boost)
+            part = part if number != FAULTY or boost == 1 else part * boost
+            total = total.index_add(0, row, part.to(total.dtype))  # under autocast the two differ
     return total
 
 

@@ -1,4 +1,4 @@
-"""The caller's modes and memory formats: inference mode, autocast, gradients, channels-last; casts, copies, pickles."""
+"""The caller's modes and memory formats: inference mode, gradients, channels-last; casts, copies, pickles."""
 
 import copy
 import io
@@ -51,17 +51,6 @@ def test_gradients_on() -> None:
     assert not found.requires_grad
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert difference(found, model(grid, clock).detach()) <= 1e-5
-
-
-def test_autocast_is_refused_with_the_way_out() -> None:
-    model, given = model_of("block"), inputs_of()
-    fast = fast_of(model, given)
-    with torch.autocast("cpu", torch.bfloat16):
-        for action in (lambda: fast_of(model, given), lambda: fast(*given)):
-            with pytest.raises(UnsupportedModelError, match=r"autocast is on.*model\.bfloat16\(\)"):
-                action()
-        with torch.autocast("cpu", enabled=False):
-            assert difference(fast(*given), model(*given)) <= 1e-5
 
 
 @pytest.mark.parametrize(

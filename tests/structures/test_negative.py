@@ -12,7 +12,7 @@ import moeca_fx
 from moeca_fx.discover.behaviour import check_behaviour
 from moeca_fx.discover.state import State
 from moeca_fx.errors import MoecaError, NoMoEFoundError, UnsupportedModelError
-from moeca_fx.transform import find_regions
+from moeca_fx.proven_regions import find_regions
 from tests.helpers import zoo_models
 from tests.structures import negatives
 from tests.structures.model import build

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from moeca_fx.autocast import Autocast
 from moeca_fx.discover.inline.branches import COPY, Branches, branches_of, may_be_empty
 from moeca_fx.discover.inline.match import Match
 from moeca_fx.discover.inline.recipe import Recipe
@@ -59,6 +60,10 @@ class Block:
         """Branches of a call, from the token rows and the values of the routing."""
         return branches_of(self.match.routing, values[0], values[1:], self.free, self.count)
 
+    def _wide(self, rows: Tensor) -> Tensor:
+        """Rows in the dtype of their sum where autocast makes that wider: a marker's sum has its rows' dtype."""
+        return rows.to(torch.promote_types(rows.dtype, self.dtype)) if Autocast.now().dtypes else rows
+
     def free_part(self, x: Tensor, branches: Branches, experts: Sequence[nn.Module]) -> Tensor | None:
         """What experts without parameters add to the sum; None when there are none."""
         parts = [(x if index == COPY else experts[index](x)) * share for index, share in branches.free]
@@ -81,7 +86,7 @@ class Block:
         def routed(*values: Tensor) -> Tensor:
             rest = values[-1] if self.match.rest is not None else None
             branches = self.branches(values if rest is None else values[:-1])
-            total = marker(values[0], branches.chosen, branches.weight)
+            total = marker(self._wide(values[0]), branches.chosen, branches.weight)
             free = self.free_part(values[0], branches, experts)
             total = total if free is None else total + free.to(total.dtype)
             total = total.reshape(-1, *self.shape)

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moeca_fx.autocast import computed_in
 from moeca_fx.discover.inline.nearest import Nearest
 from moeca_fx.discover.inline.routings import Routing, Shares, find_routings
 from moeca_fx.discover.inline.tape import Ref, Tape
@@ -110,7 +111,7 @@ class Search:
         own = rows[chosen].double() if rows.shape[-1] == width else torch.zeros(len(chosen), width, dtype=torch.float64)
         parts = torch.cat([outputs, own[:, None]], 1)[..., channels]  # [J, E + 1, c]
         routed = torch.einsum("rje,jec->rjc", shares.weights, parts)
-        limit = _NEAR.get(rows.dtype, 0.0)
+        limit = _NEAR.get(computed_in(rows.dtype), 0.0)
         if self.nearest is not None:
             self.nearest.look(self, self.sums[tokens, width], shares, x, routed, chosen, limit)
         for index, total, rest in self.sums[tokens, width].holding(routed, limit):

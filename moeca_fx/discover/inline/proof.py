@@ -18,7 +18,7 @@ from moeca_fx.discover.inline.match import Experts, Match
 from moeca_fx.discover.inline.recipe import make_recipe
 from moeca_fx.discover.inline.recorded import Recorded
 from moeca_fx.discover.inline.tape import NotReplayable, Tape
-from moeca_fx.discover.reference import TOLERANCE
+from moeca_fx.discover.reference import tolerance_of
 from moeca_fx.discover.scales import OffScale
 from moeca_fx.reasons import Reason
 
@@ -49,7 +49,7 @@ def prove_block(
             block = _block(match, short, recorded.long, experts)
             calls = (small, recorded.large, changed(small), crowded(small), *recorded.more)
             error = max(_error(block, recorded.owner, experts, call) for call in calls)
-            if error > TOLERANCE.get(block.dtype, 0.0):
+            if error > tolerance_of(block.dtype):
                 raise NotReplayable(f"its replay differs from it by {error:.1e} relative", Reason.REPLAY_DIFFERS)
             check_factors(block, recorded, experts, off is not None)
         except OffScale as reason:

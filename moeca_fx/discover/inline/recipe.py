@@ -12,6 +12,7 @@ Both tapes must have the same entries on the way; a size that differs must grow 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -70,11 +71,9 @@ class Recipe:
         leaves = pytree.tree_leaves((args, dict(kwargs)))
         unit = leaves[self.unit].shape[0]
         values = {number: _read(source, owner, leaves) for number, source in self.sources.items()}
-        for entry in self.before:
-            _run(entry, owner, values, unit)
+        _run_all(self.before, owner, values, unit)
         values[self.routed] = routed(*(values[number] for number in self.wanted))
-        for entry in self.after:
-            _run(entry, owner, values, unit)
+        _run_all(self.after, owner, values, unit)
         return pytree.tree_unflatten([_filled(leaf, values, unit) for leaf in self.outputs], self.out_spec)
 
 
@@ -173,7 +172,8 @@ class _Twins:
             f"{entry.target} has no counterpart in a run with another batch size", Reason.DEPENDS_ON_THE_BATCH
         )
         for index, other in enumerate(self.others):
-            if other is None or other.target != entry.target or not self._read_alike(entry, other):
+            alike = other is not None and (other.target, other.autocast) == (entry.target, entry.autocast)
+            if other is None or not alike or not self._read_alike(entry, other):
                 continue
             try:
                 merged = _merged_entry(entry, other, self.ratio)
@@ -207,7 +207,7 @@ def _merged_entry(a: Entry, b: Entry, ratio: tuple[int, int]) -> Entry:
             f"{a.target} takes other arguments in a run with another batch size", Reason.DEPENDS_ON_THE_BATCH
         )
     args, kwargs = pytree.tree_unflatten([_merged(x, y, ratio) for x, y in zip(mine, theirs, strict=True)], spec)
-    return Entry(a.target, args, kwargs, a.outputs)
+    return Entry(a.target, args, kwargs, a.outputs, a.autocast)
 
 
 def _merged(a: Any, b: Any, ratio: tuple[int, int]) -> Any:
@@ -250,6 +250,13 @@ def _filled(tree: Any, values: Mapping[int, Any], unit: Any) -> Any:
         return leaf.at(unit) if isinstance(leaf, Scaled) else leaf
 
     return pytree.tree_map(fill, tree, is_leaf=lambda leaf: isinstance(leaf, (Ref, Scaled)))
+
+
+def _run_all(entries: Sequence[Entry], owner: nn.Module, values: dict[int, Any], unit: Any) -> None:
+    for autocast, group in groupby(entries, key=lambda entry: entry.autocast):
+        with autocast.around():
+            for entry in group:
+                _run(entry, owner, values, unit)
 
 
 def _run(entry: Entry, owner: nn.Module, values: dict[int, Any], unit: Any) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moeca_fx.autocast import Autocast
+
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -96,7 +98,7 @@ class StackedExperts:
     def outputs(self, rows: Tensor) -> Tensor | None:
         """[J, H] -> [J, E, H]; None when the rows are of another width or type."""
         first, weight = self.form.up[0], self.owner.get_parameter(self.form.up[0].weight)
-        if rows.shape[-1] != weight.shape[1 if first.transposed else 2] or rows.dtype != weight.dtype:
+        if rows.shape[-1] != weight.shape[1 if first.transposed else 2] or not _fit(rows, weight):
             return None
         with torch.no_grad():
             return _forward(self.form, rows, self._times).transpose(0, 1)
@@ -107,6 +109,11 @@ class StackedExperts:
         if matrix.bias is None:
             return product
         return product + self.owner.get_parameter(matrix.bias).reshape(self.count, 1, -1)
+
+
+def _fit(rows: Tensor, weight: Tensor) -> bool:
+    """Whether a product takes their dtypes, which autocast makes equal."""
+    return rows.dtype == weight.dtype or bool(Autocast.now().dtypes)
 
 
 def _forward(form: StackedForm, x: Tensor, times: Callable[[Tensor, Matrix], Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moeca_fx.autocast import OFF, Autocast
 from moeca_fx.reasons import Reason
 
 aten = torch.ops.aten
@@ -63,12 +64,14 @@ class Entry:
     Attributes:
         args, kwargs: with a `Ref` for every tensor.
         outputs: value number of each flat result; None where that is no tensor.
+        autocast: what it is called under; operations are recorded with autocast's casts, so that they need none.
     """
 
     target: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     outputs: tuple[int | None, ...]
+    autocast: Autocast = OFF
 
     @property
     def is_module(self) -> bool:
@@ -286,7 +289,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
     def _enter(self, path: str) -> Any:
         def enter(_module: nn.Module, args: Any, kwargs: Any) -> None:
             if not self.inside:
-                self.pending = (self._refs(args), self._refs(kwargs), _versions((args, kwargs)))
+                self.pending = (self._refs(args), self._refs(kwargs), _versions((args, kwargs)), Autocast.now())
             self.inside += 1
 
         return enter
@@ -296,7 +299,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
             self.inside -= 1
             if self.inside:
                 return
-            read_args, read_kwargs, versions = self.pending
+            read_args, read_kwargs, versions, autocast = self.pending
             if versions != _versions((args, kwargs)):
                 raise NotReplayable(f"the submodule {path} writes into its arguments", Reason.WRITES)
             leaves = pytree.tree_leaves(output)
@@ -306,7 +309,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
             for leaf in leaves:
                 own = isinstance(leaf, Tensor) and id(leaf) not in self.known
                 numbers.append(self._new(leaf) if own else None)
-            self.tape.entries.append(Entry(path, read_args, read_kwargs, tuple(numbers)))
+            self.tape.entries.append(Entry(path, read_args, read_kwargs, tuple(numbers), autocast))
 
         return leave
 
