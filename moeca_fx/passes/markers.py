@@ -62,7 +62,8 @@ def marked_regions(model: nn.Module, keyed: Mapping[str, MoERegion], small: Call
     Args:
         model: the model.
         keyed: marker key -> region.
-        small, large: calls of the owners of inline regions in two runs of the model, of different batch sizes.
+        small, large: calls of the owners of inline regions in two runs of the model, of different batch sizes; none
+            on the meta device.
 
     Raises:
         UnprovenRegionError: an inline region is not proven on these inputs.
@@ -76,6 +77,9 @@ def marked_regions(model: nn.Module, keyed: Mapping[str, MoERegion], small: Call
 def _block(model: nn.Module, region: MoERegion, small: Calls, large: Calls) -> Replay:
     if region.entry is not None:
         return EntryBlock(region.entry)  # its code holds no sizes; the whole trace is compared with the model
+    if region.proven_on:  # without data there is no call to record
+        assert region.replay is not None, f"{region.path}: an inline region was proven by a replay"
+        return region.replay
     calls = (small[region.path][0], large[region.path][0])
     try:
         if region.form is not None:
