@@ -125,7 +125,7 @@ def _run(
             key = _structure(module, given, named)
             if key not in known:
                 with outside_of_traces():
-                    known[key] = _study(path, module, given, named, discover)
+                    known[key] = _study(module, path, given, named, discover)
             shown[path] = known[key]
             return pytree.tree_map_only(Tensor, torch.empty_like, known[key].result)
 
@@ -166,7 +166,7 @@ def _outcome(path: str, layer: str, studied: _Studied | None) -> MoERegion | Ref
     return Refusal(path, f"no router: no top-k ran in {layer} on random inputs", False, (Reason.NO_ROUTER,))
 
 
-def _study(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], discover: Discover) -> _Studied:
+def _study(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], discover: Discover) -> _Studied:
     alone = _Alone(with_random_weights(module)).eval()
     generator = torch.Generator().manual_seed(0)
 
