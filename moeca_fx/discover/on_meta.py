@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
 from moeca_fx.discover.candidates import Candidate, find_candidates
@@ -32,6 +33,7 @@ from moeca_fx.reasons import Reason
 
 Discover = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], Discovery]
 _HELD = "layer"
+_ON_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,16 @@ def discover_on_meta(
     last = {path: Refusal(path, nothing, False, (Reason.NO_ROUTER,)) for path in around}
     regions: list[MoERegion] = []
     known: dict[Any, _Studied] = {}
+    ran, problems = False, []
     while around := {path: layers for path, layers in around.items() if layers}:
-        shown = _run(model, {layers[0] for layers in around.values()}, args, kwargs, known, discover)
+        try:
+            shown = _run(model, {layers[0] for layers in around.values()}, args, kwargs, known, discover)
+            ran = True
+        except InputError as problem:
+            if not isinstance(problem.__cause__, _ON_DATA):
+                raise
+            shown = {}  # the dispatch is further out, where no stand-in took its place
+            problems.append(problem)
         for path in list(around):
             layer = around[path].pop(0)
             outcome = _outcome(path, layer, shown.get(layer))
@@ -92,6 +102,8 @@ def discover_on_meta(
             else:
                 regions.append(outcome)
                 del around[path], last[path]
+    if problems and not ran:
+        raise problems[0]
     order = {path: index for index, (path, _) in enumerate(model.named_modules())}
     regions.sort(key=lambda region: order[region.path])
     return Discovery(tuple(regions), (*refused, *last.values()))
