@@ -1,6 +1,7 @@
 """`inspect`: what was found in a model, what will be reused, what it costs, and what was refused and why."""
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
@@ -9,17 +10,17 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from moeca_fx.batch import at_least_two, batch_size
-from moeca_fx.discover import Layout, Refusal, discover
+from moeca_fx.discover import Layout, MoERegion, Refusal, discover
 from moeca_fx.graph.rewrite import module_path
 from moeca_fx.graph.sites import AttentionSite, MoESite, Site, kind_of
 from moeca_fx.graph.slicing import between
 from moeca_fx.graph.storage import CacheDtype, find_storage
 from moeca_fx.model_checks import check_inputs, check_model, resolve_policy
+from moeca_fx.model_copy import share_weights
 from moeca_fx.passes import Compilation, run_pipeline
 from moeca_fx.passes.capture import Captured
 from moeca_fx.policies import Method, MoECa, Policy, as_method
 from moeca_fx.runtime.flops import filled_branches, full_flops
-from moeca_fx.runtime.module import share_weights
 
 _DEFAULT = MoECa()
 
@@ -239,7 +240,16 @@ def _about_trace(captured: Captured) -> Iterator[str]:
     if captured.why_fixed is not None:
         yield f"the batch size cannot be left open: {captured.why_fixed}; each batch size is traced for itself"
     if not captured.proven:
-        yield "the model is on the meta device: nothing was proven on data, only structure and shapes were"
+        yield (
+            "the model is on the meta device: nothing was proven on data, only structure and shapes were; proven with "
+            f"random numbers for weights: {', '.join(_proven_layers(captured.regions.values()))}"
+        )
+
+
+def _proven_layers(regions: Iterable[MoERegion]) -> Iterator[str]:
+    """Each layer that was proven, and for how many."""
+    for path, count in Counter(region.proven_on for region in regions).items():
+        yield path if count == 1 else f"{path}, for {count} layers of its structure and shapes"
 
 
 def _warnings(sites: tuple[Site, ...]) -> Iterator[str]:

@@ -163,12 +163,6 @@ class Reason(StrEnum):
         "no values of the layer's run are token rows, a routing, and the weighted sum of the experts",
         "move the loop over experts into a method of rows, ids and weights, or " + _ENTRY,
     )
-    NEEDS_DATA = (
-        "needs-data",
-        _UNPROVEN,
-        "a model without weights (on the meta device) routes inside of the layer, which takes data to prove",
-        "load the weights, or fill the layer with random ones",
-    )
     NO_DISPATCH = (
         "no-dispatch",
         _UNPROVEN,

@@ -12,12 +12,13 @@ from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.graph.storage import CacheDtype, find_storage, stored_states
 from moeca_fx.inputs import ordinary, ordinary_mode
 from moeca_fx.model_checks import check_model, has_no_data, resolve_policy
+from moeca_fx.model_copy import share_weights
 from moeca_fx.passes import Compilation, run_pipeline
 from moeca_fx.passes.insert_cache import plan_states
 from moeca_fx.policies import Method, MoECa, Policy
 from moeca_fx.proven_regions import find_regions
 from moeca_fx.runtime.memory import MemoryReport, report
-from moeca_fx.runtime.module import TransformedModel, make_transformed, share_weights
+from moeca_fx.runtime.module import TransformedModel, make_transformed
 from moeca_fx.runtime.options import memory_options
 from moeca_fx.runtime.runtime import Runtime
 from moeca_fx.runtime.timestep import Announced

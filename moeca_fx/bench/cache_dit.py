@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moeca_fx.errors import ConfigError, UnsupportedModelError, require
-from moeca_fx.runtime.module import share_weights
+from moeca_fx.model_copy import share_weights
 from moeca_fx.zoo.dsmoe import DSMoE
 
 EXTRA = "peers"

@@ -18,11 +18,12 @@ from moeca_fx.discover.journal import Attempt, Journal
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.model_checks import check_inputs, check_model, resolve_policy
+from moeca_fx.model_copy import share_weights
 from moeca_fx.passes import PIPELINE, watched
 from moeca_fx.policies import Method, MoECa, Policy
 from moeca_fx.proven_regions import find_regions
 from moeca_fx.runtime.advice import NothingReusedWarning
-from moeca_fx.runtime.module import TransformedModel, make_transformed, share_weights
+from moeca_fx.runtime.module import TransformedModel, make_transformed
 from moeca_fx.runtime.options import memory_options
 from moeca_fx.runtime.runtime import Runtime
 from moeca_fx.runtime.timestep import Announced

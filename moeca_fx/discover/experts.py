@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeca_fx.discover.inline.sampled import Outputs, spread
 from moeca_fx.discover.inline.stacked import stacked_modules
 from moeca_fx.discover.records import MoERegion
 
@@ -35,13 +36,14 @@ class ModuleExperts:
         """E."""
         return len(self.modules)
 
-    def outputs(self, rows: Tensor) -> Tensor | None:
-        """[J, H] -> [J, E, H]; None when they cannot take such rows."""
+    def outputs(self, rows: Tensor, most: int) -> Outputs | None:
+        """Of rows [J, H], on at most `most` channels; None when they cannot take such rows."""
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             try:
-                return torch.stack([module(rows) for module in self.modules], 1)
+                whole = torch.stack([module(rows) for module in self.modules], 1)  # [J, E, H]
             except (RuntimeError, TypeError, ValueError):
                 return None
+        return Outputs(whole[..., spread(whole.shape[-1], most)], whole.shape[-1])
 
 
 def expert_modules(model: nn.Module, region: MoERegion) -> list[nn.Module]:

@@ -4,11 +4,11 @@
                      blocks.1.ff ... blocks.47.ff    -->  same structure: the same regions under their own paths
 
 Each layer that holds candidate experts is stood in for while the model runs on meta tensors. The first call of every
-structure (types, shapes, plain attributes, input shapes) is studied on a copy, which is then dropped; the others take
-over its result. That proves what the code of such a layer computes, not what it computes with the weights to come.
+structure (types, shapes, plain attributes, input shapes) is studied on a copy (`random_weights`), which is then
+dropped; the others take over its result, and where the router is inside, its replay. That proves what the code of such
+a layer computes, not what it computes with the weights to come; each region names the layer that was proven.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,24 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
 from moeca_fx.discover.candidates import Candidate, find_candidates
+from moeca_fx.discover.inline.without_data import without_data
 from moeca_fx.discover.method import replaced_method
+from moeca_fx.discover.random_weights import with_random_weights
 from moeca_fx.discover.records import Discovery, MoERegion, Refusal
 from moeca_fx.errors import InputError
 from moeca_fx.graph.constants import KnownValues, outside_of_traces
 from moeca_fx.model_checks import run_once
+from moeca_fx.model_copy import share_weights
 from moeca_fx.reasons import Reason
 
 Discover = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], Discovery]
 _HELD = "layer"
+_ON_DATA = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 @dataclass(frozen=True)
 class _Studied:
-    """What one copy showed: regions and refusals under the path `_HELD`, and the result with meta tensors."""
+    """What a copy of the layer `path` showed: regions and refusals under the path `_HELD`, a result of meta tensors."""
 
+    path: str
     found: Discovery
     result: Any
 
@@ -78,8 +84,16 @@ def discover_on_meta(
     last = {path: Refusal(path, nothing, False, (Reason.NO_ROUTER,)) for path in around}
     regions: list[MoERegion] = []
     known: dict[Any, _Studied] = {}
+    ran, problems = False, []
     while around := {path: layers for path, layers in around.items() if layers}:
-        shown = _run(model, {layers[0] for layers in around.values()}, args, kwargs, known, discover)
+        try:
+            shown = _run(model, {layers[0] for layers in around.values()}, args, kwargs, known, discover)
+            ran = True
+        except InputError as problem:
+            if not isinstance(problem.__cause__, _ON_DATA):
+                raise
+            shown = {}  # the dispatch is further out, where no stand-in took its place
+            problems.append(problem)
         for path in list(around):
             layer = around[path].pop(0)
             outcome = _outcome(path, layer, shown.get(layer))
@@ -88,6 +102,8 @@ def discover_on_meta(
             else:
                 regions.append(outcome)
                 del around[path], last[path]
+    if problems and not ran:
+        raise problems[0]
     order = {path: index for index, (path, _) in enumerate(model.named_modules())}
     regions.sort(key=lambda region: order[region.path])
     return Discovery(tuple(regions), (*refused, *last.values()))
@@ -114,13 +130,14 @@ def _run(
 ) -> dict[str, _Studied]:
     """Run the model with stand-ins for `layers`; what was learnt of each that was called."""
     shown: dict[str, _Studied] = {}
+    model = share_weights(model)  # its memory of earlier calls (`functools.cache`) would keep this one's tensors
 
     def stand_in(path: str, module: nn.Module) -> Callable[..., Any]:
         def forward(*given: Any, **named: Any) -> Any:
             key = _structure(module, given, named)
             if key not in known:
                 with outside_of_traces():
-                    known[key] = _study(module, given, named, discover)
+                    known[key] = _study(module, path, given, named, discover)
             shown[path] = known[key]
             return pytree.tree_map_only(Tensor, torch.empty_like, known[key].result)
 
@@ -148,23 +165,21 @@ def _outcome(path: str, layer: str, studied: _Studied | None) -> MoERegion | Ref
         return layer + inner.removeprefix(_HELD)
 
     for region in studied.found.regions:
-        if own(region.container) == path and region.inline:
-            problem = f"{own(region.path)}: holds its router, which takes data to prove"
-            return Refusal(path, problem, True, (Reason.NEEDS_DATA,))
         if own(region.experts[0]).startswith(path + "."):
             experts = tuple(own(expert) for expert in region.experts)
             free = tuple((index, own(expert)) for index, expert in region.free)
             container = own(region.container) if region.container else ""
             place = replace(region, path=own(region.path), block=own(region.block), container=container)
-            return replace(place, experts=experts, free=free)
+            replay = without_data(region.replay) if region.replay is not None else None
+            return replace(place, experts=experts, free=free, replay=replay, proven_on=studied.path)
     for refusal in studied.found.refused:
         if own(refusal.path) == path:
             return replace(refusal, path=path)
     return Refusal(path, f"no router: no top-k ran in {layer} on random inputs", False, (Reason.NO_ROUTER,))
 
 
-def _study(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], discover: Discover) -> _Studied:
-    alone = _Alone(_with_random_weights(module)).eval()
+def _study(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any], discover: Discover) -> _Studied:
+    alone = _Alone(with_random_weights(module)).eval()
     generator = torch.Generator().manual_seed(0)
 
     def on_data(leaf: Any) -> Any:
@@ -184,23 +199,7 @@ def _study(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dis
             f"a copy of {type(module).__name__} with random weights and inputs: {error}", code=error.code
         ) from error
     result = pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, alone.result)
-    return _Studied(found, result)
-
-
-def _with_random_weights(module: nn.Module) -> nn.Module:
-    """A copy on the CPU, initialised as its parts initialise themselves; other parameters normal, buffers zero."""
-    layer = copy.deepcopy(module).to_empty(device="cpu")
-    layer.__dict__.pop("forward", None)  # the stand-in
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for parameter in layer.parameters():
-            parameter.normal_(std=parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.02)
-        for buffer in layer.buffers():
-            buffer.zero_()
-        for part in layer.modules():
-            if callable(reset := getattr(part, "reset_parameters", None)):
-                reset()
-    return layer
+    return _Studied(path, found, result)
 
 
 def _structure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

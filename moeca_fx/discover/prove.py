@@ -241,5 +241,6 @@ def _block_at(
         free=tuple((index, candidate.experts[index][0]) for index in block.free),
         layout="expert" if routing.kind == "choice" else "token",
         empty_slots=block.empty_slots,
+        replay=block,
     )
     return region, match_in_words(block.match, block.recipe.sources, (*block.recipe.before, *block.recipe.after))

@@ -1,8 +1,9 @@
 """What discovery returns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from moeca_fx.discover.inline.block import Block
 from moeca_fx.discover.inline.stacked import StackedForm
 from moeca_fx.reasons import Reason
 from moeca_fx.registry.entry import Entry
@@ -35,6 +36,8 @@ class MoERegion:
         empty_slots: whether an id may be E, which means no expert (threshold routing, dropped tokens, experts that
             compute nothing); of token layout alone.
         entry: the registered entry that says what the method computes; None where it was found out.
+        replay: how the proof replayed a call of an inline region; None of others. On data a call's own is recorded.
+        proven_on: of a model without weights, the layer that was filled with random numbers and proven; empty on data.
     """
 
     path: str
@@ -54,6 +57,8 @@ class MoERegion:
     layout: Layout = "token"
     empty_slots: bool = False
     entry: Entry | None = None
+    replay: Block | None = field(default=None, compare=False, repr=False)
+    proven_on: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         assert self.layout == "token" or not self.empty_slots, f"{self.path}: experts that choose fill their slots"

@@ -4,7 +4,7 @@
     flatten(x, 2); reshape(x, ..)     view(x, ..), or _unsafe_view(clone(x), ..) where no view can be taken
     to(x, dtype)                -->   x, or _to_copy(x, dtype)
     m = zeros_like(x)
-    scatter_(m, 1, i, 1)              scatter(m, 1, i, 1), read by all that read m afterwards
+    scatter_(m, 1, i, 1)              scatter(m, 1, i, 1), read by all that read m afterwards (`out_of_place`)
     linear(x, w), under autocast      linear(_to_copy(x, bf16), _to_copy(w, bf16))
 
 torch's own way there (`ExportedProgram.run_decompositions`) traces the whole graph again, which takes twice as long as
@@ -20,13 +20,10 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from moeca_fx.autocast import Autocast
+from moeca_fx.graph.out_of_place import NoRuleError, is_composite, may_alias, out_of_place
 from moeca_fx.graph.rewrite import call, example_value
 
 aten = torch.ops.aten
-
-
-class _NoRuleError(Exception):
-    """An operation that only a second trace makes functional."""
 
 
 def functional_module(program: ExportedProgram) -> fx.GraphModule:
@@ -42,7 +39,7 @@ def functional_module(program: ExportedProgram) -> fx.GraphModule:
         for part in module.modules():
             if isinstance(part, fx.GraphModule):  # the module itself and the bodies of higher-order calls
                 _make_functional(part)
-    except _NoRuleError:
+    except NoRuleError:
         return _traced_again(program)
     return module
 
@@ -73,27 +70,20 @@ def _rewrite(node: fx.Node, target: torch._ops.OpOverload) -> None:
     """Replace one call.
 
     Raises:
-        _NoRuleError: it may write or alias, and no rule covers it.
+        NoRuleError: it may write or alias, and no rule covers it.
     """
-    if target._schema.is_mutable:
-        _out_of_place(node, target)
+    if target is aten.detach_.default:  # of a constant that is lifted out of the model's code; it writes nothing
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]  # a node, by the schema
+        node.graph.erase_node(node)
+    elif target._schema.is_mutable:
+        out_of_place(node, target)
     elif (rule := _RULES.get(target)) is not None:
         with node.graph.inserting_before(node):
             made = rule(node)
         node.replace_all_uses_with(made)
         node.graph.erase_node(node)
-    elif _is_composite(target) and _may_alias(target):
-        raise _NoRuleError(target)
-
-
-def _is_composite(target: torch._ops.OpOverload) -> bool:
-    """Whether the operation is made of others, so that torch would take it apart to tell a view from a copy."""
-    return target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-
-
-def _may_alias(target: torch._ops.OpOverload) -> bool:
-    schema = target._schema
-    return any(value.alias_info is not None for value in (*schema.arguments, *schema.returns))
+    elif is_composite(target) and may_alias(target):
+        raise NoRuleError(target)
 
 
 # -- views --------------------------------------------------------------------------------------------------------
@@ -105,7 +95,7 @@ def _view(node: fx.Node) -> fx.Node:
     assert isinstance(x, fx.Node)
     sizes = [size if isinstance(size, int) else -1 for size in result.shape]
     if sizes.count(-1) > 1:
-        raise _NoRuleError(node.target)
+        raise NoRuleError(node.target)
     if _has_view(example_value(x), list(result.shape)):
         return call(node.graph, aten.view.default, x, sizes, name="view", like=node)
     packed = call(node.graph, aten.clone.default, x, name="contiguous", like=x)
@@ -127,7 +117,7 @@ def _chunk(node: fx.Node) -> fx.Node:
     dim = rest[0] if rest else node.kwargs.get("dim", 0)
     length = example_value(x).shape[dim]
     if not isinstance(length, int):
-        raise _NoRuleError(node.target)
+        raise NoRuleError(node.target)
     return call(node.graph, aten.split.Tensor, x, -(-length // count), dim, name="split", like=node)
 
 
@@ -139,7 +129,7 @@ def _expand(node: fx.Node) -> fx.Node:
     aligned = [*kept, *given]
     sizes = [-1 if same is not None and same == size else size for same, size in zip(aligned, wanted, strict=True)]
     if not all(isinstance(size, int) for size in sizes) or any(size == -1 for size in sizes[: len(kept)]):
-        raise _NoRuleError(node.target)
+        raise NoRuleError(node.target)
     return call(node.graph, aten.expand.default, x, sizes, name="expand", like=node)
 
 
@@ -150,12 +140,13 @@ def _cast(node: fx.Node) -> fx.Node:
     x, result = node.args[0], example_value(node)
     assert isinstance(x, fx.Node)
     value = example_value(x)
-    if value.device != result.device or _asks_for_more(node):
-        raise _NoRuleError(node.target)
-    if value.dtype == result.dtype:
+    if _asks_for_more(node):
+        raise NoRuleError(node.target)
+    moved = {} if value.device == result.device else {"device": result.device}
+    if value.dtype == result.dtype and not moved:
         return x
     cast = call(node.graph, aten._to_copy.default, x, name="to", like=node)
-    cast.kwargs = {"dtype": result.dtype}
+    cast.kwargs = {"dtype": result.dtype, **moved}
     return cast
 
 
@@ -173,7 +164,7 @@ def _contiguous(node: fx.Node) -> fx.Node:
     assert isinstance(x, fx.Node)
     layout = node.kwargs.get("memory_format", torch.contiguous_format)
     if layout is not torch.contiguous_format or len(node.args) > 1:
-        raise _NoRuleError(node.target)
+        raise NoRuleError(node.target)
     if example_value(x).is_contiguous():
         return x
     packed = call(node.graph, aten.clone.default, x, name="contiguous", like=node)
@@ -192,49 +183,3 @@ _RULES: dict[Any, Callable[[fx.Node], fx.Node]] = {
     aten.to.dtype_layout: _cast,
     aten.contiguous.default: _contiguous,
 }
-
-
-_FRESH = (aten.linear.default, aten.matmul.default, aten.conv2d.default, aten.layer_norm.default)
-"""Compositions that never return an argument."""
-
-
-# -- writes -------------------------------------------------------------------------------------------------------
-
-
-def _out_of_place(node: fx.Node, target: torch._ops.OpOverload) -> None:
-    """``x.op_(..)`` on a tensor that nothing else can see becomes ``op(x, ..)``, read by all that come after it."""
-    base = node.args[0] if node.args else None
-    functional = _functional_form(target)
-    order = {other: position for position, other in enumerate(node.graph.nodes)}
-    if functional is None or not isinstance(base, fx.Node) or not _is_alone(base, node, order):
-        raise _NoRuleError(target)
-    node.target = functional
-    base.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])
-
-
-def _functional_form(target: torch._ops.OpOverload) -> Any:
-    """The operation of the same overload that writes nothing; None unless `target` writes its first argument alone."""
-    schema = target._schema
-    written = [value.alias_info is not None and value.alias_info.is_write for value in schema.arguments]
-    _, _, name = schema.name.partition("::")
-    if not name.endswith("_") or written != [True] + [False] * (len(written) - 1):
-        return None
-    packet = getattr(getattr(torch.ops, target.namespace), name.removesuffix("_"), None)
-    found = getattr(packet, target._overloadname, None)
-    if found is None or [a.name for a in found._schema.arguments] != [a.name for a in schema.arguments]:
-        return None
-    return found
-
-
-def _is_alone(base: fx.Node, writer: fx.Node, order: dict[fx.Node, int]) -> bool:
-    """Whether `base` is memory of its own that no call before `writer` made an alias of."""
-    before = [user for user in base.users if order[user] < order[writer]]
-    return _is_fresh(base) and all(_is_fresh(user) for user in before)
-
-
-def _is_fresh(node: fx.Node) -> bool:
-    """Whether a call's result is new memory. Compositions may hand an argument back, whatever their schema says."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or _may_alias(target):
-        return False
-    return target in _FRESH or not _is_composite(target)

@@ -72,7 +72,8 @@ def marked_regions(
     Args:
         model: the model.
         keyed: marker key -> region.
-        small, large: calls of the owners of inline regions in two runs of the model, of different batch sizes.
+        small, large: calls of the owners of inline regions in two runs of the model, of different batch sizes; none
+            on the meta device.
         dtypes: of the rows and results of dispatching methods, by marker key, where they are known to differ.
 
     Raises:
@@ -113,6 +114,9 @@ def _noting_dtypes(method: Any, x: str, key: str, found: dict[str, tuple[torch.d
 def _block(model: nn.Module, region: MoERegion, small: Calls, large: Calls) -> Replay:
     if region.entry is not None:
         return EntryBlock(region.entry)  # its code holds no sizes; the whole trace is compared with the model
+    if region.proven_on:  # without data there is no call to record
+        assert region.replay is not None, f"{region.path}: an inline region was proven by a replay"
+        return region.replay
     calls = (small[region.path][0], large[region.path][0])
     try:
         if region.form is not None:

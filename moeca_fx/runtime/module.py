@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.graph.expert_stack import stack_experts
 from moeca_fx.model_checks import resolve_policy
-from moeca_fx.model_wrappers import is_own_forward
+from moeca_fx.model_copy import share_weights
 from moeca_fx.policies import Method, Policy
 from moeca_fx.reasons import Reason
 from moeca_fx.runtime.bindings import Bindings
@@ -186,25 +186,4 @@ def make_transformed(model: nn.Module, runtime: Runtime) -> TransformedModel:
     clone.__class__ = type(original.__name__, (TransformedModel, original), {"forward": forward})
     object.__setattr__(clone, "_moeca", runtime)
     assert isinstance(clone, TransformedModel)
-    return clone
-
-
-def share_weights(model: nn.Module) -> nn.Module:
-    """Copy the module tree; parameters and buffers are new objects over the same storage."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = buffer.detach()
-    try:
-        clone = copy.deepcopy(model, memo)
-    except TypeError as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be copied: {error}; remove locks, open files and the like from it",
-            code=Reason.NOT_COPYABLE,
-        ) from error
-    assert isinstance(clone, nn.Module)
-    for module in clone.modules():
-        if is_own_forward(module):
-            object.__delattr__(module, "forward")  # would hide the forward of the transformed class
     return clone

@@ -11,9 +11,13 @@ from torch.utils import _pytree as pytree
 
 import moeca_fx
 from moeca_fx.discover import Discovery, MoERegion, discover, on_meta
+from moeca_fx.discover.random_weights import with_random_weights
+from moeca_fx.discover.reference import TOLERANCE
 from moeca_fx.errors import InputError, NoMoEFoundError
+from tests.discover import layers
 from tests.helpers import zoo_models
 from tests.helpers.toys import Blend, Toy, toy, toy_inputs
+from tests.precision.models import KINDS, Kind, inputs_of, model_of
 from tests.runtime.test_bad_input import Dense
 
 Make = Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]
@@ -34,6 +38,12 @@ def _found_on_meta(model: nn.Module, inputs: tuple[Tensor, ...]) -> Discovery:
 MODELS: dict[str, Make] = {
     "toy": lambda: (toy(), toy_inputs()),
     "dit_moe": lambda: (zoo_models.tiny_ditmoe(), zoo_models.inputs()),
+    "router inside": lambda: (toy(layers.InlineRouting, height=2), toy_inputs()),
+    "stacked": lambda: (toy(layers.StackedExperts, height=2), toy_inputs()),
+    "stacked, one sample": lambda: (toy(layers.StackedExperts, height=2), toy_inputs(1)),
+    "router around a list": lambda: (model_of("block", height=2), inputs_of()),
+    "stacked, gated": lambda: (model_of("stacked", height=2), inputs_of()),
+    "stacked, bf16": lambda: (model_of("stacked", torch.bfloat16), inputs_of(torch.bfloat16, tokens=64)),
 }
 
 
@@ -42,7 +52,45 @@ def test_the_same_regions(name: str) -> None:
     wanted = discover(*MODELS[name](), {})
     found = _found_on_meta(*MODELS[name]())
     assert _without_error(found.regions) == _without_error(wanted.regions) and found.regions
-    assert all(region.error < 1e-5 for region in found.regions)
+    assert all(region.error <= TOLERANCE[next(MODELS[name]()[0].parameters()).dtype] for region in found.regions)
+    assert {region.proven_on for region in found.regions} == {found.regions[0].block}
+    assert not any(region.proven_on for region in wanted.regions)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "bf16" not in name])
+def test_reports_agree(name: str) -> None:
+    """Graphs, FLOPs and caches follow from the replay of one layer."""
+    wanted = moeca_fx.inspect(*MODELS[name]())
+    model, inputs = MODELS[name]()
+    found = moeca_fx.inspect(model.to("meta"), _to_meta(inputs))
+    assert found.sites == wanted.sites and found.flops == wanted.flops and found.cache_bytes > 0
+
+
+def test_the_report_names_what_was_proven() -> None:
+    model = toy(layers.StackedExperts, height=3).to("meta")
+    said = "\n".join(moeca_fx.inspect(model, _to_meta(toy_inputs())).warnings)
+    proven = "with random numbers for weights: storeys.0.layer, for 3 layers of its structure and shapes"
+    assert "nothing was proven on data" in said and proven in said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("boost", [0.99, 1.01])
+def test_code_that_is_one_percent_off_is_refused(kind: Kind, boost: float) -> None:
+    found = _found_on_meta(model_of(kind, boost=boost, height=2), inputs_of(tokens=64))
+    assert not found.regions and any(refusal.is_moe for refusal in found.refused)
+
+
+def test_stacked_experts_share_memory_and_differ() -> None:
+    with torch.device("meta"):
+        layer = layers.StackedExperts()
+        layer.first, layer.second = nn.Parameter(torch.empty(32, 64, 96)), nn.Parameter(torch.empty(32, 96, 64))
+    filled = with_random_weights(layer)
+    first = filled.get_parameter("first")
+    assert first.shape == (32, 64, 96) and first.untyped_storage().nbytes() < first.numel()  # four bytes a number
+    results = torch.randn(64) @ first
+    assert float(torch.corrcoef(results).fill_diagonal_(0).abs().max()) < 0.7
+    assert list(dict(filled.named_parameters())) == list(dict(layer.named_parameters()))
+    assert all(parameter.is_meta for parameter in layer.parameters())
 
 
 def test_each_structure_is_studied_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,15 @@ def _mask(x: Tensor) -> Tensor:
     return mask.unsqueeze(0) * before
 
 
+def _numbered_rows(x: Tensor) -> Tensor:
+    """Positions as models write them, a column at a time."""
+    ids = torch.zeros_like(x)
+    ids[..., 1] = ids[..., 1] + torch.arange(6)
+    before = ids * 2
+    ids[..., 2] = ids[..., 2] - torch.arange(6)
+    return before + ids.square() + torch.tensor([1.0, 2.0] * 4)
+
+
 COVERED: dict[str, tuple[Callable[[Tensor], Tensor], dict[Any, int]]] = {
     "chunk of equal parts": (lambda x: x.chunk(4, -1)[1], {aten.split.Tensor: 1}),
     "chunk with a rest": (lambda x: x.chunk(4, dim=1)[-1], {aten.split.Tensor: 1}),
@@ -77,6 +86,10 @@ COVERED: dict[str, tuple[Callable[[Tensor], Tensor], dict[Any, int]]] = {
     "contiguous": (lambda x: x.transpose(1, 2).contiguous() + 1, {aten.clone.default: 1}),
     "contiguous already": (lambda x: x.contiguous() + 1, {aten.clone.default: 0}),
     "writes to memory of its own": (_mask, {aten.scatter.value: 1, aten.add.Tensor: 2}),
+    "writes to rows of memory of its own": (
+        _numbered_rows,
+        {aten.select_scatter.default: 2, aten.copy_.default: 0, aten.detach_.default: 0},
+    ),
     "an activation in place": (
         lambda x: nnf.silu(nnf.linear(x, torch.ones(4, 8)), inplace=True),
         {aten.silu.default: 1},
@@ -110,7 +123,29 @@ def _write_to_what_a_composition_gave_back(x: Tensor) -> Tensor:
     return y
 
 
+def _write_to_a_row_that_is_read(x: Tensor) -> Tensor:
+    y = x + 1
+    row = y[:, 0]
+    y[:, 0] = x[:, 1]
+    return y + row[:, None]
+
+
+def _write_to_a_row_of_a_view(x: Tensor) -> Tensor:
+    y = x + 1
+    y[:, :2][..., 0] = x[:, 2:4, 1]
+    return y
+
+
+def _write_of_fewer_values_to_a_row(x: Tensor) -> Tensor:
+    y = x + 1
+    y[:, 0] = x[0, 0]
+    return y
+
+
 RETRACED = {
+    "write to a row that is read": _write_to_a_row_that_is_read,
+    "write to a row of a view": _write_to_a_row_of_a_view,
+    "write of fewer values to a row": _write_of_fewer_values_to_a_row,
     "write through a view": _write_through_a_view,
     "write below a view": _write_below_a_view,
     "write to what a composition gave back": _write_to_what_a_composition_gave_back,
@@ -136,6 +171,10 @@ def test_bodies_of_higher_order_calls() -> None:
     assert aten.chunk.default not in targets and aten.split.Tensor in targets
 
 
+def _set_row(values: list[Tensor]) -> None:
+    values[-1][:, 1] = values[0][:, 2]
+
+
 def _fill_rows(values: list[Tensor]) -> None:
     values[-1][:, 1:3].fill_(0.25)
 
@@ -150,6 +189,7 @@ _STEPS: dict[str, Callable[[list[Tensor]], Tensor | None]] = {
     "write last": lambda v: v[-1].mul_(1.5),
     "write middle": lambda v: v[len(v) // 2].add_(v[-1].flip(0)),
     "write part": _fill_rows,
+    "write row": _set_row,
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import moeca_fx
+from moeca_fx.discover.random_weights import with_random_weights
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers.transformed import as_new
 
@@ -131,3 +132,42 @@ def sample(result: Any) -> Tensor:
     """The prediction in either form of the result."""
     found: Tensor = result[0] if isinstance(result, tuple) else result.sample
     return found
+
+
+class _Boosted(nn.Module):
+    """Holds one layer; the tokens of its expert 77 come out `boost` times as large, where no weight shows it."""
+
+    def __init__(self, layer: nn.Module, boost: float) -> None:
+        super().__init__()
+        self.layer = layer
+        run = layer.experts._run_experts_for_loop
+
+        def boosted(x: Tensor, counts: Tensor) -> Tensor:
+            factors = torch.ones(len(counts))
+            factors[77] = boost
+            result = run(x, counts)  # as many rows of every expert
+            return (result.view(len(counts), -1, x.shape[-1]) * factors[:, None, None]).view(x.shape)
+
+        layer.experts._run_experts_for_loop = boosted
+
+    def forward(self, rows: Tensor, plain: Tensor, mood: Tensor) -> Tensor:
+        """The layer's own."""
+        result: Tensor = self.layer(rows, plain, timestep=mood)
+        return result
+
+
+def published_layer(boost: float) -> nn.Module:
+    """One layer with as many and as wide experts as the class has without arguments, whose weights share memory."""
+    from diffusers.models.transformers.transformer_nucleusmoe_image import NucleusMoELayer
+
+    with torch.device("meta"):
+        layer = NucleusMoELayer(2048, 1344, 128, 8.0, use_sigmoid=False, route_scale=2.5)
+    return _Boosted(with_random_weights(layer), boost).eval()
+
+
+def rows_for(layer: nn.Module, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of `published_layer`: tokens, the same before modulation, and the timestep's embedding."""
+    generator = torch.Generator().manual_seed(1)
+    width = layer.get_submodule("layer").hidden_size
+    rows, plain = (torch.randn(1, tokens, width, generator=generator) for _ in range(2))
+    return rows, plain, torch.randn(1, width, generator=generator)

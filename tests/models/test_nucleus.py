@@ -258,3 +258,84 @@ def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
             assert _error(have, sample(eager(**kwargs))) <= 1e-3
             assert index or _error(have, sample(model(**kwargs))) <= TOLERANCE
     assert "could not be compiled" not in caplog.text
+
+
+# -- without weights ------------------------------------------------------------------------------------------------
+
+
+def _to_meta(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return pytree.tree_map_only(torch.Tensor, lambda leaf: leaf.to("meta"), kwargs)
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["loop", "grouped_mm"])
+@pytest.mark.parametrize("name", NAMES)
+def test_on_the_meta_device_the_same_is_found(name: str, grouped: bool) -> None:
+    size = SIZES[name]
+    wanted = moeca_fx.inspect(nucleus.build(size, grouped), (), inputs(size, 1))
+    model, kwargs = nucleus.build(size, grouped).to("meta"), _to_meta(inputs(size, 1))
+    found = moeca_fx.inspect(model, (), kwargs)
+    assert found.sites == wanted.sites and found.refused == wanted.refused and found.flops == wanted.flops
+    assert any("nothing was proven on data" in warning for warning in found.warnings)
+    assert moeca_fx.estimate_memory(model, (), kwargs).total == found.cache_bytes == wanted.cache_bytes
+    with pytest.raises(UnsupportedModelError, match="is on the meta device: expected weights"):
+        moeca_fx.transform(model, (), kwargs)
+
+
+# Of the released weights (17 B parameters), and what the class has without arguments (23 B).
+CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, int], int]] = {
+    "released": (
+        {
+            "out_channels": 16,
+            "num_layers": 32,
+            "num_key_value_heads": 4,
+            "joint_attention_dim": 4096,
+            "dense_moe_strategy": "leave_first_three_blocks_dense",
+            "num_experts": 64,
+            "capacity_factors": [0.0] * 3 + [4.0] * 2 + [2.0] * 27,
+            "use_grouped_mm": True,
+        },
+        {"attention": 32, "dense_ffn": 3, "moe": 29},
+        2,
+    ),
+    "defaults of the class": ({}, {"attention": 24, "dense_ffn": 4, "moe": 20}, 1),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_the_published_configuration_on_the_meta_device(name: str) -> None:
+    from diffusers import NucleusMoEImageTransformer2DModel
+
+    config, counts, structures = CONFIGURATIONS[name]
+    side = 16
+    with torch.device("meta"):
+        model = NucleusMoEImageTransformer2DModel(**config).eval()
+        kwargs = {
+            "hidden_states": torch.empty(1, side * side, 64),
+            "img_shapes": [(1, side, side)],
+            "encoder_hidden_states": torch.empty(1, 32, model.config.joint_attention_dim),
+            "timestep": torch.empty(1),
+        }
+    report = moeca_fx.inspect(model, (), kwargs)
+    kinds = [site.kind for site in report.sites]
+    assert {kind: kinds.count(kind) for kind in sorted(set(kinds))} == counts
+    moe = [site for site in report.sites if site.kind == "moe"]
+    factors = config.get("capacity_factors", [8.0] * 24)
+    layers = [int(site.path.split(".")[1]) for site in moe]
+    experts = model.config.num_experts
+    assert [(site.experts, site.top_k) for site in moe] == [
+        (experts, -int(-factors[layer] * side * side // experts)) for layer in layers
+    ]
+    # Each branch's output of 2048 numbers is kept, in fp32.
+    assert report.cache_bytes > 4 * 2048 * sum(experts * site.top_k for site in moe if site.top_k)
+    said = next(warning for warning in report.warnings if "nothing was proven on data" in warning)
+    assert said.count("img_mlp, for") == structures and "MiB" in str(report)
+
+
+def test_a_layer_of_published_width_is_proven_in_seconds_and_one_percent_is_caught() -> None:
+    """128 experts of 2048 x 1344; every activation and order of halves reads 4 GB unless they share their products."""
+    for boost, proven in ((1.0, True), (1.01, False)):
+        layer = nucleus.published_layer(boost)
+        begin = time.process_time()
+        found = discover(layer, nucleus.rows_for(layer, 64), {})
+        assert bool(found.regions) == proven and time.process_time() - begin < 300
+        assert proven or found.refused[-1].is_moe

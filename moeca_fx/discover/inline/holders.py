@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 from torch import nn
@@ -10,9 +11,10 @@ from moeca_fx.discover.calls import Call, crowded
 from moeca_fx.discover.experts import ModuleExperts, as_expert
 from moeca_fx.discover.inline.block import Block
 from moeca_fx.discover.inline.nearest import Nearest
-from moeca_fx.discover.inline.proof import NO_MATCH, prove_block
-from moeca_fx.discover.inline.recorded import record_block
+from moeca_fx.discover.inline.proof import prove_block
+from moeca_fx.discover.inline.recorded import NO_MATCH, record_block
 from moeca_fx.discover.inline.stacked import (
+    Products,
     StackedExperts,
     StackedForm,
     stacked_forms,
@@ -46,7 +48,7 @@ def prove_modules(
         recorded = replace(record_block(owner, _opened(below), *calls, below, nearest=nearest), more=more)
         for dropped in (False, True):
             try:
-                return prove_block(recorded, modules, ModuleExperts(modules), dropped)
+                return prove_block(recorded, lambda: modules, ModuleExperts(modules), dropped)
             except OffScale:
                 raise
             except NotReplayable as reason:
@@ -90,11 +92,14 @@ def prove_stacked(
     off: OffScale | None = None
     for calls in ((small, large), (crowded(small), crowded(large))):
         more = () if calls[0] is small else (small, large)
-        recorded = replace(record_block(owner, opened, *calls, states=states, nearest=nearest), more=more)
+        recorded = replace(
+            record_block(owner, opened, *calls, states=states, nearest=nearest, stacked=count), more=more
+        )
+        products = Products(holder)
         for dropped, chosen in product((False, True), forms):
-            experts = stacked_modules(holder, chosen)
+            together = StackedExperts(products, chosen, count)
             try:
-                return prove_block(recorded, experts, StackedExperts(holder, chosen, count), dropped, off), chosen
+                return prove_block(recorded, partial(stacked_modules, holder, chosen), together, dropped, off), chosen
             except OffScale as problem:
                 off = problem
             except NotReplayable as problem:

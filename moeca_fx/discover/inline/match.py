@@ -18,7 +18,8 @@ from torch import Tensor
 from moeca_fx.autocast import computed_in
 from moeca_fx.discover.inline.nearest import Nearest
 from moeca_fx.discover.inline.routings import Routing, Shares, find_routings
-from moeca_fx.discover.inline.tape import Ref, Tape
+from moeca_fx.discover.inline.sampled import Outputs, spread
+from moeca_fx.discover.inline.tape import Ref, Tape, from_data
 
 _TOKENS, _CHANNELS = 12, 24  # that hypotheses are compared on
 _PROJECTIONS, _AT_ONCE = 8, 4_000_000
@@ -35,8 +36,8 @@ class Experts(Protocol):
     def count(self) -> int:
         """E."""
 
-    def outputs(self, rows: Tensor) -> Tensor | None:
-        """[J, H] -> [J, E, H]; None when the experts cannot take such rows."""
+    def outputs(self, rows: Tensor, most: int) -> Outputs | None:
+        """Of rows [J, H], on at most `most` channels; None when the experts cannot take such rows."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Search:
     shares: dict[tuple[int, int, bool], Shares] = field(default_factory=dict)
     sums: dict[tuple[int, int], "Sums"] = field(default_factory=dict)
     rows: list[tuple[int, Tensor]] | None = None
+    few: dict[int, Tensor] = field(default_factory=dict)  # compared rows by value: one tensor for all that reads them
     nearest: Nearest | None = None
 
     @property
@@ -89,27 +91,42 @@ class Search:
             experts: what may be routed to.
             dropped: only with branches that are dropped beyond a capacity, else only without.
         """
-        if self.rows is None:
-            self.rows = _likely(self.tape, list(_token_rows(self.before, self.seen)))
-        for x, rows in self.rows:
-            chosen, key = _some(len(rows), _TOKENS), (len(rows), experts.count, dropped)
-            if key not in self.shares:
-                self.shares[key] = find_routings(
-                    self.tape, self.before, experts.count, len(rows), self.samples, chosen, dropped
-                )
-            if not self.shares[key].routings:
+        for x, rows in self._rows():
+            shares = self._shares(len(rows), experts.count, dropped)
+            if not shares.routings:
                 continue  # before the experts are run: that reads all of their weights
-            outputs = experts.outputs(rows[chosen])
+            chosen = spread(len(rows), _TOKENS)
+            outputs = experts.outputs(self.few.setdefault(x, rows[chosen]), _CHANNELS)
             if outputs is not None:
-                yield from self._with(self.shares[key], x, rows, chosen, outputs.double())
+                yield from self._with(shares, x, rows, chosen, outputs)
 
-    def _with(self, shares: Shares, x: int, rows: Tensor, chosen: Tensor, outputs: Tensor) -> Iterator[Match]:
-        tokens, width = len(rows), outputs.shape[-1]
+    def may_route(self, count: int) -> bool:
+        """Whether any values have the form of a routing over `count` experts: else no expert need be run."""
+        return any(self._shares(len(rows), count, False).possible for _, rows in self._rows())
+
+    def _rows(self) -> list[tuple[int, Tensor]]:
+        """Values that may be the experts' input."""
+        if self.rows is None:
+            moving = from_data(self.tape)
+            values = {number: value for number, value in self.before.items() if number in moving}
+            self.rows = _likely(self.tape, list(_token_rows(values, self.seen)))
+        return self.rows
+
+    def _shares(self, tokens: int, count: int, dropped: bool) -> Shares:
+        key = (tokens, count, dropped)
+        if key not in self.shares:
+            chosen = spread(tokens, _TOKENS)
+            self.shares[key] = find_routings(self.tape, self.before, count, tokens, self.samples, chosen, dropped)
+        return self.shares[key]
+
+    def _with(self, shares: Shares, x: int, rows: Tensor, chosen: Tensor, outputs: Outputs) -> Iterator[Match]:
+        tokens, width = len(rows), outputs.width
         if (tokens, width) not in self.sums:
             self.sums[tokens, width] = Sums(self.tape, self.after, tokens, width, chosen)
-        channels = _some(width, _CHANNELS)
-        own = rows[chosen].double() if rows.shape[-1] == width else torch.zeros(len(chosen), width, dtype=torch.float64)
-        parts = torch.cat([outputs, own[:, None]], 1)[..., channels]  # [J, E + 1, c]
+        channels = spread(width, _CHANNELS)
+        none = torch.zeros(len(chosen), len(channels), dtype=torch.float64)
+        own = rows[chosen][:, channels].double() if rows.shape[-1] == width else none
+        parts = torch.cat([outputs.parts.double(), own[:, None]], 1)  # [J, E + 1, c]
         routed = torch.einsum("rje,jec->rjc", shares.weights, parts)
         limit = _NEAR.get(computed_in(rows.dtype), 0.0)
         if self.nearest is not None:
@@ -153,19 +170,13 @@ def _holds(rows: Tensor, row: Tensor) -> bool:
     return rows.shape[-1] == row.shape[-1] and bool((rows == row).all(-1).any())
 
 
-def _some(number: int, most: int) -> Tensor:
-    """Some numbers below `number`, far apart."""
-    count = min(number, most)
-    return torch.arange(count) * number // count
-
-
 class Sums:
     """Values of the tape that may hold the routed sum [N, H]."""
 
     def __init__(self, tape: Tape, after: frozenset[int], tokens: int, width: int, chosen: Tensor) -> None:
         self.numbers: list[int] = []
         parts = []
-        channels = _some(width, _CHANNELS)
+        channels = spread(width, _CHANNELS)
         for number in sorted(tape.values):
             value = tape.values[number]
             if _floats(value) and value.dim() > 1 and value.shape[-1] == width and value.numel() == tokens * width:

@@ -4,7 +4,7 @@ The recipe must give what the block gives on both calls, on other data, and on c
 every expert must enter with the weight that was found (`factors`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -16,24 +16,27 @@ from moeca_fx.discover.inline.block import Block, largest_difference, reference_
 from moeca_fx.discover.inline.factors import check_factors
 from moeca_fx.discover.inline.match import Experts, Match
 from moeca_fx.discover.inline.recipe import make_recipe
-from moeca_fx.discover.inline.recorded import Recorded
+from moeca_fx.discover.inline.recorded import NO_MATCH, Recorded
 from moeca_fx.discover.inline.tape import NotReplayable, Tape
 from moeca_fx.discover.reference import tolerance_of
 from moeca_fx.discover.scales import OffScale
 from moeca_fx.reasons import Reason
 
-NO_MATCH = "no values of its run are token rows, a routing over its experts, and their weighted sum"
 _TRIED = 12  # hypotheses that are made into recipes and run
 
 
 def prove_block(
-    recorded: Recorded, experts: Sequence[nn.Module], together: Experts, dropped: bool, off: OffScale | None = None
+    recorded: Recorded,
+    make: Callable[[], Sequence[nn.Module]],
+    together: Experts,
+    dropped: bool,
+    off: OffScale | None = None,
 ) -> Block:
     """Find and prove the routed experts of a block.
 
     Args:
         recorded: its calls.
-        experts: one module an expert, in order of expert id, those without parameters too.
+        make: gives one module an expert, in order of expert id, those without parameters too.
         together: the same experts.
         dropped: whether to look for branches that are dropped beyond a capacity; they are not found otherwise.
         off: what another reading of the same block was refused for; then every expert's factor must be well known.
@@ -46,6 +49,7 @@ def prove_block(
     problem = NotReplayable(NO_MATCH, Reason.ROUTING_UNKNOWN)
     for match in islice(recorded.search.matches(together, dropped), _TRIED):
         try:
+            experts = make()
             block = _block(match, short, recorded.long, experts)
             calls = (small, recorded.large, changed(small), crowded(small), *recorded.more)
             error = max(_error(block, recorded.owner, experts, call) for call in calls)

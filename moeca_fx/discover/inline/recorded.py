@@ -13,6 +13,8 @@ from moeca_fx.discover.inline.nearest import Nearest
 from moeca_fx.discover.inline.tape import NotReplayable, Ref, Tape, depends_on, record
 from moeca_fx.reasons import Reason
 
+NO_MATCH = "no values of its run are token rows, a routing over its experts, and their weighted sum"
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -47,8 +49,9 @@ def record_block(
     paths: Sequence[str] = (),
     states: Sequence[str] = (),
     nearest: Nearest | None = None,
+    stacked: int = 0,
 ) -> Recorded:
-    """Run a block on both calls.
+    """Run a block on both calls; on the first alone where nothing in it can route to stacked experts.
 
     Args:
         owner: module of the calls.
@@ -57,17 +60,21 @@ def record_block(
         paths: of the experts below the owner; none for stacked ones.
         states: paths below the owner of the parameters that stack experts.
         nearest: remembers the hypothesis that came nearest.
+        stacked: how many experts are stacked; 0 for modules, where rows that they were called with decide.
 
     Raises:
-        NotReplayable: it cannot be recorded, or returns NaN or infinity.
+        NotReplayable: it cannot be recorded, returns NaN or infinity, or holds nothing that could route.
     """
-    short, long = (record(owner, opened, call.args, call.kwargs) for call in (small, large))
+    short = record(owner, opened, small.args, small.kwargs)
     results = [short.values.get(leaf.number) for leaf in short.outputs if isinstance(leaf, Ref)]
     if not all(bool(torch.isfinite(value).all()) for value in results if value is not None):
         # NaN equals nothing: the search would hold every value for another one
         raise NotReplayable(NOT_FINITE, Reason.NOT_FINITE)
     below = frozenset(paths), frozenset(states)
     search = Search(short, small.samples, _rows_seen(short, paths), depends_on(short, *below), nearest=nearest)
+    if stacked and not search.may_route(stacked):
+        raise NotReplayable(NO_MATCH, Reason.ROUTING_UNKNOWN)  # before more runs: its router is further out
+    long = record(owner, opened, large.args, large.kwargs)
     return Recorded(owner, small, large, short, long, search, opened, *below)
 
 

@@ -63,10 +63,12 @@ class Shares:
     Attributes:
         routings: one a row of `weights`.
         weights: [R, J, E + 1] fp64 on the sampled tokens; the last column is the weight of ids beyond the experts.
+        possible: whether any values have the form of a routing, even one that gives the sampled tokens no expert.
     """
 
     routings: list[Routing]
     weights: Tensor
+    possible: bool = True
 
 
 def find_routings(
@@ -99,7 +101,7 @@ def find_routings(
         if bool(torch.isfinite(share).all()) and bool((share[:, :count] != 0).any()):
             kept.setdefault(share.numpy().tobytes(), (routing, share))
     if not kept:
-        return Shares([], torch.zeros(0, len(chosen), count + 1, dtype=torch.float64))
+        return Shares([], torch.zeros(0, len(chosen), count + 1, dtype=torch.float64), bool(found))
     return Shares([routing for routing, _ in kept.values()], torch.stack([share for _, share in kept.values()]))
 
 

@@ -8,7 +8,7 @@ No name decides: every form is tried, and the proof keeps the one that the model
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import permutations, product
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moeca_fx.autocast import Autocast
+from moeca_fx.discover.inline.sampled import Outputs, spread
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -88,27 +89,68 @@ class StackedExpert(nn.Module):
 
 
 @dataclass(frozen=True)
+class Products:
+    """Products of rows with the matrices of all experts, kept for the many forms that share them.
+
+    Attributes:
+        owner: of the parameters.
+        made: by rows and matrix, with the rows, so that their identity stays theirs.
+    """
+
+    owner: nn.Module
+    made: dict[tuple[int, Matrix], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def of(self, rows: Tensor, matrix: Matrix) -> Tensor:
+        """Rows [J, in] -> [E, J, out]."""
+        key = (id(rows), matrix)
+        if key not in self.made:
+            # One by one: a batched product may copy the stack.
+            slices = _slices(self.owner, matrix)
+            product = torch.stack([functional.linear(rows, weight) for weight in slices])
+            self.made[key] = (rows, _plus_bias(self.owner, matrix, product))
+        return self.made[key][1]
+
+
+@dataclass(frozen=True)
 class StackedExperts:
     """All experts of one form, run on the same rows."""
 
-    owner: nn.Module
+    products: Products
     form: StackedForm
     count: int
 
-    def outputs(self, rows: Tensor) -> Tensor | None:
-        """[J, H] -> [J, E, H]; None when the rows are of another width or type."""
-        first, weight = self.form.up[0], self.owner.get_parameter(self.form.up[0].weight)
-        if rows.shape[-1] != weight.shape[1 if first.transposed else 2] or not _fit(rows, weight):
+    def outputs(self, rows: Tensor, most: int) -> Outputs | None:
+        """Of rows [J, H], on at most `most` channels; None when the rows are of another width or type."""
+        owner, down = self.products.owner, self.form.down
+        first = owner.get_parameter(self.form.up[0].weight)
+        if rows.shape[-1] != first.shape[1 if self.form.up[0].transposed else 2] or not _fit(rows, first):
             return None
-        with torch.no_grad():
-            return _forward(self.form, rows, self._times).transpose(0, 1)
+        weight = owner.get_parameter(down.weight)
+        width = weight.shape[2 if down.transposed else 1]
+        channels = spread(width, most)
 
-    def _times(self, x: Tensor, matrix: Matrix) -> Tensor:
-        weight = self.owner.get_parameter(matrix.weight)
-        product = x @ (weight if matrix.transposed else weight.transpose(1, 2))  # [E, J, out]
-        if matrix.bias is None:
-            return product
-        return product + self.owner.get_parameter(matrix.bias).reshape(self.count, 1, -1)
+        def times(x: Tensor, matrix: Matrix) -> Tensor:
+            if matrix is not down:
+                return self.products.of(x, matrix)
+            own = weight[..., channels] if down.transposed else weight[:, channels].transpose(1, 2)
+            return _plus_bias(owner, down, x @ own, channels)  # [E, J, c]
+
+        with torch.no_grad():
+            return Outputs(_forward(self.form, rows, times).transpose(0, 1), width)
+
+
+def _slices(owner: nn.Module, matrix: Matrix) -> Iterator[Tensor]:
+    """Each expert's matrix [out, in]."""
+    weight = owner.get_parameter(matrix.weight)
+    return (row.transpose(0, 1) if matrix.transposed else row for row in weight.unbind())
+
+
+def _plus_bias(owner: nn.Module, matrix: Matrix, product: Tensor, channels: Tensor | None = None) -> Tensor:
+    """[E, J, out] with each expert's bias, or its channels of it."""
+    if matrix.bias is None:
+        return product
+    bias = owner.get_parameter(matrix.bias).reshape(len(product), 1, -1)
+    return product + (bias if channels is None else bias[..., channels])
 
 
 def _fit(rows: Tensor, weight: Tensor) -> bool:

@@ -119,6 +119,15 @@ def depends_on(tape: Tape, modules: frozenset[str], states: frozenset[str]) -> f
     return frozenset(found)
 
 
+def from_data(tape: Tape) -> frozenset[int]:
+    """Numbers of the values that may change with the call's arguments: all but what follows from parameters alone."""
+    found = {number for number, source in tape.sources.items() if source.kind != "state"}
+    for entry in tape.entries:
+        if entry.is_module or not found.isdisjoint(entry.reads()):
+            found |= {number for number in entry.outputs if number is not None}
+    return frozenset(found)
+
+
 def record(owner: nn.Module, opened: frozenset[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tape:
     """Run `owner` once and write down what it computes.
 
