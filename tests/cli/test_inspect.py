@@ -6,7 +6,9 @@ import onnx
 import pytest
 
 from moeca_fx.export.manifest import FILE, read_manifest
+from tests.discover.layers import StackedExperts
 from tests.helpers.artefacts import cache, cache_ports, make_artefact, refused_artefact
+from tests.helpers.toys import toy, toy_inputs
 
 STAGES = (
     "capture",
@@ -39,6 +41,18 @@ def test_the_table_lists_every_site(run, monkeypatch):
     assert "router sigmoid, bias-corrected top-2" in text and "shared expert shared_experts" in text
     assert "4 sites hold" in text
     assert result.stderr == ""
+
+
+def test_a_model_without_weights(run):
+    result = run("inspect", "tests.cli.test_inspect:on_meta")
+    assert result.exit_code == 0
+    assert "sites hold" in result.stdout and "MoE" in result.stdout
+    assert "nothing was proven on data" in result.stderr and "storeys.0.layer" in result.stderr
+
+
+def on_meta():
+    """Two layers of stacked experts, on the meta device."""
+    return toy(StackedExperts, height=2).to("meta"), tuple(value.to("meta") for value in toy_inputs())
 
 
 def test_json_is_all_that_reaches_stdout(run):
