@@ -13,6 +13,7 @@ from moeca_fx.zoo import build
 from moeca_fx.zoo.dsmoe import DSMoE
 from moeca_fx.zoo.layers import unpatchify
 from moeca_fx.zoo.sampling import noise_and_labels, sample
+from tests.helpers.grids import slow
 from tests.helpers.zoo_models import tiny_ditmoe, tiny_dsmoe
 
 pytest.importorskip("cache_dit", reason="the package cache-dit is not installed (extra: peers)")
@@ -95,7 +96,7 @@ def run(model, start, settings, steps=STEPS):
     return images, cached.cached_steps, counter.get_total_flops()
 
 
-@pytest.mark.parametrize("threshold", [NEVER, -0.5])
+@pytest.mark.parametrize("threshold", [NEVER, slow(-0.5)])
 def test_without_a_threshold_every_step_computes_and_equals_the_original(digits, start, reference, threshold):
     images, cached, flops = run(digits, start, CacheDitSettings(first=1, threshold=threshold, warmup=0))
     with flop_counter() as counter:

@@ -8,16 +8,21 @@ import pytest
 import torch
 from PIL import Image
 
+from moeca_fx import zoo
 from moeca_fx.demo import DemoSettings, VariantResult
 from moeca_fx.demo.table import table_cells
 from moeca_fx.errors import ConfigError, MoecaError
 from moeca_fx.timing import fastest_threads, median_speedup, pinned_threads, time_interleaved
+from tests.helpers.grids import slow
+from tests.helpers.zoo_models import shallow_digits
 
 QUICK = ("--steps", "9", "--batch", "10", "--repeats", "2", "--interval", "3")
 
 
-@pytest.fixture
-def quick_demo(run, project):
+@pytest.fixture(params=["two blocks", slow("as it is")])
+def quick_demo(run, project, request, monkeypatch):
+    if request.param == "two blocks":
+        monkeypatch.setattr(zoo, "build", {"digits": shallow_digits()}.__getitem__)
     result = run("demo", *QUICK, "--out", "shown")
     assert result.exit_code == 0, result.output
     return result, json.loads((project / "shown" / "demo.json").read_text()), project / "shown" / "demo.png"

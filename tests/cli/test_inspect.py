@@ -24,6 +24,16 @@ STAGES = (
 )
 
 
+_RECORDS = {}
+
+
+def _record(run, *options):
+    """What it says of the tiny model as JSON; once for all tests that ask the same."""
+    if options not in _RECORDS:
+        _RECORDS[options] = json.loads(run("inspect", "tiny_models:tiny", "--json", *options).stdout)
+    return _RECORDS[options]
+
+
 def test_the_table_lists_every_site(run, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     result = run("inspect", "tiny_models:tiny")
@@ -56,20 +66,13 @@ def on_meta():
 
 
 def test_json_is_all_that_reaches_stdout(run):
-    result = run("inspect", "tiny_models:tiny", "--json")
-    record = json.loads(result.stdout)
+    record = _record(run)
     assert sorted(site["kind"] for site in record["sites"]) == ["attention", "attention", "dense_ffn", "moe"]
     assert "graphs" not in record
 
 
 def test_the_cache_grows_with_the_batch(run):
-    sizes = [
-        sum(
-            site["cache_bytes"]
-            for site in json.loads(run("inspect", "tiny_models:tiny", "--json", "--batch", n).stdout)["sites"]
-        )
-        for n in (1, 3)
-    ]
+    sizes = [sum(site["cache_bytes"] for site in _record(run, "--batch", n)["sites"]) for n in (1, 3)]
     assert sizes[1] == 3 * sizes[0] > 0
 
 
@@ -133,8 +136,7 @@ def test_an_unproven_region_is_refused_with_its_path_and_reason(refuse):
 
 def test_the_cache_in_fewer_bits(run, refuse):
     sizes = [
-        json.loads(run("inspect", "tiny_models:tiny", "--json", *options).stdout)["cache_bytes"]
-        for options in ((), ("--cache-dtype", "bf16"), ("--cache-dtype", "fp8"))
+        _record(run, *options)["cache_bytes"] for options in ((), ("--cache-dtype", "bf16"), ("--cache-dtype", "fp8"))
     ]
     assert sizes[0] > sizes[1] > sizes[2] > 0
     message = refuse("inspect", "tiny_models:tiny", "--cache-dtype", "int4")

@@ -8,6 +8,7 @@ import pytest
 import moeca_fx
 from moeca_fx.errors import MoecaError
 from moeca_fx.files import write_whole
+from tests.helpers.grids import slow
 
 WITHOUT_TYPER = """
 import sys
@@ -52,7 +53,9 @@ main()
 """
 
 
-@pytest.mark.parametrize("arguments", [("sample", "tiny_models:tiny"), ("demo",)], ids=lambda a: a[0])
+@pytest.mark.parametrize(
+    "arguments", [pytest.param(("demo",), id="demo"), slow(("sample", "tiny_models:tiny"), id="sample")]
+)
 def test_without_the_demo_extra_the_command_names_it(project, arguments):
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_DEMO_PACKAGES, *arguments], capture_output=True, text=True, check=False

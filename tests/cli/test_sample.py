@@ -10,6 +10,7 @@ from moeca_fx.cli.classes import parse_classes
 from moeca_fx.cli.flow import flow_of
 from moeca_fx.cli.target import load_target
 from moeca_fx.errors import InputError, TargetError
+from tests.helpers.grids import slow
 
 STEPS = ("--steps", "6")
 
@@ -39,7 +40,7 @@ def test_classes_fill_rows_of_ten(run, project):
         assert picture.size == (10 * 96 + 9 * 4, 2 * 96 + 4)
 
 
-@pytest.mark.parametrize("policy", ["toca", "teacache"])
+@pytest.mark.parametrize("policy", ["toca", slow("teacache")])
 def test_a_method_that_must_know_the_steps_is_told(run, policy):
     result = run("sample", "tiny_models:tiny", *STEPS, "--policy", policy, "--out", "it.png")
     assert result.exit_code == 0, result.output

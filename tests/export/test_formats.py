@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,10 +43,9 @@ POLICIES: dict[str, dict[str, Any]] = {
 FAST = ("fora",)
 
 
-@pytest.fixture(scope="module")
-def deep() -> tuple[nn.Module, TransformedModel]:
-    """Two dense and two MoE blocks, which every policy can work on."""
-    model = zoo_models.tiny_dsmoe(depth=4)
+@cache
+def _traced(depth: int) -> tuple[nn.Module, TransformedModel]:
+    model = zoo_models.tiny_dsmoe(depth=depth)
     return model, moeca_fx.transform(model, zoo_models.inputs(), policy=None)
 
 
@@ -69,8 +69,8 @@ def _toy_steps(batch: int) -> list[tuple[Tensor, ...]]:
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in POLICIES]
 )
-def test_every_policy(deep: tuple[nn.Module, TransformedModel], name: str, tmp_path: Path) -> None:
-    model, plain = deep
+def test_every_policy(name: str, tmp_path: Path) -> None:
+    model, plain = _traced(2 if name in FAST else 4)  # two dense and two MoE blocks: every policy can work on them
     method: Method = build(name, **POLICIES[name])
     manifest = to_pt2(model, tmp_path, zoo_models.inputs(), policy=method, batch=SIZES)
     names = [graph["name"] for graph in manifest.graphs]
@@ -83,8 +83,8 @@ def test_every_policy(deep: tuple[nn.Module, TransformedModel], name: str, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
-def test_every_policy_in_onnxruntime(deep: tuple[nn.Module, TransformedModel], name: str, tmp_path: Path) -> None:
-    model, plain = deep
+def test_every_policy_in_onnxruntime(name: str, tmp_path: Path) -> None:
+    model, plain = _traced(4)
     method = build(name, **POLICIES[name])
     to_onnx(model, tmp_path, zoo_models.inputs(), policy=method, batch=SIZES)
     for batch in (1, 5):

@@ -18,6 +18,7 @@ from moeca_fx.export.onnx.translations import translations
 from moeca_fx.export.onnx.whole import NAMESPACE, WHOLE
 from moeca_fx.ops import bounded, dispatch, rows, slots
 from moeca_fx.policies import branch
+from tests.helpers.grids import slow
 
 TOKENS, TOP_K, EXPERTS, WIDTH, HEADS = 5, 2, 4, 6, 3
 WEIGHT = torch.randn(EXPERTS, WIDTH, WIDTH, generator=torch.Generator().manual_seed(4))
@@ -234,7 +235,11 @@ def _exported(function: Callable[..., Any], inputs: tuple[Tensor, ...], folder: 
     return onnxruntime.InferenceSession(str(folder / "case.onnx"), providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("name", CASES)
+# Another form of a case beside it.
+SLOW = ("grouped queries", "decide by raw weight", "expert_threshold by tokens")
+
+
+@pytest.mark.parametrize("name", [slow(name) if name in SLOW else name for name in CASES])
 def test_a_translation_computes_what_the_function_does(name: str, tmp_path: Path) -> None:
     function, inputs = CASES[name]
     session = _exported(function, inputs(3)[0], tmp_path)

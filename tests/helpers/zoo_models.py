@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from moeca_fx.zoo import DiTMoE, DiTMoEConfig, DSMoE, DSMoEConfig, randomize_
+from moeca_fx.zoo import DiTMoE, DiTMoEConfig, DSMoE, DSMoEConfig, build, randomize_
 
 Family = Literal["dsmoe", "dsmoe-groups", "ditmoe", "ditmoe-packed"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
@@ -61,6 +61,14 @@ def tiny(family: Family, seed: int = 0) -> DSMoE | DiTMoE:
     if family.startswith("dsmoe"):
         return tiny_dsmoe(groups=2 if family == "dsmoe-groups" else 1, seed=seed)
     return tiny_ditmoe(packed=family == "ditmoe-packed", seed=seed)
+
+
+def shallow_digits() -> DSMoE:
+    """The trained digits model with its first two blocks alone, one dense and one MoE: it costs a third."""
+    model = build("digits")
+    assert isinstance(model, DSMoE)
+    model.blocks = model.blocks[:2]
+    return model
 
 
 def inputs(batch: int = 2, seed: int = 0, t: float = 0.0, dtype: torch.dtype = torch.float32) -> Inputs:

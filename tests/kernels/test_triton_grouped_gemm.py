@@ -9,6 +9,7 @@ from torch.nn import functional
 
 pytest.importorskip("triton", reason="triton is not installed")
 from moeca_fx.kernels.triton_gpu import Tile, Tiles, gated_experts, grouped_mm_experts, plan
+from tests.helpers.grids import spread
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPERTS, UNTOUCHED = 6, -7.0
@@ -89,9 +90,11 @@ def _check(case: Case, found: tuple[Tensor, Tensor], expected: Tensor) -> None:
     torch.testing.assert_close(norm[live], torch.linalg.vector_norm(feature[live].float(), dim=-1), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("top_k", [1, 5])
-@pytest.mark.parametrize("sizes", [(48, 32), (115, 115), (40, 72)], ids=["even", "115", "uneven"])
+@pytest.mark.parametrize(
+    ("sizes", "top_k", "share"),
+    spread([(48, 32), (115, 115), (40, 72)], [1, 5], [0.0, 1.0, 0.1]),
+    ids=str,
+)
 def test_equals_one_branch_at_a_time(sizes: tuple[int, int], top_k: int, share: float) -> None:
     case = Case(share, top_k=top_k, sizes=sizes)
     _check(case, case.run(), case.expected())
@@ -103,8 +106,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
     _check(case, case.run(), case.expected())
 
 
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("activation", "gated"), spread(list(ACTIVATIONS), [True, False]))
 def test_activations_and_biases(activation: str, gated: bool) -> None:
     case = Case(tokens=9, biased=True)
     options = {} if gated else {"gate": None}
@@ -146,8 +148,7 @@ def test_the_result_does_not_depend_on_the_tiles(tile: Tile) -> None:
     _check(case, case.run(tiles=Tiles(tile, tile)), case.expected())
 
 
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-@pytest.mark.parametrize("sizes", [(48, 32), (40, 72), (115, 48)], ids=["even", "uneven", "not aligned"])
+@pytest.mark.parametrize(("sizes", "gated"), spread([(48, 32), (40, 72), (115, 48)], [True, False]), ids=str)
 def test_weights_through_the_tensor_memory_accelerator(sizes: tuple[int, int], gated: bool) -> None:
     case = Case(sizes=sizes, dtype=torch.float16, biased=True)
     tile = Tile(16, 32, 32, per_sm=1, tma=True)

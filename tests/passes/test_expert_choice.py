@@ -24,6 +24,7 @@ from moeca_fx.runtime.flops import flop_counter
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers.compiled import Vectorized, run_steps, vectorized
 from tests.helpers.expert_choice_toys import LOTS, Market, market_toy
+from tests.helpers.grids import slow
 from tests.helpers.passes import check_pass, staged
 from tests.helpers.toys import POOL, TOKENS, WIDTH, Toy, toy_inputs
 from tests.policies.every import STEPS, every_method, label
@@ -118,8 +119,11 @@ def test_flops_are_those_that_ran() -> None:
 
 @pytest.mark.parametrize(
     ("policy", "cache_dtype"),
-    [(SOME, None), (SOME, "fp8"), (BranchForecast(order=1, select="error_budget"), "bf16")],
-    ids=["held", "held-fp8", "forecast-bf16"],
+    [
+        slow(SOME, None, id="held"),
+        pytest.param(SOME, "fp8", id="held-fp8"),
+        pytest.param(BranchForecast(order=1, select="error_budget"), "bf16", id="forecast-bf16"),
+    ],
 )
 def test_memory_is_what_was_estimated(policy: Method, cache_dtype: CacheDtype | None) -> None:
     model = market_toy()

@@ -13,6 +13,7 @@ from moeca_fx.passes.lower_export import lower_export
 from moeca_fx.policies.rules import BranchRule
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers import zoo_models
+from tests.helpers.grids import slow, spread
 from tests.helpers.transformed import SOME, zoo_pair
 from tests.helpers.zoo_models import Family
 
@@ -51,8 +52,7 @@ def _trajectory(
     return made
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", ["dsmoe", "ditmoe-packed"])
+@pytest.mark.parametrize(("policy", "family"), spread(list(POLICIES), ["dsmoe", "ditmoe-packed"]))
 def test_a_trajectory_equals_that_of_two_graphs(family: Family, policy: str) -> None:
     _, fast = zoo_pair(family, POLICIES[policy])
     steps = list(zoo_models.trajectory(3, 6))
@@ -63,9 +63,13 @@ def test_a_trajectory_equals_that_of_two_graphs(family: Family, policy: str) -> 
             torch.testing.assert_close(result, zoo_models.prediction(fast(*inputs)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("family", ["dsmoe", "ditmoe"])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("policy", "family", "batch"),
+    [(name, "dsmoe", 3) for name in POLICIES]
+    + [("some", "ditmoe-packed", 1)]
+    + [slow(name, "dsmoe", 1) for name in POLICIES]
+    + [slow(name, "ditmoe", batch) for name in POLICIES for batch in (1, 3)],
+)
 def test_the_form_for_export_computes_and_counts_the_same(family: Family, policy: str, batch: int) -> None:
     _, fast = zoo_pair(family, POLICIES[policy])
     steps = list(zoo_models.trajectory(batch, 6))

@@ -18,6 +18,7 @@ from moeca_fx.runtime.module import TransformedModel
 from tests.helpers import zoo_models
 from tests.helpers.compiled import vectorized
 from tests.helpers.graphs import Compute, exported, stream
+from tests.helpers.grids import slow, spread
 from tests.helpers.passes import check_pass
 from tests.helpers.toys import WIDTH, Blend, Quarry, Toy, Wedge, toy, toy_inputs
 from tests.helpers.transformed import zoo_pair
@@ -47,18 +48,18 @@ def _steps(fast: TransformedModel) -> list[Tensor]:
         return [fast(*inputs)[0].clone() for inputs in zoo_models.trajectory(3, steps=6)]
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        SOME,
-        MoECa(tau0=0.6, attention="reuse", entropy_norm="minmax", score_weight="raw"),
-        policies.build("branch_forecast", order=1, select="score"),
-        policies.build("branch_forecast", margin=0.05, attention="full"),
-        policies.build("toca", steps=6),
-    ],
-    ids=lambda method: method.method,
+METHODS = (
+    SOME,
+    MoECa(tau0=0.6, attention="reuse", entropy_norm="minmax", score_weight="raw"),
+    policies.build("branch_forecast", order=1, select="score"),
+    policies.build("branch_forecast", margin=0.05, attention="full"),
+    policies.build("toca", steps=6),
 )
-@pytest.mark.parametrize("family", ["dsmoe", "ditmoe"])
+
+
+@pytest.mark.parametrize(
+    ("method", "family"), spread(METHODS, ("dsmoe", "ditmoe")), ids=lambda value: getattr(value, "method", value)
+)
 def test_trajectories_with_and_without(
     method: policies.Method, family: zoo_models.Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,9 +153,9 @@ class _Two(nn.Module):
     ("act", "name"),
     [
         (functional.silu, "silu"),
-        (functional.gelu, "gelu"),
+        slow(functional.gelu, "gelu"),
         (lambda z: functional.gelu(z, approximate="tanh"), "gelu_tanh"),
-        (functional.relu, "relu"),
+        slow(functional.relu, "relu"),
     ],
 )
 def test_the_form_of_an_expert_without_a_gate(act: Callable[[Tensor], Tensor], name: str) -> None:

@@ -25,6 +25,7 @@ from moeca_fx.zoo import DiTMoE, DiTMoEConfig, randomize_
 from tests.helpers import zoo_models
 from tests.helpers.compiled import Vectorized, vectorized
 from tests.helpers.graphs import Compute, exported, stream
+from tests.helpers.grids import slow
 from tests.helpers.passes import check_pass
 from tests.helpers.toys import toy, toy_inputs
 
@@ -112,8 +113,17 @@ def _recomputed(results: list[Tensor], step: StepGraph, graphs: CachedGraphs) ->
     return 100 * sum(counts) / sum(codes)
 
 
-@pytest.mark.parametrize("policy", [SOME, ALL, UNMATCHED], ids=["some", "all", "none"])
-@pytest.mark.parametrize("make", [_dsmoe, _ditmoe])
+@pytest.mark.parametrize(
+    ("make", "policy"),
+    [
+        pytest.param(_dsmoe, SOME, id="dsmoe-some"),
+        pytest.param(_dsmoe, UNMATCHED, id="dsmoe-none"),
+        slow(_dsmoe, ALL, id="dsmoe-all"),
+        pytest.param(_ditmoe, ALL, id="ditmoe-all"),
+        slow(_ditmoe, SOME, id="ditmoe-some"),
+        slow(_ditmoe, UNMATCHED, id="ditmoe-none"),
+    ],
+)
 def test_a_trajectory_in_fp32(make: Callable[[], nn.Module], policy: MoECa) -> None:
     model = _made(make)
     graphs, results = _lowered(model, policy)
@@ -132,7 +142,7 @@ def test_a_trajectory_in_fp32(make: Callable[[], nn.Module], policy: MoECa) -> N
 
 
 @pytest.mark.parametrize(
-    ("make", "dtype"), [(_dsmoe, torch.bfloat16), (_ditmoe, torch.bfloat16), (_ditmoe, torch.float16)]
+    ("make", "dtype"), [(_dsmoe, torch.bfloat16), slow(_ditmoe, torch.bfloat16), (_ditmoe, torch.float16)]
 )
 def test_steps_in_lower_precision(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
     """Every step from the reference's caches: a rounding error that chooses another expert must not spread."""

@@ -18,6 +18,7 @@ from moeca_fx.policies import Method
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers import zoo_models
 from tests.helpers.compiled import Vectorized, vectorized
+from tests.helpers.grids import spread
 from tests.helpers.passes import count_ops
 from tests.helpers.transformed import run
 
@@ -59,8 +60,7 @@ def test_results_are_close_to_those_of_an_exact_cache_and_not_equal(name: str, d
     assert 0 < max(errors) < allowed, errors
 
 
-@pytest.mark.parametrize("dtype", [None, "bf16", "fp8"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "dtype"), spread(list(METHODS), [None, "bf16", "fp8"]))
 def test_memory_is_what_was_estimated(name: str, dtype: CacheDtype | None) -> None:
     fast, _ = _run(name, dtype)
     inputs = zoo_models.inputs()

@@ -12,6 +12,7 @@ from torch import Tensor
 import moeca_fx
 from moeca_fx import MoECa, NothingReusedWarning
 from moeca_fx.errors import ConfigError
+from tests.helpers.grids import slow
 from tests.helpers.pipelines import TextPipeline, dit_pipeline, prompts, text_pipeline
 from tests.helpers.requests import SOME, draw, write
 
@@ -202,9 +203,10 @@ def test_two_pipelines_that_share_a_transformer_and_a_scheduler() -> None:
     assert torch.equal(write(third), write(text_pipeline()))
 
 
-def test_two_pipelines_in_two_threads() -> None:
+@pytest.mark.parametrize("heights", [(4,), slow((4, 8))], ids=str)
+def test_two_pipelines_in_two_threads(heights: tuple[int, ...]) -> None:
     """They share a model, and both make their first requests at once."""
-    policies, heights = (SOME, MoECa(interval=2)), (4, 8)
+    policies = (SOME, MoECa(interval=2))
     expected = [[write(pipe, height=height) for height in heights] for pipe in map(_fresh, policies)]
     shared = text_pipeline()
     pipes = [moeca_fx.apply(TextPipeline(shared.transformer, DDIMScheduler()), policy) for policy in policies]

@@ -1,12 +1,13 @@
 """Cached steps equal the slow reference: outputs and every cached tensor, for every config choice."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
 from moeca_fx import MoECa
 from moeca_fx.policies.branch import EntropyNorm, ScoreWeight
 from moeca_fx.policies.rules import AttentionMode, RowMode
+from tests.helpers.grids import slow
 from tests.policies.comparison import run_both
 from tests.reference.cases import FAMILIES, Family
 
@@ -39,30 +40,44 @@ def _name(policy: MoECa) -> str:
     return f"{rows}-{policy.score_weight}-{policy.entropy_norm}-{policy.interval}"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("policy", _choices(), ids=_name)
-def test_partly_recomputed(family: Family, policy: MoECa) -> None:
+def _spread() -> list[Any]:
+    """Every config with every family; in the fast ones, each pair of values and each value with a family meets once."""
+    cells = []
+    for index, policy in enumerate(_choices()):
+        fast = FAMILIES[(index // 3 - index) % len(FAMILIES)]
+        cells += [
+            (pytest.param if family == fast else slow)(policy, family, id=f"{_name(policy)}-{family}")
+            for family in FAMILIES
+        ]
+    return cells
+
+
+ONE_FAMILY = [FAMILIES[0], *map(slow, FAMILIES[1:])]
+
+
+@pytest.mark.parametrize(("policy", "family"), _spread())
+def test_partly_recomputed(policy: MoECa, family: Family) -> None:
     totals = run_both(family, policy)
     branches, recomputed = (sum(getattr(c, name) for c in totals) for name in ("branches", "recomputed"))
     assert 0 < recomputed < branches
     assert sum(c.matched for c in totals) < branches  # some branches lost their expert
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE_FAMILY)
 def test_everything_recomputed(family: Family) -> None:
     totals = run_both(family, MoECa(tau0=0.0))
     assert sum(c.recomputed for c in totals) == sum(c.branches for c in totals) > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ONE_FAMILY)
 def test_nothing_recomputed(family: Family) -> None:
     totals = run_both(family, MoECa(tau0=50.0), drift=1e-4, tick=1e-3)
     assert sum(c.branches for c in totals) > 0
     assert sum(c.recomputed + c.attention_rows + c.ffn_rows + c.shared_rows for c in totals) == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("seed", [4, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ONE_FAMILY)
+@pytest.mark.parametrize("seed", [4, slow(5)])
 def test_other_weights_and_inputs(family: Family, seed: int) -> None:
     totals = run_both(family, MoECa(tau0=SOME), batch=3, seed=seed)
     assert 0 < sum(c.recomputed for c in totals) < sum(c.branches for c in totals)

@@ -12,6 +12,7 @@ from moeca_fx import policies
 from moeca_fx.policies import Method
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers import zoo_models
+from tests.helpers.grids import slow
 from tests.helpers.transformed import as_new
 from tests.policies.every import BATCH_WISE, REQUIRED, STEPS, every_method, label
 
@@ -23,7 +24,14 @@ def _stands_for_its_level(method: Method) -> bool:
     return name in LEVELS and method == policies.build(name, **REQUIRED.get(name, {}))
 
 
-METHODS = [pytest.param(method, id=label(method)) for method in every_method()]
+# Other settings of a method whose own run is fast; the parts are tested apart.
+SLOW = (
+    policies.build("branch_forecast", order=2, select="score"),
+    policies.build("branch_forecast", select="score_budget", share=0.3),
+    policies.build("forecast", order=2, basis="lagrange"),
+    policies.build("dbcache", threshold=0.5, order=1),
+)
+METHODS = [(slow if method in SLOW else pytest.param)(method, id=label(method)) for method in every_method()]
 
 
 def _model() -> torch.nn.Module:
@@ -86,9 +94,10 @@ def test_a_sample_does_not_depend_on_its_batch(method: Method) -> None:
     torch.testing.assert_close(together[1:2], alone, rtol=1e-4, atol=1e-5)
 
 
-# One of each level in the fast suite, all with `make slow`: Dynamo takes seconds a graph.
+# Dynamo takes seconds a graph.
+FAST = ("calibrated", "branch_forecast")
 COMPILED = [
-    pytest.param(method, id=label(method), marks=() if _stands_for_its_level(method) else pytest.mark.slow)
+    (pytest.param if method.method in FAST and _stands_for_its_level(method) else slow)(method, id=label(method))
     for method in every_method()
 ]
 
@@ -121,7 +130,7 @@ def _example_arguments(fast: TransformedModel, name: str) -> list[torch.Tensor]:
     return [*inputs, *held, *clock, *prefix]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", every_method(), ids=label)
 def test_yaml_and_back(method: Method, tmp_path: Path) -> None:
     policies.save(method, tmp_path / "policy.yaml", comment="made by a test")
     assert policies.load(tmp_path / "policy.yaml") == method

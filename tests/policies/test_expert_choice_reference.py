@@ -14,6 +14,7 @@ from moeca_fx.policies.methods.branch_forecast import BranchForecast
 from moeca_fx.policies.rules import BranchRule
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers.expert_choice_toys import Market, market_toy
+from tests.helpers.grids import slow
 from tests.helpers.toys import Toy, Wedge, toy_inputs
 from tests.policies.comparison import MARGIN, assert_close
 from tests.reference.expert_choice_site import History
@@ -114,11 +115,11 @@ def _compare_counts(fast: TransformedModel, expected: list[Counts]) -> None:
 
 METHODS = [
     MoECa(),
-    MoECa(attention="reuse", shared_expert="reuse", entropy_norm="minmax", interval=5),
+    slow(MoECa(attention="reuse", shared_expert="reuse", entropy_norm="minmax", interval=5)),
     MoECa(attention="full", dense_ffn="reuse", score_weight="raw", tau0=0.45),
-    MoECa(dense_ffn="full", shared_expert="full", tau0=1.2, lambda1=3.0),
-    BranchForecast(order=0, select="score_budget", share=0.25),
-    BranchForecast(order=1, select="none", attention="reuse"),
+    slow(MoECa(dense_ffn="full", shared_expert="full", tau0=1.2, lambda1=3.0)),
+    slow(BranchForecast(order=0, select="score_budget", share=0.25)),
+    slow(BranchForecast(order=1, select="none", attention="reuse")),
     BranchForecast(order=1, select="score"),
     BranchForecast(order=1, select="error_budget", share=0.3),
     BranchForecast(order=2, select="score_budget", share=0.2, warmup=3),

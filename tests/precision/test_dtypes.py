@@ -1,5 +1,7 @@
 """Models in fp32, bf16 and fp16: proven in their own dtype, equal at full steps, reuse shown."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from moeca_fx import MoECa
 from moeca_fx.discover import discover
 from moeca_fx.discover.reference import TOLERANCE
 from moeca_fx.runtime.module import TransformedModel
+from tests.helpers.grids import slow
 from tests.precision.models import KINDS, Kind, inputs_of, model_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,7 +32,16 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
-@pytest.fixture(scope="module", params=[(kind, dtype) for kind in KINDS for dtype in DTYPES], ids=str)
+def _pairs() -> list[Any]:
+    """In the fast ones, each kind and each dtype occurs."""
+    return [
+        (pytest.param if k == d else slow)((kind, dtype))
+        for k, kind in enumerate(KINDS)
+        for d, dtype in enumerate(DTYPES)
+    ]
+
+
+@pytest.fixture(scope="module", params=_pairs(), ids=str)
 def pair(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, TransformedModel, torch.dtype]:
     kind, dtype = request.param
     model = model_of(kind, dtype)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import moeca_fx
 from moeca_fx import MoECa
 from moeca_fx.errors import UnsupportedModelError
+from tests.helpers.grids import slow
 from tests.helpers.toys import Toy
 from tests.precision.models import KINDS, Kind, inputs_of, model_of
 from tests.precision.test_dtypes import EVERYTHING, difference
@@ -135,7 +136,7 @@ def _equal_and_reusing(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "names"),
-    [("method", ATTENTION), ("method", EXPERTS), ("block", EXPERTS), ("block", ROUTER), ("stacked", ATTENTION)],
+    [("method", EXPERTS), ("block", ROUTER), ("stacked", ATTENTION), slow("method", ATTENTION), slow("block", EXPERTS)],
 )
 def test_adapters_beside_the_weights(kind: Kind, names: tuple[str, ...]) -> None:
     given = inputs_of()
@@ -146,7 +147,7 @@ def test_adapters_beside_the_weights(kind: Kind, names: tuple[str, ...]) -> None
     _equal_and_reusing(_adapted(model_of(kind), names))
 
 
-@pytest.mark.parametrize("kind", ["method", "block"])
+@pytest.mark.parametrize("kind", ["block", slow("method")])
 def test_merged_adapters(kind: Kind) -> None:
     given = inputs_of()
     model = _merged(_adapted(model_of(kind), EXPERTS))

@@ -42,6 +42,7 @@ def _steps(batch: int = BATCH, steps: int = STEPS) -> list[tuple[Tensor, ...]]:
     return list(zoo_models.trajectory(batch, steps))
 
 
+@cache
 def _per_sample() -> int:
     return moeca_fx.estimate_memory(zoo_models.tiny_dsmoe(), zoo_models.inputs(), policy=SOME, batch=1).total
 

@@ -13,6 +13,7 @@ from moeca_fx import MoECa
 from moeca_fx.errors import ConfigError, UnsupportedModelError
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers import zoo_models
+from tests.helpers.grids import slow
 from tests.helpers.toys import Toy, toy, toy_inputs
 from tests.helpers.transformed import SOME, run, toy_pair, zoo_pair
 from tests.helpers.zoo_models import prediction, relative_error
@@ -57,8 +58,8 @@ def test_the_original_is_untouched() -> None:
 
 
 def test_another_policy_on_the_same_trace() -> None:
-    model, steps = zoo_models.tiny_dsmoe(), list(zoo_models.trajectory(steps=5))
-    plain = moeca_fx.transform(model, zoo_models.inputs(), policy=None)
+    model, plain = zoo_pair("dsmoe", None)
+    steps = list(zoo_models.trajectory(steps=5))
     cached = plain.with_policy(SOME)
     expected = run(moeca_fx.transform(model, zoo_models.inputs(), policy=SOME), steps)
     for found in (run(cached, steps), run(cached.with_policy("fora").with_policy(SOME), steps)):
@@ -151,7 +152,7 @@ def test_load_state_dict_on_either_is_seen_by_both() -> None:
         torch.testing.assert_close(model(*inputs), toy()(*inputs))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float64)], ids=str)
 def test_cast_then_equal_to_the_cast_original(dtype: torch.dtype) -> None:
     class Cast(Toy):
         """Computes its embedding in the dtype of its weights."""

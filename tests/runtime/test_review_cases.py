@@ -12,6 +12,7 @@ from moeca_fx import MoECa
 from moeca_fx.errors import ConfigError, UnprovenRegionError, UnsupportedModelError
 from moeca_fx.passes.cache.plan import plan_sites
 from moeca_fx.policies.rules import BranchRule
+from tests.helpers.grids import slow
 from tests.helpers.passes import staged
 from tests.helpers.toys import TOKENS, WIDTH, Blend, Mixing, Quarry, Toy, Wedge, toy, toy_inputs
 from tests.helpers.transformed import toy_pair
@@ -51,7 +52,7 @@ class _TwoStreams(nn.Module):
         return self.image(grid, clock), words + self.back(functional.silu(self.wide(self.norm(words))))
 
 
-@pytest.mark.parametrize("text", [4, TOKENS, 12])
+@pytest.mark.parametrize("text", [4, TOKENS, slow(12)])
 def test_a_stream_without_experts_inherits_nothing(text: int) -> None:
     model = _TwoStreams(text).eval().requires_grad_(False)
     inputs = (*toy_inputs(), torch.randn(3, text, WIDTH, generator=torch.Generator().manual_seed(1)))

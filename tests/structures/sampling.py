@@ -10,7 +10,7 @@ from typing import Any
 from tests.structures.structure import AXES, Structure, complete
 
 SIZE = 420
-FAST_SIZE = 24
+FAST_SIZE = 10
 _SEED = 20
 _TRIES = 12
 

@@ -38,7 +38,7 @@ def test_a_structure_transforms_or_is_refused(index: int) -> None:
     _keeps_the_promise(sample()[index], seed=index)
 
 
-@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(structure=structures(), seed=st.integers(0, 1000))
 def test_random_structures(structure: Structure, seed: int) -> None:
     _keeps_the_promise(structure, seed)

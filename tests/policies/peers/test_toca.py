@@ -3,6 +3,7 @@
 import pytest
 
 from moeca_fx.policies import build
+from tests.helpers.grids import spread
 from tests.helpers.zoo_models import Family
 from tests.policies.peers.cases import trajectory
 from tests.policies.peers.compare import compare
@@ -13,8 +14,7 @@ STEPS = 12
 FAMILIES: tuple[Family, ...] = ("dsmoe", "ditmoe-packed")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ["toca", "duca"])
+@pytest.mark.parametrize(("name", "family"), spread(["toca", "duca"], FAMILIES))
 def test_some_tokens_are_recomputed(family: Family, name: str) -> None:
     """From most tokens in the first block to one or none in the last; every sample chooses its own."""
     method = build(name, steps=STEPS, interval=4, fresh_ratio=0.17)
