@@ -67,7 +67,7 @@ def shallow_digits() -> DSMoE:
     """The trained digits model with its first two blocks alone, one dense and one MoE: it costs a third."""
     model = build("digits")
     assert isinstance(model, DSMoE)
-    model.blocks = model.blocks[:2]
+    model.blocks = model.blocks[:2].eval()  # the list is a new module
     return model
 
 
