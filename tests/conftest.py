@@ -1,5 +1,6 @@
 """Shared by every test: the same threads and seeds whatever ran before."""
 
+import gc
 import os
 
 import pytest
@@ -12,6 +13,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 TEST_THREADS = 1  # tiny models gain nothing from more, and on a busy machine waiting threads cost much
+
+gc.set_threshold(20_000)  # tracing makes many objects that live on; looking at them again and again takes 5 %
 
 
 @pytest.fixture(autouse=True)

@@ -142,7 +142,7 @@ def test_experts_that_cannot_be(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_fewer_bits(dtype: str, tmp_path: Path) -> None:
-    model = zoo_models.tiny_dsmoe(depth=2)
+    model, plain = _traced(2)
     write = to_onnx if dtype == "fp16" else to_pt2
     manifest = write(model, tmp_path, zoo_models.inputs(), policy=SOME, batch=SIZES, dtype=dtype)
     assert next(model.parameters()).dtype is torch.float32  # a copy was cast
@@ -151,7 +151,7 @@ def test_fewer_bits(dtype: str, tmp_path: Path) -> None:
     assert kinds["activation"] == kinds["norm"] == kinds["weight"] == "float32"
     assert [item["dtype"] for item in manifest.inputs[:2]] == [manifest.dtype, "float32"]  # the timestep keeps its bits
     artefact = load(tmp_path)
-    fast = moeca_fx.transform(model, zoo_models.inputs(), policy=SOME, compile=False)
+    fast = plain.with_policy(SOME)
     for x, *rest in zoo_models.trajectory(2, 6):
         with torch.no_grad():
             found = zoo_models.prediction(artefact(x.to(getattr(torch, manifest.dtype)), *rest)).float()
@@ -160,7 +160,7 @@ def test_fewer_bits(dtype: str, tmp_path: Path) -> None:
 
 
 def test_dtypes_that_cannot_be(tmp_path: Path) -> None:
-    model = zoo_models.tiny_dsmoe(depth=2)
+    model = zoo_models.tiny_ditmoe(depth=1)
     with pytest.raises(ConfigError, match="dtype: expected one of fp32, fp16, bf16, found 'int8'"):
         to_onnx(model, tmp_path, zoo_models.inputs(), dtype="int8")
     with pytest.raises(ExportError, match="onnxruntime has no bf16 on a CPU"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import moeca_fx
 from moeca_fx import MoECa
 from moeca_fx.errors import UnsupportedModelError
-from tests.helpers.grids import slow
+from tests.helpers.grids import slow, spread
 from tests.helpers.toys import Toy
 from tests.precision.models import KINDS, Kind, inputs_of, model_of
 from tests.precision.test_dtypes import EVERYTHING, difference
@@ -67,7 +67,7 @@ def test_after_a_hook_was_taken_off_the_model_transforms() -> None:
     _equal_and_reusing(model)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], *map(slow, KINDS[1:])])
 def test_with_accelerate(kind: Kind) -> None:
     accelerate = pytest.importorskip("accelerate", reason="optional: its offloading is imitated above")
     model = model_of(kind)
@@ -163,8 +163,7 @@ def test_an_adapter_on_some_experts_alone_is_no_list_of_equal_experts() -> None:
         moeca_fx.transform(model, inputs_of(), policy=None, compile=False)
 
 
-@pytest.mark.parametrize("names", [ATTENTION, EXPERTS], ids=["attention", "experts"])
-@pytest.mark.parametrize("kind", ["method", "block"])
+@pytest.mark.parametrize(("kind", "names"), spread(["method", "block"], [ATTENTION, EXPERTS]))
 def test_with_peft(kind: Kind, names: tuple[str, ...]) -> None:
     peft = pytest.importorskip("peft", reason="optional: its layers are imitated above")
     config = peft.LoraConfig(r=2, target_modules=list(names), init_lora_weights=False)

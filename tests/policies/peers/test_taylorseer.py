@@ -7,6 +7,7 @@ import torch
 
 from moeca_fx.policies import build
 from moeca_fx.policies.predictor import Taylor
+from tests.helpers.grids import slow
 from tests.helpers.zoo_models import Family
 from tests.policies.peers.cases import trajectory
 from tests.policies.peers.compare import compare
@@ -16,7 +17,7 @@ from tests.reference.peers.differences import Differences
 
 @pytest.mark.parametrize(
     ("family", "order", "warmup"),
-    [("dsmoe", 0, 1), ("dsmoe", 2, 2), ("ditmoe", 1, 2), ("ditmoe-packed", 4, 2)],
+    [slow("dsmoe", 0, 1), ("dsmoe", 2, 2), slow("ditmoe", 1, 2), ("ditmoe-packed", 4, 2)],
 )
 def test_taylorseer(family: Family, order: int, warmup: int) -> None:
     method = build("taylorseer", order=order, interval=3, warmup=warmup)
