@@ -55,7 +55,7 @@ def _weights(change: Callable[[str, nn.Parameter], None]) -> Mutation:
 
 def _poisoned(value: float) -> Mutation:
     def poison(_name: str, parameter: nn.Parameter) -> None:
-        parameter.view(-1)[:1] = value
+        parameter[(0,) * parameter.dim()] = value
 
     return _weights(poison)
 
@@ -131,12 +131,12 @@ MUTATIONS: dict[str, Mutation] = {
     "integer inputs": _inputs(lambda t: t.long()),
     "no tokens": _inputs(lambda t: t[:, :0], 2),
     "one token": _inputs(lambda t: t[:, :1], 3),
-    "no samples": _inputs(lambda t: t[:0]),
+    "no samples": _inputs(lambda t: t[:0], 1),
     "constant inputs": _inputs(torch.ones_like),
     "zero inputs": _inputs(torch.zeros_like),
     "huge inputs": _inputs(lambda t: t * 1e30, 2),
     "NaN inputs": _inputs(lambda t: t * float("nan"), 2),
-    "inputs without axes": _inputs(lambda t: t.flatten()[0]),
+    "inputs without axes": _inputs(lambda t: t.flatten()[:1].sum()),
     "other rank": _inputs(lambda t: t[None], 2),
     "expanded inputs": _inputs(lambda t: t[:1].expand(t.shape), 1),
     "turned inputs": _inputs(lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2), 2),

@@ -2,6 +2,7 @@
 
 import random
 import time
+from itertools import product
 
 import pytest
 
@@ -28,6 +29,14 @@ def test_no_bytes_are_a_case() -> None:
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_every_mutation_is_taken_or_refused(name: str) -> None:
     check(Case(Structure(), 0, 2, (name,), transforms=False))
+
+
+@pytest.mark.slow
+def test_any_two_mutations_go_together() -> None:
+    for pair in product(MUTATIONS, repeat=2):
+        given = build(Structure(), seed=0, batch=2)
+        for name in pair:
+            given = MUTATIONS[name](*given)
 
 
 def test_crashes_and_undocumented_errors_are_findings(monkeypatch: pytest.MonkeyPatch) -> None:
