@@ -56,10 +56,10 @@ def _measure(settings: DemoSettings, watch: Observer, model: nn.Module, noise: T
     models: dict[str, nn.Module] = {ORIGINAL: model}
     inputs = moeca_fx.zoo.example_inputs(model, batch=settings.batch)
     watch.stage("tracing and vectorising")
-    models[VECTORISED] = moeca_fx.transform(model, example_inputs=inputs, policy=None, compile=settings.compile)
-    watch.stage("tracing and inserting caches")
-    policy = moeca_fx.MoECa(interval=settings.interval)
-    models[CACHED] = moeca_fx.transform(model, example_inputs=inputs, policy=policy, compile=settings.compile)
+    vectorised = moeca_fx.transform(model, example_inputs=inputs, policy=None, compile=settings.compile)
+    watch.stage("inserting caches")
+    cached = vectorised.with_policy(moeca_fx.MoECa(interval=settings.interval))
+    models |= {VECTORISED: vectorised, CACHED: cached}
 
     watch.stage("compiling and warming up" if settings.compile else "warming up")
     for each in models.values():
