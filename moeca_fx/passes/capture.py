@@ -34,7 +34,7 @@ from moeca_fx.graph.functional import functional_module
 from moeca_fx.model_checks import has_no_data
 from moeca_fx.ops.experts import live_regions
 from moeca_fx.passes.follow import Scalars, check_same_values, known_values, run_following
-from moeca_fx.passes.markers import dtypes_seen, marked_regions, region_call, regions_as_markers
+from moeca_fx.passes.markers import dtypes_seen, is_replayed, marked_regions, region_call, regions_as_markers
 from moeca_fx.reasons import Reason
 
 _unique = itertools.count()
@@ -176,7 +176,7 @@ def _prove_and_keep(
     if not on_data:
         return captured
     with live_regions({each.key: region_call(model, each) for each in marked}):
-        replayed = _dtypes(model, inline)
+        replayed = _dtypes(model, {each.region.path for each in marked if is_replayed(model, each)})
         _check_equal(model, captured, args, kwargs, expected, replayed)
         _check_equal(model, captured, *other, more, replayed)
     check_same_values(model, seen, again)

@@ -197,9 +197,9 @@ def _marker(region: MoERegion, key: str) -> Marker:
 def region_call(model: nn.Module, each: Marked) -> Marker:
     """What the marker stands for, to run the traced graph before its experts are lowered."""
     region, autocast = each.region, Autocast.now()
-    if each.block is not None:
-        experts = _for_replay(model, region)
-        return _around(autocast, reference_marker(experts, each.block.free, region.layout == "expert"))
+    if is_replayed(model, each):
+        experts, free = _for_replay(model, region), each.block.free if each.block is not None else ()
+        return _around(autocast, reference_marker(experts, free, region.layout == "expert"))
     method = getattr(model.get_submodule(region.path), region.method)
 
     def run(x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
@@ -208,6 +208,20 @@ def region_call(model: nn.Module, each: Marked) -> Marker:
         return result if each.dtypes is None else result.to(x.dtype)
 
     return _around(autocast, run)
+
+
+def is_replayed(model: nn.Module, each: Marked) -> bool:
+    """Whether its experts run one by one where the model runs its method: to rounding the same.
+
+    That of a whole block cannot be called in its middle, nor one that takes more than rows, ids and weights (places in
+    a buffer, counts): the marker has no more.
+    """
+    if each.block is not None:
+        return True
+    region = each.region
+    needed = inspect.signature(getattr(model.get_submodule(region.path), region.method)).parameters.values()
+    more = [one for one in needed if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    return any(one.name not in (region.x, region.expert, region.weight) for one in more)
 
 
 def _around(autocast: Autocast, marker: Marker) -> Marker:

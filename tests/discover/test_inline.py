@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import moeca_fx
+from moeca_fx.batch import doubled
 from moeca_fx.discover import MoERegion, discover
 from tests.discover import layers
 from tests.helpers.toys import PICKS, POOL, TOKENS, WIDTH, Blend, Wedge, toy, toy_inputs
@@ -32,6 +33,23 @@ class Threshold(layers.InlineRouting):
         parts = torch.stack([stone(z) for stone in self.stones], -2)
         mixed: Tensor = (parts * share[..., None]).sum(-2)
         return mixed
+
+
+class SeldomAsked(layers.InlineRouting):
+    """Adds one expert after the other; no token of the examples asks for the last, so its partial sums look whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.compass.bias[-1] = -1.2
+
+    def forward(self, z: Tensor) -> Tensor:
+        share = self.compass(z).sigmoid()
+        share = share * (share > 0.5)
+        total = torch.zeros_like(z)
+        for number, stone in enumerate(self.stones):
+            total = total + share[..., number, None] * stone(z)
+        return total
 
 
 class WithIdle(layers.InlineRouting):
@@ -78,6 +96,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, object]]] = {
     "weights squared": (partial(Blend, quarry=layers.WeightedTwice), {"top_k": PICKS}),
     "part of its input back": (Doubled, {"path": LAYER}),
     "threshold": (Threshold, {"top_k": POOL, "empty_slots": True}),
+    "seldom asked": (SeldomAsked, {"top_k": POOL, "empty_slots": True}),
     "without parameters": (WithIdle, {"free": ((1, f"{LAYER}.stones.1"),), "empty_slots": True}),
     "dropped": (Limited, {"empty_slots": True, "top_k": PICKS}),
     "dropped, but not of the examples": (SeldomLimited, {"empty_slots": True}),
@@ -109,6 +128,20 @@ def test_the_transformed_model_is_equal_for_other_batches_and_data(layer: Callab
         with torch.no_grad():
             expected, found = model(*inputs), fast(*inputs)
         assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_an_expert_that_no_example_asks_for_counts_once_elsewhere() -> None:
+    model, asked = toy(SeldomAsked), []
+    fast = moeca_fx.transform(model, toy_inputs(), policy=None)
+    generator = torch.Generator().manual_seed(5)
+    elsewhere = (torch.randn(32, TOKENS, WIDTH, generator=generator), torch.rand(32, generator=generator))
+    layer = model.get_submodule(LAYER)
+    hook = layer.compass.register_forward_hook(lambda _module, _args, out: asked.append(int((out[..., -1] > 0).sum())))
+    model(*toy_inputs()), model(*doubled(toy_inputs(), {})[0])
+    expected = model(*elsewhere)
+    hook.remove()
+    assert asked[:2] == [0, 0] and asked[2] > 0
+    torch.testing.assert_close(fast(*elsewhere), expected, rtol=1e-5, atol=1e-5)
 
 
 class OffByOnePercent(layers.InlineRouting):

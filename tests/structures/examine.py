@@ -20,7 +20,7 @@ from tests.structures.structure import Structure
 TOLERANCE = 1e-5
 STEPS, BATCH = 4, 3
 # Thresholds of the score that decides what is recomputed, from little reuse to much: the first one that reuses is used.
-REUSING = tuple(MoECa(interval=4, tau0=tau0) for tau0 in (0.6, 1.2, 3.0))
+REUSING = tuple(MoECa(interval=4, tau0=tau0) for tau0 in (0.6, 1.2, 3.0, 12.0))
 FULL = MoECa(interval=1)
 # A cached step that recomputes everything: what it takes from its caches is nothing, so it equals the original too.
 RECOMPUTING = MoECa(interval=4, tau0=0.0, attention="full", dense_ffn="full", shared_expert="full")

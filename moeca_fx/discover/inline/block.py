@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moeca_fx.autocast import Autocast
+from moeca_fx.discover.calls import Call
 from moeca_fx.discover.inline.branches import COPY, Branches, branches_of, may_be_empty
 from moeca_fx.discover.inline.match import Match
 from moeca_fx.discover.inline.recipe import Recipe
 from moeca_fx.discover.inline.tape import NotReplayable
-from moeca_fx.discover.reference import branch_sum, choice_as_tokens
+from moeca_fx.discover.reference import branch_sum, choice_as_tokens, tolerance_of
 from moeca_fx.reasons import Reason
 
 NOT_FINITE = "it returned NaN or infinity; check the weights and the example inputs"
@@ -111,6 +112,21 @@ def reference_marker(experts: Sequence[nn.Module], free: Sequence[int], choice: 
         return branch_sum(real, x, ids, share).reshape(x.shape).to(x.dtype)
 
     return marker
+
+
+def replay_error(block: Block, owner: nn.Module, experts: Sequence[nn.Module], call: Call) -> float:
+    """Largest difference between a block's call and its replay, relative to each result.
+
+    Raises:
+        NotReplayable: it is larger than rounding may be.
+    """
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        want = owner.forward(*call.args, **call.kwargs)
+        marker = reference_marker(experts, block.free, block.match.routing.kind == "choice")
+        error = largest_difference(want, block.run(owner, experts, marker, call.args, call.kwargs))
+    if error > tolerance_of(block.dtype):
+        raise NotReplayable(f"its replay differs from it by {error:.1e} relative", Reason.REPLAY_DIFFERS)
+    return error
 
 
 def largest_difference(want: Any, have: Any) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moeca_fx.discover.calls import Call, redrawn
-from moeca_fx.discover.inline.block import Block, reference_marker
+from moeca_fx.discover.inline.block import Block, reference_marker, replay_error
 from moeca_fx.discover.inline.recorded import Recorded
 from moeca_fx.discover.inline.tape import NotReplayable, Tape, depends_on, record
 from moeca_fx.discover.reference import choice_as_tokens
@@ -20,6 +20,7 @@ def check_factors(block: Block, recorded: Recorded, experts: Sequence[nn.Module]
 
     Raises:
         OffScale: one does not.
+        NotReplayable: on other data the block's replay gives something else.
     """
     real = [expert for index, expert in enumerate(experts) if index not in block.free]
     check_scales(real, _samples(block, recorded, experts), strict)
@@ -38,6 +39,7 @@ def _samples(block: Block, recorded: Recorded, experts: Sequence[nn.Module]) -> 
             tape = record(recorded.owner, recorded.opened, call.args, call.kwargs)
         except (NotReplayable, RuntimeError, ValueError, IndexError):  # the block does not take such data
             return
+        replay_error(block, recorded.owner, experts, call)  # experts that ran nowhere before run here
         yield from _sample_elsewhere(block, recorded, call, tape, experts)
 
 

@@ -8,17 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 
-import torch
 from torch import nn
 
-from moeca_fx.discover.calls import Call, changed, crowded
-from moeca_fx.discover.inline.block import Block, largest_difference, reference_marker
+from moeca_fx.discover.calls import changed, crowded
+from moeca_fx.discover.inline.block import Block, replay_error
 from moeca_fx.discover.inline.factors import check_factors
 from moeca_fx.discover.inline.match import Experts, Match
 from moeca_fx.discover.inline.recipe import make_recipe
 from moeca_fx.discover.inline.recorded import NO_MATCH, Recorded
 from moeca_fx.discover.inline.tape import NotReplayable, Tape
-from moeca_fx.discover.reference import tolerance_of
 from moeca_fx.discover.scales import OffScale
 from moeca_fx.reasons import Reason
 
@@ -47,14 +45,13 @@ def prove_block(
     """
     short, small = recorded.short, recorded.small
     problem = NotReplayable(NO_MATCH, Reason.ROUTING_UNKNOWN)
-    for match in islice(recorded.search.matches(together, dropped), _TRIED):
+    found = recorded.search.matches(together, dropped)
+    for match in islice((match for match in found if not recorded.needs_experts_beside(match.total)), _TRIED):
         try:
             experts = make()
             block = _block(match, short, recorded.long, experts)
             calls = (small, recorded.large, changed(small), crowded(small), *recorded.more)
-            error = max(_error(block, recorded.owner, experts, call) for call in calls)
-            if error > tolerance_of(block.dtype):
-                raise NotReplayable(f"its replay differs from it by {error:.1e} relative", Reason.REPLAY_DIFFERS)
+            error = max(replay_error(block, recorded.owner, experts, call) for call in calls)
             check_factors(block, recorded, experts, off is not None)
         except OffScale as reason:
             off = off or reason
@@ -80,11 +77,3 @@ def _block(match: Match, short: Tape, long: Tape, experts: Sequence[nn.Module]) 
             "its experts choose tokens, and some of them have no parameters", Reason.FREE_EXPERTS_CHOOSE
         )
     return Block(match, recipe, tuple(value.shape[1:]), value.dtype, free, len(experts), 0.0)
-
-
-def _error(block: Block, owner: nn.Module, experts: Sequence[nn.Module], call: Call) -> float:
-    """Largest difference between the block and its replay, relative to each result."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        want = owner.forward(*call.args, **call.kwargs)
-        marker = reference_marker(experts, block.free, block.match.routing.kind == "choice")
-        return largest_difference(want, block.run(owner, experts, marker, call.args, call.kwargs))

@@ -40,6 +40,25 @@ class Recorded:
     states: frozenset[str]
     more: Sequence[Call] = ()
 
+    def needs_experts_beside(self, total: int) -> bool:
+        """Whether the result needs an expert in another way than through the value `total`.
+
+        Then that is a part of the routed sum, and equals all of it where the other experts have no tokens.
+        """
+        makers = {number: entry for entry in self.short.entries for number in entry.outputs if number is not None}
+        experts = {
+            n for n, source in self.short.sources.items() if source.kind == "state" and source.key in self.states
+        }
+        stack, seen = [leaf.number for leaf in self.short.outputs if isinstance(leaf, Ref)], {total}
+        while stack:
+            number = stack.pop()
+            if number in experts or (number in makers and number not in seen and makers[number].target in self.paths):
+                return True
+            if number in makers and number not in seen:
+                stack += makers[number].reads()
+            seen.add(number)
+        return False
+
 
 def record_block(
     owner: nn.Module,
