@@ -177,7 +177,7 @@ def test_what_an_entry_does_is_shown() -> None:
 def test_json_has_everything() -> None:
     record = json.loads(json.dumps(moeca_fx.doctor(toy(layers.CalledTwice), toy_inputs()).as_dict()))
     assert (record["ok"], record["stopped"], record["code"]) == (False, "regions", "called-again")
-    assert record["candidates"][0]["attempts"][-1]["code"] == "depends-on-data"
+    assert record["candidates"][0]["attempts"][-1]["code"] == "routing-unknown"
 
 
 def test_a_wrong_policy_is_an_error_of_the_call() -> None:
