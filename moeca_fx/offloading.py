@@ -23,9 +23,10 @@ def whole_model_hook(model: nn.Module) -> Any | None:
     """The hook that moves `model` as a whole; None where there is none, or others besides."""
     hook = vars(model).get("_hf_hook")
     kind = type(hook)
-    whole = kind.__name__ == "CpuOffload" and kind.__module__.partition(".")[0] == "accelerate"
+    if kind.__name__ != "CpuOffload" or kind.__module__.partition(".")[0] != "accelerate":
+        return None  # before the modules are looked through: denoisers ask at every call
     inside = any("_hf_hook" in vars(module) for module in model.modules() if module is not model)
-    return hook if whole and not inside else None
+    return None if inside else hook
 
 
 @contextmanager

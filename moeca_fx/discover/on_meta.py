@@ -46,19 +46,15 @@ class _Studied:
 
 
 class _Alone(nn.Module):
-    """Holds a copy of a layer, so that discovery sees it below a root, and keeps its first result."""
+    """Holds a copy of a layer, so that discovery sees it below a root."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.add_module(_HELD, layer)
-        self.result: Any = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own."""
-        result = self.get_submodule(_HELD)(*args, **kwargs)
-        if self.result is None:
-            self.result = result
-        return result
+        return self.get_submodule(_HELD)(*args, **kwargs)
 
 
 def discover_on_meta(
@@ -192,14 +188,14 @@ def _study(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str
     real_args, real_kwargs = pytree.tree_map(on_data, args), pytree.tree_map(on_data, kwargs)
     try:
         with torch.no_grad():
-            run_once(alone, real_args, real_kwargs)  # the result that is kept
+            result = run_once(alone, real_args, real_kwargs)
         found = discover(alone, real_args, real_kwargs)
     except InputError as error:
         raise InputError(
             f"a copy of {type(module).__name__} with random weights and inputs: {error}", code=error.code
         ) from error
-    result = pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, alone.result)
-    return _Studied(path, found, result)
+    meta = pytree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, result)
+    return _Studied(path, found, meta)
 
 
 def _structure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

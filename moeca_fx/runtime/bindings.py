@@ -23,7 +23,7 @@ class Bindings:
     def __init__(self, model: nn.Module, graphs: Iterable[nn.Module]) -> None:
         exact: dict[tuple[int, int], str] = {}
         first: dict[int, tuple[int, str]] = {}
-        for name, tensor in _tensors(model).items():
+        for name, tensor in named_tensors(model).items():
             offset = int(tensor.storage_offset())
             exact.setdefault((_storage(tensor), offset), name)
             first[_storage(tensor)] = min(first.get(_storage(tensor), (offset, name)), (offset, name))
@@ -39,7 +39,7 @@ class Bindings:
 
     def follow(self, model: nn.Module) -> bool:
         """Point the graphs' tensors to the weights of `model`, which moved; False where they are laid out otherwise."""
-        weights = _tensors(model)
+        weights = named_tensors(model)
         moved = []
         for tensor, name, distance in self._bound:
             weight = weights[name].detach()
@@ -52,7 +52,8 @@ class Bindings:
         return True
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 

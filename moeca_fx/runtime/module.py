@@ -16,7 +16,7 @@ from moeca_fx.model_checks import resolve_policy
 from moeca_fx.model_copy import share_weights
 from moeca_fx.policies import Method, Policy
 from moeca_fx.reasons import Reason
-from moeca_fx.runtime.bindings import Bindings
+from moeca_fx.runtime.bindings import Bindings, named_tensors
 from moeca_fx.runtime.memory import MemoryReport
 from moeca_fx.runtime.runtime import DEFAULT_CONTEXT, Runtime, original_view
 from moeca_fx.runtime.session import Session
@@ -129,9 +129,9 @@ class TransformedModel(nn.Module):
     def _follow(self, model: nn.Module) -> None:
         """Take the weights of `model`, of which this is the transformed one, and which moved."""
         stack_experts(model, self._moeca.regions)
-        theirs = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        theirs = named_tensors(model)
         with self._moved():
-            for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            for name, tensor in named_tensors(self).items():
                 tensor.data = theirs[name].detach()
 
     @contextmanager

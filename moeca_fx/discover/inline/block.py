@@ -114,8 +114,14 @@ def reference_marker(experts: Sequence[nn.Module], free: Sequence[int], choice: 
     return marker
 
 
-def replay_error(block: Block, owner: nn.Module, experts: Sequence[nn.Module], call: Call) -> float:
-    """Largest difference between a block's call and its replay, relative to each result.
+def replay_error(
+    block: Block,
+    owner: nn.Module,
+    experts: Sequence[nn.Module],
+    call: Call,
+    seen: Callable[[list[Tensor], Tensor], None] | None = None,
+) -> float:
+    """Largest difference between a block's call and its replay, relative to each result; `seen` as for `Block.run`.
 
     Raises:
         NotReplayable: it is larger than rounding may be.
@@ -123,7 +129,7 @@ def replay_error(block: Block, owner: nn.Module, experts: Sequence[nn.Module], c
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         want = owner.forward(*call.args, **call.kwargs)
         marker = reference_marker(experts, block.free, block.match.routing.kind == "choice")
-        error = largest_difference(want, block.run(owner, experts, marker, call.args, call.kwargs))
+        error = largest_difference(want, block.run(owner, experts, marker, call.args, call.kwargs, seen))
     if error > tolerance_of(block.dtype):
         raise NotReplayable(f"its replay differs from it by {error:.1e} relative", Reason.REPLAY_DIFFERS)
     return error

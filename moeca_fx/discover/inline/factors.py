@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moeca_fx.discover.calls import Call, redrawn
-from moeca_fx.discover.inline.block import Block, reference_marker, replay_error
+from moeca_fx.discover.inline.block import Block, replay_error
 from moeca_fx.discover.inline.recorded import Recorded
 from moeca_fx.discover.inline.tape import NotReplayable, Tape, depends_on, record
 from moeca_fx.discover.reference import choice_as_tokens
@@ -39,7 +39,6 @@ def _samples(block: Block, recorded: Recorded, experts: Sequence[nn.Module]) -> 
             tape = record(recorded.owner, recorded.opened, call.args, call.kwargs)
         except (NotReplayable, RuntimeError, ValueError, IndexError):  # the block does not take such data
             return
-        replay_error(block, recorded.owner, experts, call)  # experts that ran nowhere before run here
         yield from _sample_elsewhere(block, recorded, call, tape, experts)
 
 
@@ -67,18 +66,17 @@ def _sample(
 def _sample_elsewhere(
     block: Block, recorded: Recorded, call: Call, tape: Tape, experts: Sequence[nn.Module]
 ) -> Iterator[Sample]:
-    """The same of a call whose tape has other numbers: its sum is the value nearest to the replay's."""
+    """The same of a call whose tape has other numbers: its sum is the value nearest to the replay's.
+
+    Raises:
+        NotReplayable: the replay gives something else; experts that ran in no call before may run in this one.
+    """
     seen: list[tuple[list[Tensor], Tensor]] = []
 
     def keep(values: list[Tensor], total: Tensor) -> None:
         seen.append((values, total))
 
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            marker = reference_marker(experts, block.free, block.match.routing.kind == "choice")
-            block.run(recorded.owner, experts, marker, call.args, call.kwargs, keep)
-    except (RuntimeError, ValueError, IndexError):
-        return
+    replay_error(block, recorded.owner, experts, call, keep)
     values, total = seen[0]
     rest = values.pop() if block.match.rest is not None else None
     after = depends_on(tape, recorded.paths, recorded.states)

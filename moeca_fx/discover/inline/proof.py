@@ -6,6 +6,7 @@ every expert must enter with the weight that was found (`factors`).
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 
 from torch import nn
@@ -45,8 +46,9 @@ def prove_block(
     """
     short, small = recorded.short, recorded.small
     problem = NotReplayable(NO_MATCH, Reason.ROUTING_UNKNOWN)
-    found = recorded.search.matches(together, dropped)
-    for match in islice((match for match in found if not recorded.needs_experts_beside(match.total)), _TRIED):
+    is_part = cache(recorded.needs_experts_beside)
+    found = (match for match in recorded.search.matches(together, dropped) if not is_part(match.total))
+    for match in islice(found, _TRIED):
         try:
             experts = make()
             block = _block(match, short, recorded.long, experts)
