@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_INSTALL_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: demo results bench test slow engines models structures fuzz lint format clean help
+.PHONY: demo results bench test slow artefacts engines models structures fuzz lint format clean help
 
 help:
 	@echo "make demo    set up, then sample digits with the original, vectorised and cached model"
@@ -20,6 +20,7 @@ help:
 	@echo "make bench   speed on this CPU: steps, layers, trajectories; 19 minutes at first; most of it compiles, once"
 	@echo "make test    set up, then run the fast test suite"
 	@echo "make slow    the slow tests"
+	@echo "make artefacts  what export writes, in every format; 2 minutes"
 	@echo "make engines TensorRT-RTX engines of all four models, fp32 and fp16, without a GPU; 20 minutes"
 	@echo "make models  HiDream and Nucleus of diffusers, and their pipelines; 7 minutes"
 	@echo "make structures  420 ways to write a model, each transformed and proven or refused; 15 minutes on two cores"
@@ -43,6 +44,9 @@ test: $(VENV)/.installed-dev
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+artefacts: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 -m "artefact and not slow"
 
 engines: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/export/test_models.py -k test_an_engine_is_built

@@ -15,6 +15,7 @@ def _pixels(path):
         return torch.frombuffer(bytearray(picture.convert("L").tobytes()), dtype=torch.uint8).float()
 
 
+@pytest.mark.artefact
 def test_what_is_exported_is_sampled_from(run, refuse, project, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     result = run("export", "tiny_models:tiny", "--batch", "1,2,5", "-o", "made")

@@ -22,6 +22,8 @@ from tests.helpers.artefacts import cache, cache_ports, make_artefact, refused_a
 from tests.helpers.toys import toy_inputs
 from tests.helpers.transformed import run, toy_pair
 
+pytestmark = pytest.mark.artefact
+
 POLICY = MoECa(interval=3, tau0=0.6)
 SIZES = (1, 2, 5)
 

@@ -17,6 +17,7 @@ from tests.helpers.toys import toy_inputs
 from tests.helpers.transformed import SOME, toy_pair, zoo_pair
 from tests.helpers.zoo_models import Family
 
+pytestmark = pytest.mark.artefact
 rtx = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX, which exists for Linux: the extra tensorrt")
 POLICY = MoECa(interval=3, tau0=0.6)
 

@@ -27,7 +27,7 @@ from tests.helpers.transformed import as_new, run, toy_pair
 rtx = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX, which exists for Linux: the extra tensorrt")
 from tests.helpers import fake_tensorrt as fake  # noqa: E402  # imports TensorRT-RTX
 
-pytestmark = pytest.mark.filterwarnings("ignore::moeca_fx.NothingReusedWarning")
+pytestmark = [pytest.mark.artefact, pytest.mark.filterwarnings("ignore::moeca_fx.NothingReusedWarning")]
 
 POLICY = MoECa(interval=3, tau0=0.6)
 X = Port("x", (BATCH, 3), torch.float32)

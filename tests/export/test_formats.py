@@ -24,7 +24,7 @@ from tests.helpers import zoo_models
 from tests.helpers.toys import toy_inputs
 from tests.helpers.transformed import SOME, as_new, run, toy_pair
 
-pytestmark = pytest.mark.filterwarnings("ignore::moeca_fx.NothingReusedWarning")
+pytestmark = [pytest.mark.artefact, pytest.mark.filterwarnings("ignore::moeca_fx.NothingReusedWarning")]
 
 POLICY = MoECa(interval=3, tau0=0.6)
 SIZES = (1, 2, 5)

@@ -20,6 +20,8 @@ from moeca_fx.ops import bounded, dispatch, rows, slots
 from moeca_fx.policies import branch
 from tests.helpers.grids import slow
 
+pytestmark = pytest.mark.artefact
+
 TOKENS, TOP_K, EXPERTS, WIDTH, HEADS = 5, 2, 4, 6, 3
 WEIGHT = torch.randn(EXPERTS, WIDTH, WIDTH, generator=torch.Generator().manual_seed(4))
 SCALE = torch.arange(1, EXPERTS + 1, dtype=torch.float32).view(-1, 1, 1)  # what an expert does to its rows
