@@ -185,7 +185,7 @@ def step_runs(
     cached: ExportedModel, plain: ExportedModel, call: tuple[Tensor, ...], batch: int
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
     """A run for each kind of step, and the FLOPs of the cached ones over a full step's."""
-    program, uncached = cached._runtime.fixed, plain._runtime.fixed
+    program, uncached = cached._runtime.artefact, plain._runtime.artefact
     states, rule = cached.manifest.states, cached.manifest.steps[-1]["name"]
     assert program.graphs is not None
     empty = [torch.full((batch, *s.shape), s.empty, dtype=s.dtype, device=DEVICE) for s in states]

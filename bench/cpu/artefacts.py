@@ -81,7 +81,7 @@ def _model(name: str, batch: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def _program(folder: Path) -> Program:
-    return load(folder)._runtime.fixed
+    return load(folder)._runtime.artefact
 
 
 def _runs(program: Program, batch: int, inputs: tuple[Tensor, ...]) -> tuple[dict[str, Run], dict[str, float]]:

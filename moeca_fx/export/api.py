@@ -14,6 +14,7 @@ from moeca_fx.errors import ExportError
 from moeca_fx.export.engine import Backend, Progress, build_engine, find_backend
 from moeca_fx.export.manifest import Manifest, read_manifest, write_manifest
 from moeca_fx.export.onnx.file import OPSET, make_onnx, save_onnx
+from moeca_fx.export.onnx.whole import Lengths
 from moeca_fx.export.package import save_package
 from moeca_fx.export.plan import ExportPlan, Form
 from moeca_fx.export.request import ExportOptions, Say, make_request, put, refuse_compiled, refuse_unrolled, unwritable
@@ -36,6 +37,7 @@ def to_onnx(
     *,
     graphs: Form = "auto",
     experts: Experts | Literal["auto"] = "auto",
+    lengths: Lengths = "range",
     opset: int = OPSET,
     external_data: bool = True,
     **options: Unpack[ExportOptions],
@@ -80,7 +82,9 @@ def to_onnx(
 
     def write(plan: ExportPlan, made: Path) -> None:
         request.say("tracing and translating to ONNX")
-        models = {graph.name: make_onnx(graph, request.sizes[2], opset, plan.program.sites) for graph in plan.graphs}
+        models = {
+            graph.name: make_onnx(graph, request.sizes[2], opset, plan.program.sites, lengths) for graph in plan.graphs
+        }
         request.say("writing")
         save_onnx(models, made, external_data)
 

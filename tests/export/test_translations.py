@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import onnxruntime
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from moeca_fx.export.graph import BATCH, ExportGraph, Port
 from moeca_fx.export.onnx.file import make_onnx, save_onnx
 from moeca_fx.export.onnx.translations import translations
-from moeca_fx.export.onnx.whole import NAMESPACE, WHOLE
+from moeca_fx.export.onnx.whole import NAMESPACE, WHOLE, Lengths
 from moeca_fx.ops import bounded, dispatch, rows, slots
 from moeca_fx.policies import branch
 from tests.helpers.grids import slow
@@ -224,7 +224,9 @@ def _graph(function: Callable[..., Any]) -> fx.GraphModule:
     return fx.GraphModule(nn.Module(), graph)
 
 
-def _exported(function: Callable[..., Any], inputs: tuple[Tensor, ...], folder: Path) -> onnxruntime.InferenceSession:
+def _exported(
+    function: Callable[..., Any], inputs: tuple[Tensor, ...], folder: Path, lengths: Lengths
+) -> onnxruntime.InferenceSession:
     """The function with an open batch, every operation of the project whole."""
     module = _graph(function)
     ports = [
@@ -232,7 +234,7 @@ def _exported(function: Callable[..., Any], inputs: tuple[Tensor, ...], folder: 
         for index, value in enumerate(inputs)
     ]
     outputs = [Port(f"out{index}", (), torch.float32) for index in range(len(module.graph.output_node().args[0]))]  # type: ignore[arg-type]  # a tuple
-    made = make_onnx(ExportGraph("case", module, tuple(ports), tuple(outputs), inputs, ()), 8)
+    made = make_onnx(ExportGraph("case", module, tuple(ports), tuple(outputs), inputs, ()), 8, lengths=lengths)
     save_onnx({"case": made}, folder, external=False)
     return onnxruntime.InferenceSession(str(folder / "case.onnx"), providers=["CPUExecutionProvider"])
 
@@ -241,10 +243,11 @@ def _exported(function: Callable[..., Any], inputs: tuple[Tensor, ...], folder: 
 SLOW = ("grouped queries", "decide by raw weight", "expert_threshold by tokens")
 
 
+@pytest.mark.parametrize("lengths", ["range", "nonzero"])
 @pytest.mark.parametrize("name", [slow(name) if name in SLOW else name for name in CASES])
-def test_a_translation_computes_what_the_function_does(name: str, tmp_path: Path) -> None:
+def test_a_translation_computes_what_the_function_does(name: str, lengths: Lengths, tmp_path: Path) -> None:
     function, inputs = CASES[name]
-    session = _exported(function, inputs(3)[0], tmp_path)
+    session = _exported(function, inputs(3)[0], tmp_path, lengths)
     for batch in (1, 3, 5):
         for case in inputs(batch):
             given = {item.name: value.numpy() for item, value in zip(session.get_inputs(), case, strict=True)}
@@ -255,7 +258,7 @@ def test_a_translation_computes_what_the_function_does(name: str, tmp_path: Path
 
 
 def test_every_operation_is_translated_and_tried() -> None:
-    assert set(WHOLE.values()) <= set(translations())
+    assert all(set(WHOLE.values()) <= set(translations(lengths)) for lengths in get_args(Lengths))
     assert {operation.namespace for operation in WHOLE.values()} == {NAMESPACE}
     tried = {node.target for function, _ in CASES.values() for node in _graph(function).graph.nodes}
     assert set(WHOLE) <= tried

@@ -12,7 +12,8 @@ import torch
 from moeca_fx.errors import ExportError, require
 from moeca_fx.export.graph import ExportGraph
 from moeca_fx.export.onnx.names import label, name_nodes
-from moeca_fx.export.onnx.whole import keep_whole
+from moeca_fx.export.onnx.tidy import tidy
+from moeca_fx.export.onnx.whole import Lengths, keep_whole
 from moeca_fx.export.trace import quiet, trace, untraceable
 from moeca_fx.graph.sites import Sites
 
@@ -27,13 +28,16 @@ _NO_SITES = Sites(())
 _SMALL = 256  # bytes; smaller constants stay in the graph
 
 
-def make_onnx(graph: ExportGraph, most: int, opset: int = OPSET, sites: Sites = _NO_SITES) -> Any:
+def make_onnx(
+    graph: ExportGraph, most: int, opset: int = OPSET, sites: Sites = _NO_SITES, lengths: Lengths = "range"
+) -> Any:
     """Trace a graph and translate it.
 
     Args:
         most: largest batch.
         opset: version of ONNX's operators.
         sites: whose names the nodes shall have.
+        lengths: how lists are made whose length depends on data.
 
     Returns:
         An `onnx_ir.Model`.
@@ -59,7 +63,7 @@ def make_onnx(graph: ExportGraph, most: int, opset: int = OPSET, sites: Sites = 
                 opset_version=opset,
                 input_names=[port.name for port in graph.inputs],
                 output_names=[port.name for port in graph.outputs],
-                custom_translation_table=translations(),
+                custom_translation_table=translations(lengths),
                 optimize=False,  # its pattern rules take longer than everything else; runtimes have their own
                 verbose=False,
             )
@@ -67,7 +71,7 @@ def make_onnx(graph: ExportGraph, most: int, opset: int = OPSET, sites: Sites = 
             raise untraceable(graph, "ONNX", error) from error
         assert made is not None, "torch translates, or raises"
         model = made.model
-        _tidy(model)
+        tidy(model)
         name_nodes(model)
     return model
 
@@ -99,49 +103,6 @@ def _share_weights(models: Sequence[Any], folder: Path) -> None:
     ):
         for value in values:
             value.const_value = tensor
-
-
-def _tidy(model: Any) -> None:
-    """Fold what is constant, drop what is computed twice or read by nothing."""
-    import onnxscript.optimizer
-    from onnx_ir.passes import common
-
-    names = [value.name for value in model.graph.outputs]
-    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=False)
-    _drop_transposes_of_nothing(model)
-    for tidy in (
-        common.RemoveUnusedNodesPass(),
-        common.CommonSubexpressionEliminationPass(),
-        common.IdentityEliminationPass(),
-        common.RemoveUnusedNodesPass(),
-    ):
-        tidy(model)
-    _name_outputs(model, names)
-
-
-def _name_outputs(model: Any, names: Sequence[str]) -> None:
-    """Outputs that are computed alike have become one value: each is its own again."""
-    import onnx_ir
-
-    for index, name in enumerate(names):
-        value = model.graph.outputs[index]
-        if value.name != name:
-            node = onnx_ir.node("Identity", [value])
-            node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = name, value.dtype, value.shape
-            model.graph.append(node)
-            model.graph.outputs[index] = node.outputs[0]
-
-
-def _drop_transposes_of_nothing(model: Any) -> None:
-    """torch writes one before and after every indexed write; onnxruntime would copy whole caches for each."""
-    from onnx_ir.convenience import replace_all_uses_with
-
-    for node in list(model.graph):
-        if node.op_type == "Transpose" and not node.outputs[0].is_graph_output():
-            order = list(node.attributes["perm"].as_ints())
-            if order == sorted(order):
-                replace_all_uses_with(node.outputs[0], node.inputs[0])
-                model.graph.remove(node)
 
 
 @contextlib.contextmanager

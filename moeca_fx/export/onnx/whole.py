@@ -7,7 +7,7 @@ DSMoE-S took two minutes. They are for tracing alone and run as the functions th
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +15,9 @@ from torch import Tensor, fx
 from moeca_fx.ops import bounded, dispatch, rows, slots
 from moeca_fx.passes.insert_cache import share_copy
 from moeca_fx.policies import branch
+
+Lengths = Literal["range", "nonzero"]
+"""Lists whose length depends on data: of at least two, by `Range`, which TensorRT takes; or exact, by `NonZero`."""
 
 NAMESPACE = "moeca_onnx"
 WHOLE: dict[Callable[..., Any], Any] = {}

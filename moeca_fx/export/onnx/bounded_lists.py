@@ -1,0 +1,136 @@
+"""Lists of rows and branches as `ops.bounded` has them: a `Range` clamped to at least two, and to all at most.
+
+No NonZero, so that TensorRT takes them (`lengths="range"`); where fewer are selected, others fill up, and every write
+mends what those were given. Shapes are those of the functions that the operations stand for.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from moeca_fx.export.onnx.values import (
+    INT64,
+    Value,
+    as_dtype,
+    for_every_head,
+    number,
+    numbers,
+    op,
+    places,
+    real,
+    sizes,
+    tokens_of,
+    top_k_of,
+)
+from moeca_fx.ops import bounded
+from moeca_fx.ops.slots import REUSED
+
+
+def _count(most: Value, count: Value) -> Value:
+    """``0 .. n - 1`` with n = `count` clamped to [2, most]; both []."""
+    return op.Range(number(0), op.Min(op.Max(count, number(2)), most), number(1))
+
+
+def _select_rows(mask: Value) -> tuple[Value, Value]:
+    flat = op.Reshape(mask, numbers(-1))
+    chosen = op.Cast(flat, to=INT64)
+    selected, count, total = op.CumSum(chosen, number(0)), op.ReduceSum(chosen, keepdims=0), op.Size(flat)
+    entry = op.Range(number(0), total, number(1))
+    behind = op.Sub(op.Add(count, entry), selected)
+    place = op.Where(flat, op.Sub(selected, number(1)), behind)
+    index = _count(total, count)
+    return op.Gather(op.ScatterElements(entry, place, entry, axis=0), index), op.Less(index, count)
+
+
+def _valid_code(code: Value, valid: Value) -> Value:
+    return op.Where(op.Unsqueeze(valid, numbers(1, 2)), code, number(REUSED))
+
+
+def _write_rows(cache: Value, row: Value, values: Value, valid: Value) -> Value:
+    """Only the first two rows of a list may fill up: what all were given is mended there."""
+    place, values = places(row, tokens_of(cache)), as_dtype(values, cache.dtype)
+    written = op.ScatterND(cache, place, values)
+    first, second, axis = numbers(0), numbers(2), numbers(0)
+    place, values, valid = (op.Slice(part, first, second, axis) for part in (place, values, valid))
+    apply = op.Unsqueeze(valid, numbers(*range(1, len(cache.shape) - 1))) if len(cache.shape) > 2 else valid
+    return op.ScatterND(written, place, op.Where(apply, values, op.GatherND(cache, place)))
+
+
+def _attention_rows(query: Value, key: Value, value: Value, row: Value, mask: Value, scale: float | None) -> Value:
+    tokens, heads, width = tokens_of(mask), sizes(query)[1], sizes(query)[-1]
+    assert heads is not None and width is not None, "heads and their width are fixed"
+    count = op.ReduceSum(op.Cast(mask, to=INT64), numbers(1), keepdims=0)
+    first = op.Sub(op.CumSum(count, number(0)), count)
+    index = _count(number(tokens), op.ReduceMax(count, keepdims=0))
+    last = op.Sub(op.Size(row), number(1))
+    local = op.Min(op.Add(op.Unsqueeze(first, numbers(1)), index), last)  # [B, S]
+    padded = op.Transpose(op.Gather(query, local), perm=[0, 2, 1, 3])  # [B, h, S, d]
+    factor = real(1 / math.sqrt(width) if scale is None else scale, query.dtype)
+    key, value = (for_every_head(part, heads) for part in (key, value))
+    scores = op.MatMul(op.Mul(padded, factor), op.Transpose(key, perm=[0, 2, 3, 1]))
+    out = op.MatMul(op.Softmax(scores, axis=-1), op.Transpose(value, perm=[0, 2, 1, 3]))
+    sample = op.Div(row, number(tokens))
+    entry = op.Range(number(0), op.Size(row), number(1))
+    column = op.Sub(entry, op.Gather(first, sample))
+    column = op.Min(op.Max(column, number(0)), op.Sub(op.Size(index), number(1)))
+    end = numbers(-1)
+    place = op.Concat(op.Unsqueeze(sample, end), op.Unsqueeze(column, end), axis=-1)
+    return op.GatherND(op.Transpose(out, perm=[0, 2, 1, 3]), place)
+
+
+def _positions(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, ...]:
+    """[R]: what is recomputed, its expert, its position among the rows of that; [R, E]: how many until then."""
+    flat, experts = numbers(-1), numbers(*range(num_experts))
+    picked = op.Greater(op.Reshape(code, flat), number(REUSED))
+    ids = op.Reshape(slot_expert, flat)
+    column = op.Unsqueeze(ids, numbers(1))
+    mine = op.And(op.Equal(column, experts), op.Unsqueeze(picked, numbers(1)))
+    before = op.CumSum(op.Cast(mine, to=INT64), number(0))
+    position = op.Sub(op.Squeeze(op.GatherElements(before, column, axis=1), numbers(1)), number(1))
+    return picked, ids, position, before
+
+
+def _table(target: Value, size: Value, branches: Value) -> Value:
+    """Branch of each of `size` entries; `target` [R] of what has none is `size`."""
+    nothing = op.Expand(number(0), op.Reshape(op.Add(size, number(1)), numbers(1)))
+    table = op.ScatterElements(nothing, target, op.Range(number(0), branches, number(1)), axis=0)
+    return op.Slice(table, numbers(0), numbers(-1), numbers(0))
+
+
+def _plan_grouped(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, ...]:
+    picked, ids, position, before = _positions(code, slot_expert, num_experts)
+    count = op.ReduceMax(before, numbers(0), keepdims=0)
+    total = op.ReduceSum(count, keepdims=0)
+    nothing = op.Cast(op.Equal(total, number(0)), to=INT64)
+    last = numbers(*(int(index == num_experts - 1) for index in range(num_experts)))
+    count = op.Add(count, op.Mul(nothing, last))
+    offsets = op.CumSum(count, number(0))
+    size = op.Add(total, nothing)
+    entry = op.Add(op.Gather(op.Sub(offsets, count), ids), position)
+    table = _table(op.Where(picked, entry, size), size, op.Size(ids))
+    place = op.Min(op.Max(entry, number(0)), op.Sub(size, number(1)))
+    return op.Div(table, top_k_of(code)), op.Gather(ids, table), place, offsets
+
+
+def _plan_padded(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, Value, Value]:
+    flat, experts = numbers(-1), numbers(*range(num_experts))
+    picked, ids, position, before = _positions(code, slot_expert, num_experts)
+    branches = op.Size(ids)
+    index = _count(branches, op.ReduceMax(before, keepdims=0))
+    width = op.Size(index)
+    size = op.Mul(width, number(num_experts))
+    entry = op.Add(op.Mul(ids, width), position)
+    place = op.Min(op.Max(entry, number(0)), op.Sub(size, number(1)))
+    table = _table(op.Where(picked, entry, size), size, branches)
+    owner = op.Reshape(op.Add(op.Unsqueeze(experts, numbers(1)), op.Mul(index, number(0))), flat)
+    return op.Div(table, top_k_of(code)), owner, place
+
+
+BOUNDED_LISTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    bounded.select_rows: _select_rows,
+    bounded.valid_code: _valid_code,
+    bounded.write_rows: _write_rows,
+    bounded.attention_rows: _attention_rows,
+    bounded.plan_padded: _plan_padded,
+    bounded.plan_grouped: _plan_grouped,
+}

@@ -1,0 +1,110 @@
+"""Lists of rows and branches that are as long as what they hold, of none too: `lengths="nonzero"`, for onnxruntime.
+
+    row, valid = select_rows(mask)        row = NonZero(mask); valid is true everywhere
+    cache = write_rows(cache, row, v)     one ScatterND, because nothing fills a list up
+
+TensorRT refuses NonZero, and torch's compilers lengths below two: for those there is `bounded_lists`. Reductions name
+their axes from the front: onnxruntime 1.31 gives an empty tensor a wrong shape where the axis is negative.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from moeca_fx.export.onnx.values import (
+    INT64,
+    Value,
+    as_dtype,
+    for_every_head,
+    number,
+    numbers,
+    op,
+    places,
+    real,
+    sizes,
+    tokens_of,
+    top_k_of,
+)
+from moeca_fx.ops import bounded
+from moeca_fx.ops.slots import REUSED
+
+
+def _select_rows(mask: Value) -> tuple[Value, Value]:
+    row = op.Squeeze(op.NonZero(op.Reshape(mask, numbers(-1))), numbers(0))
+    return row, op.GreaterOrEqual(row, number(0))
+
+
+def _valid_code(code: Value, valid: Value) -> Value:
+    return op.Identity(code)
+
+
+def _write_rows(cache: Value, row: Value, values: Value, valid: Value) -> Value:
+    return op.ScatterND(cache, places(row, tokens_of(cache)), as_dtype(values, cache.dtype))
+
+
+def _attention_rows(query: Value, key: Value, value: Value, row: Value, mask: Value, scale: float | None) -> Value:
+    """Padded to the fullest sample; the padded queries that are real are those of the list, in its order."""
+    heads, width = sizes(query)[1], sizes(query)[-1]
+    assert heads is not None and width is not None, "heads and their width are fixed"
+    count = op.ReduceSum(op.Cast(mask, to=INT64), numbers(1), keepdims=0)  # [B]
+    first = op.Sub(op.CumSum(count, number(0)), count)
+    column = op.Range(number(0), op.ReduceMax(count, keepdims=0), number(1))  # [S]
+    local = op.Add(op.Unsqueeze(first, numbers(1)), column)
+    local = op.Min(local, op.Sub(op.Size(row), number(1)))  # [B, S]
+    padded = op.Transpose(op.Gather(query, local), perm=[0, 2, 1, 3])  # [B, h, S, d]
+    factor = real(1 / math.sqrt(width) if scale is None else scale, query.dtype)
+    key, value = (for_every_head(part, heads) for part in (key, value))
+    scores = op.MatMul(op.Mul(padded, factor), op.Transpose(key, perm=[0, 2, 3, 1]))
+    out = op.MatMul(op.Softmax(scores, axis=-1), op.Transpose(value, perm=[0, 2, 1, 3]))
+    is_real = op.NonZero(op.Less(column, op.Unsqueeze(count, numbers(1))))
+    return op.GatherND(op.Transpose(out, perm=[0, 2, 1, 3]), op.Transpose(is_real, perm=[1, 0]))
+
+
+def _computed(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, Value, Value, Value]:
+    """What is computed: picked [R], ids [R] and number [R] of all branches, and mine [E, R].
+
+    Branch 0 is computed whatever the decision, for nobody if it is not picked: every branch finds some row then.
+    """
+    flat = numbers(-1)
+    ids = op.Reshape(slot_expert, flat)
+    number_of = op.Range(number(0), op.Size(ids), number(1))
+    picked = op.Or(op.Greater(op.Reshape(code, flat), number(REUSED)), op.Equal(number_of, number(0)))
+    experts = op.Unsqueeze(numbers(*range(num_experts)), numbers(1))
+    mine = op.And(op.Equal(op.Unsqueeze(ids, numbers(0)), experts), op.Unsqueeze(picked, numbers(0)))
+    return picked, ids, number_of, mine
+
+
+def _plan_padded(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, Value, Value]:
+    picked, ids, number_of, mine = _computed(code, slot_expert, num_experts)
+    count = op.Cast(mine, to=INT64)
+    width = op.ReduceMax(op.ReduceSum(count, numbers(1), keepdims=0), keepdims=0)
+    before = op.GatherElements(op.CumSum(count, number(1)), op.Unsqueeze(ids, numbers(0)), axis=0)
+    position = op.Sub(op.Squeeze(before, numbers(0)), number(1))  # among the rows of its expert
+    entry = op.Add(op.Mul(ids, width), position)
+    size = op.Mul(width, number(num_experts))
+    # What is not computed goes to one entry behind the table.
+    nothing = op.Expand(number(0), op.Reshape(op.Add(size, number(1)), numbers(1)))
+    table = op.ScatterElements(nothing, op.Where(picked, entry, size), number_of, axis=0)
+    table = op.Slice(table, numbers(0), numbers(-1), numbers(0))
+    owner = op.Div(op.Range(number(0), size, number(1)), width)
+    return op.Div(table, top_k_of(code)), owner, op.Where(picked, entry, number(0))
+
+
+def _plan_grouped(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, Value, Value, Value]:
+    _, _, number_of, mine = _computed(code, slot_expert, num_experts)
+    count = op.ReduceSum(op.Cast(mine, to=INT64), numbers(1), keepdims=0)
+    expert, branch = op.Split(op.NonZero(mine), axis=0, num_outputs=2)  # by expert, then by branch
+    branch = op.Squeeze(branch, numbers(0))
+    nowhere = op.Mul(number_of, number(0))
+    place = op.ScatterElements(nowhere, branch, op.Range(number(0), op.Size(branch), number(1)), axis=0)
+    return op.Div(branch, top_k_of(code)), op.Squeeze(expert, numbers(0)), place, op.CumSum(count, number(0))
+
+
+EXACT_LISTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    bounded.select_rows: _select_rows,
+    bounded.valid_code: _valid_code,
+    bounded.write_rows: _write_rows,
+    bounded.attention_rows: _attention_rows,
+    bounded.plan_padded: _plan_padded,
+    bounded.plan_grouped: _plan_grouped,
+}
