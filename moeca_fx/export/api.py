@@ -14,6 +14,7 @@ from moeca_fx.errors import ExportError
 from moeca_fx.export.engine import Backend, Progress, build_engine, find_backend
 from moeca_fx.export.manifest import Manifest, read_manifest, write_manifest
 from moeca_fx.export.onnx.file import OPSET, make_onnx, save_onnx
+from moeca_fx.export.onnx.in_place import caches_in_place
 from moeca_fx.export.onnx.whole import Lengths
 from moeca_fx.export.package import save_package
 from moeca_fx.export.plan import ExportPlan, Form
@@ -80,13 +81,14 @@ def to_onnx(
     if options.get("check", True) and next(request.model.parameters()).dtype is torch.bfloat16:
         raise ExportError(f"export to ONNX: {NO_BF16}")
 
-    def write(plan: ExportPlan, made: Path) -> None:
+    def write(plan: ExportPlan, made: Path) -> dict[str, list[str]]:
         request.say("tracing and translating to ONNX")
         models = {
             graph.name: make_onnx(graph, request.sizes[2], opset, plan.program.sites, lengths) for graph in plan.graphs
         }
         request.say("writing")
         save_onnx(models, made, external_data)
+        return {name: caches_in_place(graph) for name, graph in models.items()}
 
     return request.export("onnx", ".onnx", write, opset)
 

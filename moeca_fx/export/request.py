@@ -5,7 +5,7 @@ import gc
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -71,13 +71,17 @@ class Request:
     say: Say
 
     def export(
-        self, kind: str, ending: str, write: Callable[[ExportPlan, Path], None], opset: int | None = None
+        self,
+        kind: str,
+        ending: str,
+        write: Callable[[ExportPlan, Path], Mapping[str, list[str]] | None],
+        opset: int | None = None,
     ) -> Manifest:
         """Transform, write, check, and put everything in place.
 
         Args:
             kind: as in the manifest; ending: of its files.
-            write: writes the graphs of a plan into a folder.
+            write: writes the graphs of a plan into a folder; of each it may name the caches that are written in place.
         """
         self.say("transforming")
         timestep = self.options.get("timestep")
@@ -88,9 +92,11 @@ class Request:
         with tempfile.TemporaryDirectory(dir=self.target, prefix=".export-") as name:
             made = Path(name)
             try:
-                write(plan, made)
+                in_place = write(plan, made) or {}
             except OSError as error:
                 raise unwritable(self.target, error) from error
+            graphs = [{**graph, "in_place": in_place.get(graph["name"], [])} for graph in manifest.graphs]
+            manifest = replace(manifest, graphs=graphs)
             write_manifest(manifest, made)
             gc.collect()  # traces hang together in cycles and are as large as the weights
             if self.options.get("check", True):

@@ -126,6 +126,8 @@ class _Loaded:
         handed_on = {value for where, value in self.returns if where == "input"}
         self.replaced = []
         """For each output the position of the input whose buffer is free afterwards, or None."""
+        self.in_place = set(graph.get("in_place", ())) if self.session.writes_in_place else set()
+        """Outputs that are bound to that input's buffer itself."""
         for port in self.outputs:
             name = port.name.replace(CACHE_OUT, CACHE_IN)
             place = names.index(name) if name != port.name and name in names else None
@@ -142,6 +144,9 @@ class _Loaded:
     def _buffers(self, given: list[Tensor], batch: int) -> list[Tensor]:
         made = []
         for port, place in zip(self.outputs, self.replaced, strict=True):
+            if place is not None and port.name in self.in_place:
+                made.append(given[place])
+                continue
             free = None if place is None else self._free.pop(given[place], None)  # type: ignore[no-untyped-call]
             buffer = port.empty(batch, self.session.device) if free is None else free
             if place is not None:

@@ -17,9 +17,11 @@ class Session(Protocol):
 
     Attributes:
         device: where its tensors lie, such as ``"cpu"`` or ``"cuda"``.
+        writes_in_place: whether a cache's input and output may share a buffer, where the graph allows it.
     """
 
     device: str
+    writes_in_place: bool
 
     def run(self, given: Sequence[Tensor], into: Buffers) -> Sequence[Tensor]:
         """Run it once.

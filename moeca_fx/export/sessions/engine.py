@@ -33,6 +33,8 @@ class EngineSession:
         MissingExtraError: TensorRT is not installed.
     """
 
+    writes_in_place = False
+
     def __init__(self, kind: str, path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
         self._device = _gpu()
         self.device = str(self._device)

@@ -78,12 +78,13 @@ class OnnxSession:
         if strict and found[: len(providers)] != list(providers):
             raise ExportError(f"{path}: asked for {', '.join(providers)}, onnxruntime runs it on {', '.join(found)}")
         self.device = "cuda" if found[0] != CPU else "cpu"
+        self.writes_in_place = found == [CPU]  # what other providers do was never seen
         self.inputs = [item.name for item in self.session.get_inputs()]
         self.outputs = [item.name for item in self.session.get_outputs()]
         check_names(path, [self.inputs, self.outputs], inputs, outputs)
 
     def run(self, given: Sequence[Tensor], into: Buffers) -> Sequence[Tensor]:
-        """See `Session.run`; a buffer must not share memory with an input."""
+        """See `Session.run`; a buffer shares memory with an input only where `in_place` found that it may."""
         binding = self.session.io_binding()
         made = into()
         for name, tensor in zip(self.inputs, given, strict=True):

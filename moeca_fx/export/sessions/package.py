@@ -15,6 +15,8 @@ from moeca_fx.kernels.families import FAMILIES
 class PackageSession:
     """One loaded package."""
 
+    writes_in_place = False
+
     def __init__(self, path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
         for family in FAMILIES:  # the package calls their operations
             if family.device == "cpu" or torch.cuda.is_available():

@@ -27,6 +27,8 @@ def open_program(path: Path) -> torch.export.ExportedProgram:
 class ProgramSession:
     """One loaded program."""
 
+    writes_in_place = False
+
     def __init__(self, path: Path, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
         program = open_program(path)
         signature = program.graph_signature
