@@ -202,6 +202,11 @@ def write_branches(cache: Tensor, fresh: Tensor, code: Tensor, row: Tensor | Non
     return cache.index_put(where, torch.where(picked, fresh, cache[where]))
 
 
+def write_computed(cache: Tensor, values: Tensor, place: Tensor, code: Tensor, row: Tensor | None) -> Tensor:
+    """`write_branches` of results by table entry, `values` and `place` as for `take_branches`."""
+    return write_branches(cache, take_branches(values, code, place), code, row)
+
+
 def _of_rows(cache: Tensor, row: Tensor | None) -> Tensor:
     """The tokens [R, ..] of a cache [B, T, ..] that leading entries of a code stand for."""
     return cache.flatten(0, 1) if row is None else cache[_places(cache, row)]

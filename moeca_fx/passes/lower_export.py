@@ -169,8 +169,10 @@ class _Lowering:
         cache, row, values = node.args
         assert isinstance(row, fx.Node)
         table = self.tables.get(row)
-        if table is not None:
-            self._replace(node, bounded.write_branches, cache, self._taken(values), table.code, table.row)
+        if table is not None and values in self.computed:
+            self._replace(node, bounded.write_computed, cache, values, table.place, table.code, table.row)
+        elif table is not None:
+            self._replace(node, bounded.write_branches, cache, values, table.code, table.row)
         elif row in self.rows:
             self._replace(node, bounded.write_rows, cache, row, values, self.rows[row].valid)
 
@@ -193,8 +195,13 @@ class _Lowering:
             node.args = (self._taken(values), guess)
 
     def _measure(self, node: fx.Node) -> None:
-        """Norms of branches that experts computed: of those, not of what fills up the table."""
-        node.args = (self._taken(node.args[0]),)
+        """Norms of branches that experts computed, by table entry; a dense table has too many of them."""
+        values = node.args[0]
+        assert isinstance(values, fx.Node)
+        if self.experts == "dense":
+            node.args = (self._taken(values),)
+        elif values in self.computed:
+            self.computed[node] = self.computed[values]
 
     def _taken(self, values: Any) -> fx.Node:
         """What experts computed in the order of the decision; all else is so already."""

@@ -77,7 +77,7 @@ def _run_every_expert(x: Tensor, code: Tensor, expert: Tensor, cache: Tensor, sc
 def _run_one_by_one(x: Tensor, code: Tensor, expert: Tensor, cache: Tensor, weight: Tensor) -> Tensor:
     local, _, place, offsets = bounded.plan_grouped(code, expert, EXPERTS)
     hidden = torch.ops.moeca.grouped_linear(dispatch.take_rows(x, local), weight, None, offsets)
-    return bounded.write_branches(cache, bounded.take_branches(hidden, code, place), code, None)
+    return bounded.write_computed(cache, hidden, place, code, None)
 
 
 def _run_branches_of_rows(x: Tensor, mask: Tensor, code: Tensor, expert: Tensor, cache: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def _run_branches_of_rows(x: Tensor, mask: Tensor, code: Tensor, expert: Tensor,
     code = bounded.valid_code(code, valid)
     local, _, place = bounded.plan_padded(code, expert, EXPERTS)
     hidden = dispatch.take_rows(dispatch.take_rows(x, row), local).reshape(EXPERTS, -1, WIDTH) * 3
-    return bounded.write_branches(cache, bounded.take_branches(hidden.flatten(0, 1), code, place), code, row)
+    return bounded.write_computed(cache, hidden.flatten(0, 1), place, code, row)
 
 
 def _gather(x: Tensor, mask: Tensor, table: Tensor, sample: Tensor) -> Tensor:

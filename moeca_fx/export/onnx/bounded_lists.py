@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from moeca_fx.export.onnx.tables import take_branches, write_branches
 from moeca_fx.export.onnx.values import (
     INT64,
     Value,
@@ -126,6 +127,10 @@ def _plan_padded(code: Value, slot_expert: Value, num_experts: int) -> tuple[Val
     return op.Div(table, top_k_of(code)), owner, place
 
 
+def _write_computed(cache: Value, values: Value, place: Value, code: Value, row: Value | None) -> Value:
+    return write_branches(cache, take_branches(values, code, place), code, row)
+
+
 BOUNDED_LISTS: dict[Callable[..., Any], Callable[..., Any]] = {
     bounded.select_rows: _select_rows,
     bounded.valid_code: _valid_code,
@@ -133,4 +138,5 @@ BOUNDED_LISTS: dict[Callable[..., Any], Callable[..., Any]] = {
     bounded.attention_rows: _attention_rows,
     bounded.plan_padded: _plan_padded,
     bounded.plan_grouped: _plan_grouped,
+    bounded.write_computed: _write_computed,
 }

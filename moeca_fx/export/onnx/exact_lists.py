@@ -100,6 +100,17 @@ def _plan_grouped(code: Value, slot_expert: Value, num_experts: int) -> tuple[Va
     return op.Div(branch, top_k_of(code)), op.Squeeze(expert, numbers(0)), place, op.CumSum(count, number(0))
 
 
+def _write_computed(cache: Value, values: Value, place: Value, code: Value, row: Value | None) -> Value:
+    """The picked branches alone, each where its slot lies: [N, rest] into [B, T, k, rest]."""
+    flat, end, top_k = numbers(-1), numbers(1), top_k_of(code)
+    picked = op.NonZero(op.Greater(op.Reshape(code, flat), number(REUSED)))
+    picked = op.Squeeze(picked, numbers(0))
+    token = op.Div(picked, top_k)
+    token = token if row is None else op.Gather(row, token)
+    slot = op.Concat(places(token, tokens_of(cache)), op.Unsqueeze(op.Mod(picked, top_k), end), axis=-1)
+    return op.ScatterND(cache, slot, as_dtype(op.Gather(values, op.Gather(place, picked)), cache.dtype))
+
+
 EXACT_LISTS: dict[Callable[..., Any], Callable[..., Any]] = {
     bounded.select_rows: _select_rows,
     bounded.valid_code: _valid_code,
@@ -107,4 +118,5 @@ EXACT_LISTS: dict[Callable[..., Any], Callable[..., Any]] = {
     bounded.attention_rows: _attention_rows,
     bounded.plan_padded: _plan_padded,
     bounded.plan_grouped: _plan_grouped,
+    bounded.write_computed: _write_computed,
 }

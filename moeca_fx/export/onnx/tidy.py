@@ -13,6 +13,7 @@ def tidy(model: Any) -> None:
     onnxscript.optimizer.fold_constants(model, onnx_shape_inference=False)
     _drop_transposes_of_nothing(model)
     _axes_from_the_front(model)
+    _sizes_of_splits(model)
     for part in (
         common.RemoveUnusedNodesPass(),
         common.CommonSubexpressionEliminationPass(),
@@ -67,3 +68,10 @@ def _axes_from_the_front(model: Any) -> None:
                 made = onnx_ir.node("Constant", [], {"value": value})
                 model.graph.insert_before(node, made)
                 node.replace_input_with(1, made.outputs[0])
+
+
+def _sizes_of_splits(model: Any) -> None:
+    """onnxscript asks for the number of outputs even where sizes are given, which ONNX allows one of."""
+    for node in model.graph:
+        if node.op_type == "Split" and len(node.inputs) > 1 and node.inputs[1] is not None:
+            node.attributes.pop("num_outputs", None)

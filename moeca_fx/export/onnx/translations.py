@@ -13,6 +13,7 @@ import torch
 
 from moeca_fx.export.onnx.bounded_lists import BOUNDED_LISTS
 from moeca_fx.export.onnx.exact_lists import EXACT_LISTS
+from moeca_fx.export.onnx.tables import take_branches, write_branches
 from moeca_fx.export.onnx.values import (
     FLOAT,
     INT64,
@@ -52,12 +53,15 @@ def _grouped_linear(x: Value, weight: Value, bias: Value | None, offsets: Value)
     """One product an expert, of the rows that it has."""
     experts = sizes(weight)[0]
     assert experts is not None, "the number of experts is fixed"
-    ends = op.Split(offsets, axis=0, num_outputs=experts) if experts > 1 else [offsets]
-    parts, start = [], numbers(0)
-    for index, end in enumerate(ends):
+    if experts == 1:
+        groups = [x]
+    else:
+        starts = op.Concat(numbers(0), op.Slice(offsets, numbers(0), numbers(-1), numbers(0)), axis=0)
+        groups = op.Split(x, op.Sub(offsets, starts), axis=0, num_outputs=experts)  # `tidy` drops one of the two
+    parts = []
+    for index, group in enumerate(groups):
         own = [op.Gather(part, number(index), axis=0) for part in (weight, bias) if part is not None]
-        parts.append(op.Gemm(op.Slice(x, start, end, numbers(0)), *own, transB=1))
-        start = end
+        parts.append(op.Gemm(group, *own, transB=1))
     return op.Concat(*parts, axis=0)
 
 
@@ -169,23 +173,6 @@ def _combine_slots(feature: Value, weight: Value) -> Value:
     return combined if dtype == feature.dtype else op.Cast(combined, to=feature.dtype)
 
 
-def _take_branches(values: Value, code: Value, place: Value) -> Value:
-    top_k, rest = sizes(code)[-1], sizes(values)[1:]
-    assert top_k is not None and None not in rest, "k and widths are fixed"
-    return op.Reshape(op.Gather(values, place), numbers(-1, top_k, *(size or 0 for size in rest)))
-
-
-def _write_branches(cache: Value, fresh: Value, code: Value, row: Value | None) -> Value:
-    tokens, top_k, *rest = (size or -1 for size in sizes(cache)[1:])
-    fresh, picked = as_dtype(fresh, cache.dtype), op.Greater(code, number(REUSED))
-    if row is None:
-        fresh = op.Reshape(fresh, numbers(-1, tokens, top_k, *rest))
-        return op.Where(op.Reshape(picked, numbers(-1, tokens, top_k, *(1 for _ in rest))), fresh, cache)
-    picked = op.Reshape(picked, numbers(-1, top_k, *(1 for _ in rest)))
-    where = places(row, tokens)
-    return op.ScatterND(cache, where, op.Where(picked, fresh, op.GatherND(cache, where)))
-
-
 def _gather_rows(x: Value, row: Value, batch_axis: int, token_axis: int) -> Value:
     return op.Unsqueeze(op.GatherND(x, places(row, tokens_of(x))), numbers(1))
 
@@ -207,8 +194,8 @@ def _stable_sort(values: Value, *, stable: bool = True, dim: int = -1, descendin
 
 
 _OF_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    bounded.write_branches: _write_branches,
-    bounded.take_branches: _take_branches,
+    bounded.write_branches: write_branches,
+    bounded.take_branches: take_branches,
     bounded.plan_dense: _plan_dense,
     bounded.update_activation: _update_activation,
     branch.expert_threshold: _expert_threshold,

@@ -68,6 +68,11 @@ def _(cache: Tensor, *_: Any) -> Any:
     return cache.new_empty(cache.shape)
 
 
+@_whole(bounded.write_computed, "(Tensor cache, Tensor values, Tensor place, Tensor code, Tensor? row) -> Tensor")
+def _(cache: Tensor, *_: Any) -> Any:
+    return cache.new_empty(cache.shape)
+
+
 @_whole(
     bounded.attention_rows,
     "(Tensor query, Tensor key, Tensor value, Tensor row, Tensor mask, float? scale) -> Tensor",

@@ -1,0 +1,23 @@
+"""Results of experts by table entry: in the order of a decision, and written into a cache from that."""
+
+from moeca_fx.export.onnx.values import Value, as_dtype, number, numbers, op, places, sizes
+from moeca_fx.ops.slots import REUSED
+
+
+def take_branches(values: Value, code: Value, place: Value) -> Value:
+    """See `ops.bounded.take_branches`."""
+    top_k, rest = sizes(code)[-1], sizes(values)[1:]
+    assert top_k is not None and None not in rest, "k and widths are fixed"
+    return op.Reshape(op.Gather(values, place), numbers(-1, top_k, *(size or 0 for size in rest)))
+
+
+def write_branches(cache: Value, fresh: Value, code: Value, row: Value | None) -> Value:
+    """See `ops.bounded.write_branches`."""
+    tokens, top_k, *rest = (size or -1 for size in sizes(cache)[1:])
+    fresh, picked = as_dtype(fresh, cache.dtype), op.Greater(code, number(REUSED))
+    if row is None:
+        fresh = op.Reshape(fresh, numbers(-1, tokens, top_k, *rest))
+        return op.Where(op.Reshape(picked, numbers(-1, tokens, top_k, *(1 for _ in rest))), fresh, cache)
+    picked = op.Reshape(picked, numbers(-1, top_k, *(1 for _ in rest)))
+    where = places(row, tokens)
+    return op.ScatterND(cache, where, op.Where(picked, fresh, op.GatherND(cache, where)))
