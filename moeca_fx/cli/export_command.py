@@ -48,6 +48,14 @@ class ExpertsForm(StrEnum):
     DENSE = "dense"
 
 
+class LengthsForm(StrEnum):
+    """How long lists are that depend on data."""
+
+    AUTO = "auto"
+    RANGE = "range"
+    NONZERO = "nonzero"
+
+
 class Dtype(StrEnum):
     """What a copy of the model is cast to."""
 
@@ -73,6 +81,9 @@ def export(
         ExpertsForm,
         typer.Option(help="One product over padded groups, one an expert (onnx, its default), or all on every row."),
     ] = ExpertsForm.AUTO,
+    lengths: Annotated[
+        LengthsForm, typer.Option(help="ONNX: lists of exact length (nonzero, its default), or bounded for TensorRT.")
+    ] = LengthsForm.AUTO,
     opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = OPSET,
     external_data: Annotated[bool, typer.Option(help="ONNX: weights in a file of their own.")] = True,
     backend: Annotated[str, typer.Option(help="Of engines: tensorrt, tensorrt-rtx, or auto.")] = "auto",
@@ -91,6 +102,8 @@ def export(
     console = stderr()
     if format is not Format.TENSORRT and (compute_capability or workspace is not None or backend != "auto"):
         raise ConfigError("--backend, --compute-capability and --workspace belong to --format tensorrt; drop them")
+    if format is not Format.ONNX and lengths is not LengthsForm.AUTO:
+        raise ConfigError("--lengths belongs to --format onnx; drop it")
     write: Callable[..., Manifest] = to_aotinductor
     forms: dict[str, Any] = {"graphs": graphs.value}
     if experts is not ExpertsForm.AUTO:
@@ -106,7 +119,7 @@ def export(
             steps=_EngineBar(console),
         )
     elif format is Format.ONNX:
-        write = partial(to_onnx, **forms, opset=opset, external_data=external_data)
+        write = partial(to_onnx, **forms, lengths=lengths.value, opset=opset, external_data=external_data)
     elif format is Format.PT2:
         write = partial(to_pt2, **forms)
     elif graphs is not Graphs.AUTO or experts is not ExpertsForm.AUTO:

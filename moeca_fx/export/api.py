@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from torch import nn
 
-from moeca_fx.errors import ExportError
+from moeca_fx.errors import ConfigError, ExportError
 from moeca_fx.export.engine import Backend, Progress, build_engine, find_backend
 from moeca_fx.export.manifest import Manifest, read_manifest, write_manifest
 from moeca_fx.export.onnx.file import OPSET, make_onnx, save_onnx
@@ -38,7 +38,7 @@ def to_onnx(
     *,
     graphs: Form = "auto",
     experts: Experts | Literal["auto"] = "auto",
-    lengths: Lengths = "range",
+    lengths: Lengths | Literal["auto"] = "auto",
     opset: int = OPSET,
     external_data: bool = True,
     **options: Unpack[ExportOptions],
@@ -54,6 +54,8 @@ def to_onnx(
             ``"steps"``: a graph a step, or ``"auto"``: one where that is possible.
         experts: ``"unrolled"``, which ``"auto"`` is: one product an expert, of its rows alone; ``"padded"``: one over a
             table as wide as the largest group, for GPUs and TensorRT; ``"dense"``: every expert on every row.
+        lengths: of lists that depend on data: ``"nonzero"``, which ``"auto"`` is: exact, and onnxruntime's
+            CPU provider writes caches in place; ``"range"``: two entries at least, without `NonZero`, as TensorRT asks.
         opset: version of ONNX's operators.
         external_data: weights in a file beside the graphs, which those over 2 GB need.
         options: see `ExportOptions`.
@@ -68,6 +70,9 @@ def to_onnx(
         MoecaError: what `transform` raises, or the folder cannot be written.
     """
     refuse_compiled(graphs, "ONNX")
+    if lengths not in ("auto", *get_args(Lengths)):
+        raise ConfigError(f"lengths: expected auto, {' or '.join(get_args(Lengths))}, found {lengths!r}")
+    exact: Lengths = "nonzero" if lengths == "auto" else lengths
     request = make_request(
         model,
         folder,
@@ -84,7 +89,7 @@ def to_onnx(
     def write(plan: ExportPlan, made: Path) -> dict[str, list[str]]:
         request.say("tracing and translating to ONNX")
         models = {
-            graph.name: make_onnx(graph, request.sizes[2], opset, plan.program.sites, lengths) for graph in plan.graphs
+            graph.name: make_onnx(graph, request.sizes[2], opset, plan.program.sites, exact) for graph in plan.graphs
         }
         request.say("writing")
         save_onnx(models, made, external_data)
@@ -196,6 +201,7 @@ def to_tensorrt(
             policy,
             graphs=graphs,
             experts=experts,
+            lengths="range",
             opset=opset,
             **options,
         )

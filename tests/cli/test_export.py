@@ -52,6 +52,7 @@ def test_what_is_exported_is_sampled_from(run, refuse, project, monkeypatch):
         (("--policy", "nothing"), "policy"),
         (("--format", "aoti", "--graphs", "steps"), "--graphs and --experts: AOTInductor compiles"),
         (("--format", "aoti", "--experts", "dense"), "--graphs and --experts: AOTInductor compiles"),
+        (("--format", "tensorrt", "--lengths", "nonzero"), "--lengths belongs to --format onnx"),
         (("--format", "pt2", "--experts", "unrolled"), "experts: 'unrolled' is a form of ONNX alone"),
         (("--format", "tensorrt", "--experts", "unrolled"), "experts: 'unrolled' is a form of ONNX alone"),
         (("--dtype", "bf16"), "onnxruntime has no bf16 on a CPU"),

@@ -123,13 +123,33 @@ def test_graphs_a_step_share_their_weights_in_onnx(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experts", ["dense", "padded"])
-def test_every_form_of_experts(experts: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("experts", "lengths"), [("dense", "auto"), ("padded", "auto"), ("padded", "range"), ("unrolled", "range")]
+)
+def test_every_form_of_experts_and_lengths(experts: Any, lengths: Any, tmp_path: Path) -> None:
     """The default of each format is what every other test runs."""
     model, fast = toy_pair(POLICY)
-    to_onnx(model, tmp_path, toy_inputs(), policy=POLICY, batch=SIZES, experts=experts)
+    to_onnx(model, tmp_path, toy_inputs(), policy=POLICY, batch=SIZES, experts=experts, lengths=lengths)
     for batch in (1, 5):
         _compare(tmp_path, fast, _toy_steps(batch), 1e-4)
+
+
+@pytest.mark.parametrize(("tau0", "reused"), [(50.0, 1.0), (1e-6, 0.0)])
+def test_lists_of_nothing_and_of_everything(tau0: float, reused: float, tmp_path: Path) -> None:
+    """Steps that refresh no row at all, or all: lists are exact, and caches stay where they lie."""
+    policy = MoECa(interval=4, tau0=tau0)
+    model, fast = toy_pair(policy)
+    manifest = to_onnx(model, tmp_path, toy_inputs(), policy=policy, batch=SIZES)
+    (graph,) = manifest.graphs
+    assert {name.rpartition(".")[2] for name in graph["in_place"]} >= {"feature", "key", "value", "attn", "norm"}
+    steps = [(toy_inputs(3)[0], torch.full((3,), 0.02 * step)) for step in range(STEPS)]  # the router decides alike
+    artefact = _compare(tmp_path, fast, steps, 1e-5)
+    assert artefact.stats().reuse_ratio == reused
+    before = {name: tensor.data_ptr() for name, tensor in artefact.cache().items()}
+    artefact(steps[-1][0], torch.full((3,), 0.02 * STEPS))
+    after = {name: tensor.data_ptr() for name, tensor in artefact.cache().items()}
+    kept = {name for name in before if before[name] == after[name]}
+    assert {f"cache_out.{name}" for name in kept} >= set(graph["in_place"])
 
 
 def test_experts_that_cannot_be(tmp_path: Path) -> None:
