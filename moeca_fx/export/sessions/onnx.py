@@ -17,6 +17,9 @@ NO_BF16 = (
     "onnxruntime has no bf16 on a CPU: export in fp16 or fp32 (dtype, --dtype), run it on another provider, or leave "
     "the check out (check=False, --no-verify)"
 )
+_SLOWER = ["SkipLayerNormFusion"]
+"""Rewrites of onnxruntime that cost time on a CPU: its fused sum and norm takes twice as long as the two."""
+
 _ELEMENTS = {
     torch.float32: 1,
     torch.uint8: 2,
@@ -71,7 +74,9 @@ class OnnxSession:
         # Between steps the sampler runs in torch, or another step in another session: idle threads must not spin.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=list(providers), disabled_optimizers=_SLOWER
+            )
         except Exception as error:  # onnxruntime's own exception types are not public
             raise ExportError(f"{path}: onnxruntime cannot load it: {str(error).splitlines()[0]}") from error
         found = self.session.get_providers()
