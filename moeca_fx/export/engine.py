@@ -172,7 +172,9 @@ def build_engine(
     name, trt, log, builder, network = parsed.name, parsed.trt, parsed.log, parsed.builder, parsed.network
     if parsed.rejections:
         refused = "; ".join(map(str, parsed.rejections))
-        raise ExportError(f"{name} refuses the graph: {refused}; please report this model")
+        exact = any(rejection.operator == "NonZero" for rejection in parsed.rejections)
+        todo = "export it with lengths='range' (--lengths range)" if exact else "please report this model"
+        raise ExportError(f"{name} refuses the graph: {refused}; {todo}")
     _check_network(network, [[read_port(item) for item in graph[way]] for way in ("inputs", "outputs")])
     config = builder.create_builder_config()
     config.add_optimization_profile(_profile(builder, network, batch))

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy with its caches as ONNX."""
     made = tmp_path_factory.mktemp("toy") / "onnx"
     model, _ = toy_pair(None)
-    to_onnx(model, made, toy_inputs(), policy=POLICY, batch=(1, 2, 5), experts="padded")
+    to_onnx(model, made, toy_inputs(), policy=POLICY, batch=(1, 2, 5), experts="padded", lengths="range")
     return made
 
 
@@ -93,6 +93,13 @@ def test_what_is_written(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ConfigError, match=r"knows .*89.*, found 3\.1"):
         to_tensorrt(model, tmp_path / "no", toy_inputs(), backend="tensorrt-rtx", compute_capabilities=("3.1",))
     assert list((tmp_path / "no").iterdir()) == []
+
+
+def test_lists_of_exact_length_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    model, _ = toy_pair(POLICY)
+    manifest = to_onnx(model, tmp_path, toy_inputs(), policy=POLICY, batch=(1, 2, 5), experts="padded", check=False)
+    with pytest.raises(ExportError, match=r"NonZero.*export it with lengths='range' \(--lengths range\)"):
+        build_engine(tmp_path / "model.onnx", manifest.graphs[0], manifest.batch, compute_capabilities=("8.9",))
 
 
 def test_a_network_that_is_not_the_manifests(folder: Path, manifest: Manifest) -> None:

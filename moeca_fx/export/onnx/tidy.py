@@ -14,6 +14,7 @@ def tidy(model: Any) -> None:
     _drop_transposes_of_nothing(model)
     _axes_from_the_front(model)
     _sizes_of_splits(model)
+    _gather_into_outputs(model)
     for part in (
         common.RemoveUnusedNodesPass(),
         common.CommonSubexpressionEliminationPass(),
@@ -75,3 +76,50 @@ def _sizes_of_splits(model: Any) -> None:
     for node in model.graph:
         if node.op_type == "Split" and len(node.inputs) > 1 and node.inputs[1] is not None:
             node.attributes.pop("num_outputs", None)
+
+
+def _gather_into_outputs(model: Any) -> None:
+    """``cache_out = Reshape(Gather(x, index))`` copies a cache once more than a gather into its own shape.
+
+    Whoever reads the rows reads that reshaped, which is a view.
+    """
+    for place, output in enumerate(model.graph.outputs):
+        view = output.producer()
+        rows: Any = view.inputs[0] if view is not None and view.op_type == "Reshape" else None
+        gather = None if rows is None else rows.producer()
+        if rows is None or gather is None or gather.op_type != "Gather" or rows.is_graph_output():
+            continue
+        rest = list(rows.shape or ())[1:]
+        leading = list(output.shape)[: len(output.shape) - len(rest)]
+        flat = gather.inputs[1].shape is not None and len(gather.inputs[1].shape) == 1 and not _axis(gather)
+        if rest and flat and list(output.shape)[len(leading) :] == rest and _are_numbers([*leading[1:], *rest]):
+            _gather_into(model, place, gather, [-1, *leading[1:]], [-1, *rest])
+
+
+def _axis(node: Any) -> int:
+    return int(node.attributes["axis"].as_int()) if "axis" in node.attributes else 0
+
+
+def _are_numbers(sizes: Sequence[Any]) -> bool:
+    return all(isinstance(size, int) for size in sizes)
+
+
+def _gather_into(model: Any, place: int, gather: Any, leading: list[int], flat: list[int]) -> None:
+    """Gather in the shape of an output; what was read flat is that output as a view."""
+    import onnx_ir
+    from onnx_ir.convenience import replace_all_uses_with
+
+    output, rows = model.graph.outputs[place], gather.outputs[0]
+    shapes = [onnx_ir.node("Constant", [], {"value_ints": sizes}) for sizes in (leading, flat)]
+    index = onnx_ir.node("Reshape", [gather.inputs[1], shapes[0].outputs[0]])
+    made = onnx_ir.node("Gather", [gather.inputs[0], index.outputs[0]])
+    again = onnx_ir.node("Reshape", [made.outputs[0], shapes[1].outputs[0]])
+    for node in (*shapes, index, made, again):
+        node.metadata_props.update(gather.metadata_props)
+        model.graph.insert_before(gather, node)
+    for new, old in ((made.outputs[0], output), (again.outputs[0], rows)):
+        new.dtype, new.shape = old.dtype, old.shape
+    replace_all_uses_with(output, made.outputs[0])
+    replace_all_uses_with(rows, again.outputs[0])
+    made.outputs[0].name, output.name = output.name, None
+    model.graph.outputs[place] = made.outputs[0]
