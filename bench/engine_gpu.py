@@ -103,9 +103,8 @@ def build(job: Job, policy: str) -> dict[str, Any]:
 def export(job: Job, folder: Path, policy: Method | None) -> Manifest:
     """The ONNX artefact; raises where another dtype came out than was asked for."""
     model, inputs = job.model(torch.device("cpu"))
-    manifest = to_onnx(
-        model, folder, inputs, policy=policy, batch=SIZES, experts="padded", lengths="range", check=False
-    )
+    forms: Any = {"experts": "padded", "lengths": "range"}
+    manifest = to_onnx(model, folder, inputs, policy=policy, batch=SIZES, check=False, **forms)
     if manifest.dtype != job.dtype:
         raise ExportError(f"{job.name}: expected an export in {job.dtype}, found {manifest.dtype}")
     return manifest

@@ -83,7 +83,7 @@ def _gather_into_outputs(model: Any) -> None:
 
     Whoever reads the rows reads that reshaped, which is a view.
     """
-    for place, output in enumerate(model.graph.outputs):
+    for output in list(model.graph.outputs):
         view = output.producer()
         rows: Any = view.inputs[0] if view is not None and view.op_type == "Reshape" else None
         gather = None if rows is None else rows.producer()
@@ -91,9 +91,12 @@ def _gather_into_outputs(model: Any) -> None:
             continue
         rest = list(rows.shape or ())[1:]
         leading = list(output.shape)[: len(output.shape) - len(rest)]
-        flat = gather.inputs[1].shape is not None and len(gather.inputs[1].shape) == 1 and not _axis(gather)
+        source = gather.inputs[0].shape
+        flat = (
+            source is not None and len(source) == len(rows.shape or ()) and not _axis(gather)
+        )  # the index has one axis
         if rest and flat and list(output.shape)[len(leading) :] == rest and _are_numbers([*leading[1:], *rest]):
-            _gather_into(model, place, gather, [-1, *leading[1:]], [-1, *rest])
+            _gather_into(model, output, gather, [-1, *leading[1:]], [-1, *rest])
 
 
 def _axis(node: Any) -> int:
@@ -104,12 +107,12 @@ def _are_numbers(sizes: Sequence[Any]) -> bool:
     return all(isinstance(size, int) for size in sizes)
 
 
-def _gather_into(model: Any, place: int, gather: Any, leading: list[int], flat: list[int]) -> None:
+def _gather_into(model: Any, output: Any, gather: Any, leading: list[int], flat: list[int]) -> None:
     """Gather in the shape of an output; what was read flat is that output as a view."""
     import onnx_ir
     from onnx_ir.convenience import replace_all_uses_with
 
-    output, rows = model.graph.outputs[place], gather.outputs[0]
+    rows = gather.outputs[0]
     shapes = [onnx_ir.node("Constant", [], {"value_ints": sizes}) for sizes in (leading, flat)]
     index = onnx_ir.node("Reshape", [gather.inputs[1], shapes[0].outputs[0]])
     made = onnx_ir.node("Gather", [gather.inputs[0], index.outputs[0]])
@@ -119,7 +122,6 @@ def _gather_into(model: Any, place: int, gather: Any, leading: list[int], flat: 
         model.graph.insert_before(gather, node)
     for new, old in ((made.outputs[0], output), (again.outputs[0], rows)):
         new.dtype, new.shape = old.dtype, old.shape
-    replace_all_uses_with(output, made.outputs[0])
-    replace_all_uses_with(rows, again.outputs[0])
     made.outputs[0].name, output.name = output.name, None
-    model.graph.outputs[place] = made.outputs[0]
+    replace_all_uses_with(output, made.outputs[0], replace_graph_outputs=True)
+    replace_all_uses_with(rows, again.outputs[0])
