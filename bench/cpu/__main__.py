@@ -63,7 +63,7 @@ def export(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """Exported steps: ONNX in onnxruntime, packages of AOTInductor."""
     from bench.cpu.artefacts import bench_aotinductor, bench_onnx  # of an extra
 
-    for name, batch in (("digits", 8), (MODEL, BATCH)):
+    for name, batch in (("digits", 8), ("digits", 32), (MODEL, BATCH)):
         yield f"onnx {name} batch {batch}", bench_onnx(name, batch, options.rounds)
         yield f"aoti {name} batch {batch}", bench_aotinductor(name, batch, options.rounds)
 

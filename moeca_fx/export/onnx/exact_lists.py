@@ -54,7 +54,8 @@ def _attention_rows(query: Value, key: Value, value: Value, row: Value, mask: Va
     padded = op.Transpose(op.Gather(query, local), perm=[0, 2, 1, 3])  # [B, h, S, d]
     factor = real(1 / math.sqrt(width) if scale is None else scale, query.dtype)
     key, value = (for_every_head(part, heads) for part in (key, value))
-    scores = op.MatMul(op.Mul(padded, factor), op.Transpose(key, perm=[0, 2, 3, 1]))
+    # In two steps, of which onnxruntime makes the second a flag of the product.
+    scores = op.MatMul(op.Mul(padded, factor), op.Transpose(op.Transpose(key, perm=[0, 2, 1, 3]), perm=[0, 1, 3, 2]))
     out = op.MatMul(op.Softmax(scores, axis=-1), op.Transpose(value, perm=[0, 2, 1, 3]))
     is_real = op.NonZero(op.Less(column, op.Unsqueeze(count, numbers(1))))
     return op.GatherND(op.Transpose(out, perm=[0, 2, 1, 3]), op.Transpose(is_real, perm=[1, 0]))
