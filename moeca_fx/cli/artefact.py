@@ -134,6 +134,10 @@ def _cost_table(found: ArtefactDescription) -> Table:
 def _notes(found: ArtefactDescription) -> Iterable[str]:
     if found.cache.sites:
         yield "While it runs: caches that a step replaces are two sets of buffers, what it reads and what it writes."
+        in_place = {name for graph in found.graphs for name in graph.in_place}
+        if in_place:
+            of = len(found.manifest.caches)
+            yield f"On a CPU {len(in_place)} of {of} caches are written in place, so there is one set of them."
         rules = [name for name, _ in found.batches[0].flops if name not in ("uncached", "full", "probe")]
         if rules:
             yield f"FLOPs of {', '.join(rules)}: the fixed part; what the step recomputes comes on top."

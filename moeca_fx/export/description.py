@@ -47,7 +47,8 @@ class GraphDescription:
     Attributes:
         name, file: as in the manifest; bytes: of the file.
         inputs, outputs: of the call, without caches.
-        caches_in, caches_out: names of the caches that it takes and gives.
+        caches_in, caches_out: names of the caches that it takes and gives; in_place: of those, what onnxruntime's CPU
+            provider writes where it lies.
         steps: (step that it runs, value of its input ``force`` or None).
         contents: None where they cannot be listed.
         note: why not.
@@ -61,6 +62,7 @@ class GraphDescription:
     outputs: tuple[Port, ...]
     caches_in: tuple[str, ...]
     caches_out: tuple[str, ...]
+    in_place: tuple[str, ...]
     steps: tuple[tuple[str, int | None], ...]
     contents: Contents | None
     note: str | None
@@ -80,6 +82,7 @@ class GraphDescription:
             "outputs": [describe_port(port) for port in self.outputs],
             "caches_in": list(self.caches_in),
             "caches_out": list(self.caches_out),
+            "in_place": list(self.in_place),
             "steps": [{"name": name, "force": force} for name, force in self.steps],
             "contents": contents,
             "note": self.note,
@@ -224,6 +227,7 @@ def _graph(graph: Mapping[str, Any], manifest: Manifest, folder: Path, parse: bo
         outputs=tuple(port for port in outputs if not port.name.startswith(CACHE_OUT)),
         caches_in=_caches(inputs, CACHE_IN),
         caches_out=_caches(outputs, CACHE_OUT),
+        in_place=tuple(name.removeprefix(CACHE_OUT) for name in graph.get("in_place", ())),
         steps=tuple((step["name"], step["force"]) for step in manifest.steps if step["graph"] == graph["name"]),
         contents=contents,
         note=note,
@@ -246,7 +250,9 @@ def _cache(manifest: Manifest, batch: int) -> MemoryReport:
 
 def _cost(manifest: Manifest, graphs: tuple[GraphDescription, ...], batch: int) -> BatchCost:
     cache = _cache(manifest, batch)
-    replaced = {name for graph in graphs for name in graph.caches_in if name in graph.caches_out}
+    replaced = {
+        name for graph in graphs for name in graph.caches_in if name in graph.caches_out and name not in graph.in_place
+    }
     written = sum(size for name, size in cache.states if name in replaced)
     flops = manifest.step_flops(batch)
     found = {"uncached": flops.uncached.fixed}

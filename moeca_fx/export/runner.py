@@ -106,7 +106,7 @@ class ExportedModel:
         self._runtime.reset_stats()
 
     def memory(self) -> MemoryReport:
-        """As `TransformedModel.memory`; the second set of buffers is as large again."""
+        """As `TransformedModel.memory`; a second set of buffers, for what is not written in place, is not counted."""
         return self._runtime.memory()
 
     def cache(self, context: str = DEFAULT_CONTEXT) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Selected rows and padded experts whose lengths depend on data, in forms that ONNX and TensorRT can hold.
 
-No NonZero, no sort, no scatter that adds: a length is ``arange(n)`` with n clamped to [2, all], and a list of selected
-entries is one scatter of a permutation. Where fewer than two entries are selected, unselected ones fill up: they are
-computed and thrown away. So every list comes with `valid`, which of its entries were selected.
+No NonZero (for onnxruntime there is `export.onnx.exact_lists`), no sort, no scatter that adds: a length is
+``arange(n)`` with n clamped to [2, all], and a list of selected entries is one scatter of a permutation. Where fewer
+than two entries are selected, unselected ones fill up: they are computed and thrown away. So every list comes with
+`valid`, which of its entries were selected.
 
     row   = select_rows(mask)             row, valid = select_rows(mask)
     cache = write_rows(cache, row, v)     cache = write_rows(cache, row, where(valid, v, what is there))

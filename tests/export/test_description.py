@@ -213,6 +213,17 @@ def test_flops_are_those_that_pytorch_counts(found: ArtefactDescription) -> None
     assert list(flops) == ["uncached", "full", "cached"]
 
 
+def test_caches_that_are_written_in_place_count_once(tmp_path: Path) -> None:
+    to_onnx(toy_pair(None)[0], tmp_path, toy_inputs(), policy=POLICY, graphs="steps", batch=SIZES, check=False)
+    found = describe_artefact(tmp_path, tensorrt=False)
+    full, cached = found.graphs
+    assert full.in_place == () and set(cached.in_place) < set(cached.caches_out)
+    cost = found.batches[1]
+    twice = sum(size for name, size in found.cache.states if name not in cached.in_place)
+    assert cost.running_bytes == found.batches[1].cache_bytes + twice * cost.batch // found.cache.batch
+    assert cost.running_bytes < 1.5 * cost.cache_bytes
+
+
 # -- TensorRT -----------------------------------------------------------------------------------------------------
 
 

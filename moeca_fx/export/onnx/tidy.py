@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 
 def tidy(model: Any) -> None:
     """Fold what is constant, drop what is computed twice or read by nothing."""
@@ -12,6 +14,7 @@ def tidy(model: Any) -> None:
     names = [value.name for value in model.graph.outputs]
     onnxscript.optimizer.fold_constants(model, onnx_shape_inference=False)
     _drop_transposes_of_nothing(model)
+    _weights_of_their_own(model)
     _axes_from_the_front(model)
     _sizes_of_splits(model)
     _gather_into_outputs(model)
@@ -48,6 +51,32 @@ def _drop_transposes_of_nothing(model: Any) -> None:
             if order == sorted(order):
                 replace_all_uses_with(node.outputs[0], node.inputs[0])
                 model.graph.remove(node)
+
+
+def _weights_of_their_own(model: Any) -> None:
+    """``Gather(weights, 3)``: the weights of one expert become an initializer.
+
+    Runtimes would copy each out of the stacked weights when they load the graph. In the file they lie where they lay.
+    """
+    import onnx_ir
+    from onnx_ir.convenience import replace_all_uses_with
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    graph = model.graph
+    for node in [node for node in graph if node.op_type == "Gather" and not _axis(node)]:
+        stacked, index = (value.const_value for value in node.inputs)
+        raw = getattr(stacked, "raw", None)
+        if not node.inputs[0].is_initializer() or not isinstance(raw, torch.Tensor) or index is None or index.shape:
+            continue
+        number = int(index.numpy())
+        name = f"{node.inputs[0].name}.{number}"
+        if name not in graph.initializers:
+            tensor = TorchTensor(raw[number], name=name)
+            own = onnx_ir.Value(name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype))
+            own.const_value = tensor
+            graph.register_initializer(own)
+        replace_all_uses_with(node.outputs[0], graph.initializers[name])
+        graph.remove(node, safe=True)
 
 
 def _axes_from_the_front(model: Any) -> None:
