@@ -7,6 +7,7 @@ import onnx
 import onnx_ir
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from moeca_fx.export.onnx.in_place import caches_in_place
@@ -115,3 +116,20 @@ def test_a_split_of_given_sizes_has_no_number_of_outputs() -> None:
     tidy(model)
     first, second = _run(model, np.ones((3, 3), np.float32), np.array([0, 3]))
     assert first.shape == (0, 3) and second.shape == (3, 3)
+
+
+def test_an_experts_weights_are_an_initializer_of_their_own() -> None:
+    width = 20_000  # small constants are folded
+    weights = torch.arange(3 * width, dtype=torch.float32).view(3, width)
+    nodes = [
+        helper.make_node("Gather", ["stacked", "number"], ["own"], axis=0),
+        helper.make_node("Add", ["x", "own"], ["y"]),
+    ]
+    ports = [[(name, FLOAT, [width])] for name in "xy"]
+    model = _model(nodes, *ports, number=np.array(1), stacked=weights.numpy())
+    model.graph.initializers["stacked"].const_value = onnx_ir.tensor(weights, name="stacked")
+    tidy(model)
+    assert [node.op_type for node in model.graph] == ["Add"] and set(model.graph.initializers) == {"stacked.1"}
+    raw = model.graph.initializers["stacked.1"].const_value.raw
+    assert raw.data_ptr() == weights[1].data_ptr()  # a view: nothing is copied
+    assert np.array_equal(_run(model, np.zeros(width, np.float32))[0], weights[1].numpy())
