@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,7 @@ def model_report(job: Job, rounds: int, batches: tuple[int, ...], build_only: bo
         return found
 
     for policy in POLICIES if not build_only else ("moeca", "none"):
-        entry["built"][policy] = part(f"build {policy}", lambda policy=policy: build(job, policy))
+        entry["built"][policy] = part(f"build {policy}", partial(build, job, policy))
     if build_only:
         return entry
     found = part("reference", lambda: reference(job))
@@ -231,14 +232,10 @@ def model_report(job: Job, rounds: int, batches: tuple[int, ...], build_only: bo
         checks = {"engine": lambda: check(load(job.place("engine", "moeca")), *found)}
         entry["checked"] = {name: part(f"check {name}", run) for name, run in checks.items()}
         source = job.place("onnx", "moeca")
-        entry["providers"] = {
-            name: part(name, lambda name=name: check_provider(name, source, *found)) for name in PROVIDERS
-        }
+        entry["providers"] = {name: part(name, partial(check_provider, name, source, *found)) for name in PROVIDERS}
         wrong = [name for name, each in (entry["checked"] | entry["providers"]).items() if each and not right(each)]
         entry["failed"] |= dict.fromkeys(wrong, "differs from PyTorch, see its numbers")
-    entry["timed"] = [
-        part(f"time batch {batch}", lambda batch=batch: time_steps(job, batch, rounds)) for batch in batches
-    ]
+    entry["timed"] = [part(f"time batch {batch}", partial(time_steps, job, batch, rounds)) for batch in batches]
     return entry
 
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,9 @@ def check_decide(case: Case) -> float:
 
     arguments = case.decision()
     found = triton_gpu.decide(*arguments)
-    wide = [each.double() if isinstance(each, Tensor) and each.is_floating_point() else each for each in arguments]
+    wide: list[Any] = [
+        each.double() if isinstance(each, Tensor) and each.is_floating_point() else each for each in arguments
+    ]
     slot, expert, weight, code = branch.decide(*wide)
     score = branch.branch_score(weight, wide[3], wide[4], *wide[6:8])
     limit = wide[5].gather(1, expert.flatten(1)).view_as(score)
@@ -302,7 +305,7 @@ def timed(runs: dict[str, Run], rounds: int, errors: dict[str, str]) -> dict[str
     """`interleaved` over what can be captured; what cannot is named in `errors`."""
     graphs: dict[str, Run] = {}
     for name, run in runs.items():
-        graph = guarded(lambda run=run: captured(run))
+        graph = guarded(partial(captured, run))
         if isinstance(graph, str):
             errors[name] = graph
         else:
@@ -323,7 +326,9 @@ def time_experts(case: Case, verdict: dict[str, Any], rounds: int, tune: bool) -
     few, many = (chosen_tiles(case, share, tune and isinstance(verdict["experts"], float)) for share in (0.1, 1.0))
     for fraction in FRACTIONS:
         tiles = few if fraction < 0.5 else many
-        right = guarded(lambda share=fraction, tiles=tiles: check_experts(case, share, experts_run(case, tiles)))
+        right = guarded(
+            partial(lambda share, tiles: check_experts(case, share, experts_run(case, tiles)), fraction, tiles)
+        )
         code, decision = case.code(fraction), case.decision()
         order, offsets, count = triton_gpu.plan(code, case.expert, s.experts)
         rows = int(count)
@@ -333,17 +338,17 @@ def time_experts(case: Case, verdict: dict[str, Any], rounds: int, tune: bool) -
             entry["not_timed"]["experts"] = right if isinstance(right, str) else verdict["experts"]
         else:
             experts = experts_run(case, tiles)
-            runs["experts"] = lambda run=experts, order=order, offsets=offsets: run(order, offsets)
+            runs["experts"] = partial(experts, order, offsets)
         if isinstance(verdict.get("grouped_mm"), float):
-            runs["grouped_mm"] = lambda order=order, offsets=offsets: grouped_mm_run(case)(order, offsets)
+            runs["grouped_mm"] = partial(lambda *groups: grouped_mm_run(case)(*groups), order, offsets)
         else:
             entry["not_timed"]["grouped_mm"] = verdict.get("grouped_mm", "not checked")
         if rows:
             x, inner = case.normal(rows, s.width), case.normal(rows, s.inner)
             first, second = case.normal(2 * s.inner, s.width), case.normal(s.width, s.inner)
-            runs["dense"] = lambda x=x, inner=inner, a=first, b=second: (x @ a.t(), inner @ b.t())
+            runs["dense"] = partial(lambda x, inner, a, b: (x @ a.t(), inner @ b.t()), x, inner, first, second)
         if "experts" in runs and all(isinstance(verdict[name], float) for name in ("decide", "plan", "combine")):
-            runs["site"] = lambda code=code, run=experts, decision=decision: moe_site(case, code, run, decision)
+            runs["site"] = partial(moe_site, case, code, experts, decision)
         times = timed(runs, rounds, entry["not_timed"])
         entry["share_of_dense_rate"] = ratio(times, "dense", "experts")
         entry["faster_than_grouped_mm"] = ratio(times, "grouped_mm", "experts")
@@ -422,11 +427,11 @@ def time_attention(case: Case, fraction: float, rounds: int) -> dict[str, Any]:
     from moeca_fx.kernels import triton_gpu
 
     query, key, value, mask = case.attention(fraction)
-    out, errors = torch.zeros_like(query), {}
+    out, errors = torch.zeros_like(query), dict[str, Any]()
     dense = [each.transpose(1, 2) for each in (query, key, value)]
     runs: dict[str, Run] = {
         "rows": lambda: triton_gpu.attention_rows_masked(query, key, value, mask, out=out),
-        "dense": lambda: functional.scaled_dot_product_attention(*dense),
+        "dense": lambda: functional.scaled_dot_product_attention(dense[0], dense[1], dense[2]),
     }
     times = timed(runs, rounds, errors)
     share = ratio(times, "rows", "dense")
@@ -463,7 +468,7 @@ def end_to_end(name: str, batch: int, steps: int, rounds: int) -> dict[str, Any]
     results: dict[str, Tensor] = {}
     for variant, make in makers.items():
         began = time.perf_counter()
-        made = guarded(lambda make=make: warmed(make(), x, y, steps))
+        made = guarded(partial(lambda make: warmed(make(), x, y, steps), make))
         entry["setup_seconds"][variant] = round(time.perf_counter() - began, 1)
         if isinstance(made, str):
             entry["errors"][variant] = made
@@ -512,7 +517,7 @@ def trajectories(runs: dict[str, Any], x: Tensor, y: Tensor, steps: int, rounds:
         began = time.perf_counter()
         names = list(runs)
         for name in names[turn % len(names) :] + names[: turn % len(names)] if names else []:
-            times[name].append(milliseconds(lambda name=name: trajectory(runs[name], x, y, steps)))
+            times[name].append(milliseconds(partial(trajectory, runs[name], x, y, steps)))
         if left() < 2 * (time.perf_counter() - began):
             break
     return {name: each for name, each in times.items() if each}

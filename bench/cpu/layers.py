@@ -88,7 +88,7 @@ def require_kernels() -> None:
 def _weights(experts: int, width: int, inner: int) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(0)
 
-    def draw(outputs: int, inputs: int) -> Tensor:
+    def draw(outputs: int, inputs: int) -> Any:
         return torch.randn(experts, outputs, inputs, generator=generator) / inputs**0.5
 
     return (draw(inner, width), None, draw(inner, width), None, draw(width, inner), None, SILU)

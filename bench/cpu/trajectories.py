@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import moeca_fx
 from bench.cpu.timing import interleave, milliseconds, ratio
 from moeca_fx import policies
+from moeca_fx.runtime.module import TransformedModel
 from moeca_fx.zoo.catalog import TRAINED
 from moeca_fx.zoo.sampling import sample
 
@@ -36,7 +37,8 @@ def bench_trajectories(name: str, batch: int, rounds: int, only: tuple[str, ...]
     model = moeca_fx.zoo.build(name)
     example = moeca_fx.zoo.example_inputs(name, batch)
     noise = torch.randn(example[0].shape, generator=torch.Generator().manual_seed(90_210))
-    labels = torch.arange(batch) % model.config.num_classes
+    config: Any = model.config
+    labels = torch.arange(batch) % config.num_classes
     vectorised = moeca_fx.transform(model, example, policy=None)
     models: dict[str, nn.Module] = {"original": model, "vectorised": vectorised}
     for label, method in methods(name).items():
@@ -73,6 +75,6 @@ def bench_trajectories(name: str, batch: int, rounds: int, only: tuple[str, ...]
 
 
 def _draw(model: nn.Module, noise: Tensor, labels: Tensor) -> Tensor:
-    if isinstance(model, moeca_fx.runtime.module.TransformedModel):
+    if isinstance(model, TransformedModel):
         model.reset()
     return sample(lambda x, t, y: model(x, t, y)[0], noise, labels, STEPS)

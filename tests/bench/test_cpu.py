@@ -57,3 +57,17 @@ def test_a_layer() -> None:
 def test_every_policy_has_its_turn() -> None:
     found = methods("digits")
     assert set(moeca_fx.policies.names()) - {"calibrated"} <= set(found) and {"best-4x", "branch-4x"} <= set(found)
+
+
+@pytest.mark.artefact
+@pytest.mark.filterwarnings("ignore::moeca_fx.NothingReusedWarning")
+def test_exported_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime: the extra onnx")
+    from bench.cpu.artefacts import bench_onnx
+
+    monkeypatch.setitem(catalog.CONFIGS, "tiny", zoo_models.tiny_dsmoe().config)
+    found = bench_onnx("tiny", 2, 1, ("padded",))["padded"]
+    share = list(found["flops_of_full_step"].values())
+    assert len(share) == 3 and share == sorted(set(share)) and 0 < share[0] and share[-1] < 1
+    assert set(found["full_over_plain"]) == {"one", "steps"} and len(found["ms"]) == 2 * 4 + 1
+    assert found["of_full_step"]["one: full step"] == found["of_full_step"]["steps: full step"] == 1

@@ -97,7 +97,7 @@ def test_what_is_right(bench: ModuleType, checked: dict[str, Any], right: bool) 
     assert bench.right(checked) == right
 
 
-@pytest.mark.slow
+@pytest.mark.artefact
 def test_everything_but_engines_and_the_clock(
     bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

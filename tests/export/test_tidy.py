@@ -10,6 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from moeca_fx.errors import ExportError
 from moeca_fx.export.onnx.in_place import caches_in_place
 from moeca_fx.export.onnx.tidy import tidy
 
@@ -79,6 +80,25 @@ def test_a_reduction_of_no_rows_has_the_right_shape(operator: str) -> None:
     want = x.argmax(-1) if operator == "ArgMax" else x.max(-1)
     assert np.array_equal(_run(model, x)[0], want)
     assert _run(model, x[:0])[0].shape == (0, 4)
+
+
+def test_what_is_reduced_may_have_no_shape_between_nodes() -> None:
+    nodes = [
+        helper.make_node("Cast", ["x"], ["cast"], to=INT64),
+        helper.make_node("ReduceMax", ["cast", "axes"], ["y"], keepdims=0),
+    ]
+    model = _model(nodes, [("x", FLOAT, ["n", 4, 8])], [("y", INT64, ["n", 4])], axes=np.array([-1]))
+    model.graph[0].outputs[0].shape = None
+    tidy(model)
+    assert _run(model, np.ones((0, 4, 8), np.float32))[0].shape == (0, 4)
+
+    nodes[0] = helper.make_node("Resize", ["x", "", "scales"], ["cast"])
+    model = _model(
+        nodes, [("x", INT64, ["n", 4, 8])], [("y", INT64, None)], axes=np.array([-1]), scales=np.ones(3, "f")
+    )
+    model.graph[0].outputs[0].shape = None
+    with pytest.raises(ExportError, match=r"ReduceMax\) reduces axes \[-1\] of a value of unknown rank"):
+        tidy(model)
 
 
 def test_rows_are_gathered_into_the_shape_of_an_output() -> None:

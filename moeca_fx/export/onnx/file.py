@@ -71,7 +71,7 @@ def make_onnx(
             raise untraceable(graph, "ONNX", error) from error
         assert made is not None, "torch translates, or raises"
         model = made.model
-        tidy(model)
+        tidy(model, exact=lengths == "nonzero")
         name_nodes(model)
     return model
 

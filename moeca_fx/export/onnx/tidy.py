@@ -5,9 +5,49 @@ from typing import Any
 
 import torch
 
+from moeca_fx.errors import ExportError
 
-def tidy(model: Any) -> None:
-    """Fold what is constant, drop what is computed twice or read by nothing."""
+_ELEMENTWISE = frozenset(
+    [
+        "Abs",
+        "Add",
+        "And",
+        "Cast",
+        "Div",
+        "Equal",
+        "Exp",
+        "Greater",
+        "GreaterOrEqual",
+        "Identity",
+        "Less",
+        "LessOrEqual",
+        "Log",
+        "Max",
+        "Min",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "Pow",
+        "Reciprocal",
+        "Sigmoid",
+        "Softmax",
+        "Sqrt",
+        "Sub",
+        "Where",
+    ]
+)
+
+
+def tidy(model: Any, exact: bool = True) -> None:
+    """Fold what is constant, drop what is computed twice or read by nothing.
+
+    Args:
+        exact: lists may be empty (`lengths="nonzero"`).
+
+    Raises:
+        ExportError: the rank of what is reduced, and may be empty, is not known.
+    """
     import onnxscript.optimizer
     from onnx_ir.passes import common
 
@@ -15,7 +55,8 @@ def tidy(model: Any) -> None:
     onnxscript.optimizer.fold_constants(model, onnx_shape_inference=False)
     _drop_transposes_of_nothing(model)
     _weights_of_their_own(model)
-    _axes_from_the_front(model)
+    if exact:
+        _axes_from_the_front(model)
     _sizes_of_splits(model)
     _gather_into_outputs(model)
     for part in (
@@ -84,20 +125,39 @@ def _axes_from_the_front(model: Any) -> None:
     import onnx_ir
 
     for node in list(model.graph):
-        source = node.inputs[0] if node.op_type.startswith(("Reduce", "Arg")) else None
-        if source is None or source.shape is None:
+        if not node.op_type.startswith(("Reduce", "Arg")):
             continue
-        rank = len(source.shape)
         if "axis" in node.attributes:
-            axis = node.attributes["axis"].as_int()
-            node.attributes["axis"] = onnx_ir.AttrInt64("axis", axis % rank)
+            (axis,) = _from_the_front(node, [node.attributes["axis"].as_int()])
+            node.attributes["axis"] = onnx_ir.AttrInt64("axis", axis)
         elif len(node.inputs) > 1 and node.inputs[1] is not None and node.inputs[1].const_value is not None:
-            axes = node.inputs[1].const_value.numpy().reshape(-1)
-            if (axes < 0).any():
-                value = onnx_ir.tensor(axes % rank, name=f"{node.name}_axes")
-                made = onnx_ir.node("Constant", [], {"value": value})
-                model.graph.insert_before(node, made)
-                node.replace_input_with(1, made.outputs[0])
+            axes = node.inputs[1].const_value.numpy().reshape(-1).tolist()
+            made = onnx_ir.node("Constant", [], {"value_ints": _from_the_front(node, axes)})
+            model.graph.insert_before(node, made)
+            node.replace_input_with(1, made.outputs[0])
+
+
+def _from_the_front(node: Any, axes: Sequence[int]) -> list[int]:
+    if all(axis >= 0 for axis in axes):
+        return list(axes)
+    rank = _rank(node.inputs[0])
+    if rank is None:
+        raise ExportError(
+            f"export to ONNX: {node.name} ({node.op_type}) reduces axes {list(axes)} of a value of unknown rank, which "
+            "lists of exact length need; export it with lengths='range' (--lengths range)"
+        )
+    return [axis % rank for axis in axes]
+
+
+def _rank(value: Any) -> int | None:
+    """Rank of a value; torch's translations give none to what lies between their first and last node."""
+    if value.shape is not None:
+        return len(value.shape)
+    node = value.producer()
+    if node is None or node.op_type not in _ELEMENTWISE:
+        return None
+    ranks = [_rank(source) for source in node.inputs if source is not None]
+    return None if None in ranks else max(rank for rank in ranks if rank is not None)
 
 
 def _sizes_of_splits(model: Any) -> None:
