@@ -154,7 +154,14 @@ def _rank(value: Any) -> int | None:
     if value.shape is not None:
         return len(value.shape)
     node = value.producer()
-    if node is None or node.op_type not in _ELEMENTWISE:
+    if node is None:
+        return None
+    if node.op_type in ("Unsqueeze", "Squeeze"):
+        inner, axes = _rank(node.inputs[0]), node.inputs[1].const_value if len(node.inputs) > 1 else None
+        if inner is None or axes is None:
+            return None
+        return inner + int(axes.size) if node.op_type == "Unsqueeze" else inner - int(axes.size)
+    if node.op_type not in _ELEMENTWISE:
         return None
     ranks = [_rank(source) for source in node.inputs if source is not None]
     return None if None in ranks else max(rank for rank in ranks if rank is not None)

@@ -71,7 +71,7 @@ def _update_activation(activation: Value, expert: Value, beta: float) -> Value:
     every = op.Reshape(numbers(*range(experts)), numbers(experts, 1, 1))
     dtype = activation.dtype
     mine = op.Cast(op.Equal(op.Unsqueeze(expert, numbers(1)), every), to=dtype)  # [B, E, T, k]
-    chosen = op.ReduceMax(mine, numbers(-1), keepdims=0)
+    chosen = op.ReduceMax(mine, numbers(3), keepdims=0)
     return op.Add(op.Mul(activation, real(beta, dtype)), op.Mul(chosen, real(1.0 - beta, dtype)))
 
 
@@ -82,14 +82,14 @@ def _tokens_last(activation: Value) -> int:
 
 
 def _expert_threshold(activation: Value, tau0: float, alpha: float, entropy_norm: str) -> Value:
-    last, of = numbers(-1), partial(real, dtype=activation.dtype)
+    of = partial(real, dtype=activation.dtype)
     share = _share(activation)
     terms = op.Mul(share, op.Log(op.Max(share, of(_TINY))))
-    entropy = op.Neg(op.ReduceSum(terms, last, keepdims=0))
+    entropy = op.Neg(op.ReduceSum(terms, numbers(2), keepdims=0))  # [B, E]
     if entropy_norm == "log":
         scaled = _of_tokens(entropy, _tokens_last(activation), of)
     else:
-        low, high = (reduce(entropy, last, keepdims=1) for reduce in (op.ReduceMin, op.ReduceMax))
+        low, high = (reduce(entropy, numbers(1), keepdims=1) for reduce in (op.ReduceMin, op.ReduceMax))
         span = op.Sub(high, low)
         alike = op.LessOrEqual(span, of(ALIKE_ENTROPIES))
         scaled = op.Where(alike, of(0.5), op.Div(op.Sub(entropy, low), op.Where(alike, of(1.0), span)))
