@@ -96,13 +96,18 @@ def test_contexts_are_trajectories_of_their_own(artefact: ExportedModel) -> None
     assert artefact.stats().trajectories == fast.stats().trajectories == 2
 
 
-def test_keywords_and_caches_in_two_sets_of_buffers(artefact: ExportedModel) -> None:
-    steps = _steps(2, 6)
-    addresses = set()
-    for grid, clock in steps:
+def test_keywords_and_caches_in_place_or_in_two_sets_of_buffers(artefact: ExportedModel) -> None:
+    (graph,) = artefact.manifest.graphs
+    in_place = {name.removeprefix("cache_out.") for name in graph["in_place"]}
+    addresses: dict[str, set[int]] = {}
+    for grid, clock in _steps(2, 6):
         artefact(clock=clock, grid=grid)
-        addresses.add(next(iter(artefact.cache().values())).data_ptr())
-    assert len(addresses) == 2
+        for name, tensor in artefact.cache().items():
+            addresses.setdefault(name, set()).add(tensor.data_ptr())
+    assert 0 < len(in_place) < len(addresses)
+    assert {name: len(found) for name, found in addresses.items()} == {
+        name: 1 if name in in_place else 2 for name in addresses
+    }
     assert artefact.stats().cached_steps == 4
 
 
