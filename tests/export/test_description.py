@@ -164,9 +164,12 @@ def test_bytes_of_cache_are_those_that_a_run_holds(folder: Path, found: Artefact
     assert {site: 3 * size for site, size in found.cache.sites} == dict(held.sites)
     assert {name: 3 * size for name, size in found.cache.states} == dict(held.states)
     assert [cost.batch for cost in found.batches] == list(SIZES)
+    _, cached = found.graphs
+    assert set(cached.caches_out) == set(dict(held.states))  # this artefact replaces each
+    twice = sum(size for name, size in held.states if name not in cached.in_place)
     for cost in found.batches:
         assert cost.cache_bytes * 3 == cost.batch * held.total
-        assert cost.running_bytes == 2 * cost.cache_bytes  # this artefact writes each anew
+        assert cost.running_bytes * 3 == cost.batch * (held.total + twice)
 
 
 def test_a_cache_that_no_graph_replaces_is_there_once(tmp_path: Path) -> None:
