@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from moeca_fx.export.onnx.tables import take_branches, write_branches
+from moeca_fx.export.onnx.tables import table_of, take_branches, write_branches
 from moeca_fx.export.onnx.values import (
     INT64,
     Value,
@@ -91,13 +91,6 @@ def _positions(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value
     return picked, ids, position, before
 
 
-def _table(target: Value, size: Value, branches: Value) -> Value:
-    """Branch of each of `size` entries; `target` [R] of what has none is `size`."""
-    nothing = op.Expand(number(0), op.Reshape(op.Add(size, number(1)), numbers(1)))
-    table = op.ScatterElements(nothing, target, op.Range(number(0), branches, number(1)), axis=0)
-    return op.Slice(table, numbers(0), numbers(-1), numbers(0))
-
-
 def _plan_grouped(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, ...]:
     picked, ids, position, before = _positions(code, slot_expert, num_experts)
     count = op.ReduceMax(before, numbers(0), keepdims=0)
@@ -108,7 +101,7 @@ def _plan_grouped(code: Value, slot_expert: Value, num_experts: int) -> tuple[Va
     offsets = op.CumSum(count, number(0))
     size = op.Add(total, nothing)
     entry = op.Add(op.Gather(op.Sub(offsets, count), ids), position)
-    table = _table(op.Where(picked, entry, size), size, op.Size(ids))
+    table = table_of(op.Where(picked, entry, size), size, op.Size(ids))
     place = op.Min(op.Max(entry, number(0)), op.Sub(size, number(1)))
     return op.Div(table, top_k_of(code)), op.Gather(ids, table), place, offsets
 
@@ -122,7 +115,7 @@ def _plan_padded(code: Value, slot_expert: Value, num_experts: int) -> tuple[Val
     size = op.Mul(width, number(num_experts))
     entry = op.Add(op.Mul(ids, width), position)
     place = op.Min(op.Max(entry, number(0)), op.Sub(size, number(1)))
-    table = _table(op.Where(picked, entry, size), size, branches)
+    table = table_of(op.Where(picked, entry, size), size, branches)
     owner = op.Reshape(op.Add(op.Unsqueeze(experts, numbers(1)), op.Mul(index, number(0))), flat)
     return op.Div(table, top_k_of(code)), owner, place
 

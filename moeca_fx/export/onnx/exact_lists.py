@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from moeca_fx.export.onnx.tables import table_of
 from moeca_fx.export.onnx.values import (
     INT64,
     Value,
@@ -76,17 +77,14 @@ def _computed(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value,
 
 
 def _plan_padded(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, Value, Value]:
-    picked, ids, number_of, mine = _computed(code, slot_expert, num_experts)
+    picked, ids, _, mine = _computed(code, slot_expert, num_experts)
     count = op.Cast(mine, to=INT64)
     width = op.ReduceMax(op.ReduceSum(count, numbers(1), keepdims=0), keepdims=0)
     before = op.GatherElements(op.CumSum(count, number(1)), op.Unsqueeze(ids, numbers(0)), axis=0)
     position = op.Sub(op.Squeeze(before, numbers(0)), number(1))  # among the rows of its expert
     entry = op.Add(op.Mul(ids, width), position)
     size = op.Mul(width, number(num_experts))
-    # What is not computed goes to one entry behind the table.
-    nothing = op.Expand(number(0), op.Reshape(op.Add(size, number(1)), numbers(1)))
-    table = op.ScatterElements(nothing, op.Where(picked, entry, size), number_of, axis=0)
-    table = op.Slice(table, numbers(0), numbers(-1), numbers(0))
+    table = table_of(op.Where(picked, entry, size), size, op.Size(ids))
     owner = op.Div(op.Range(number(0), size, number(1)), width)
     return op.Div(table, top_k_of(code)), owner, op.Where(picked, entry, number(0))
 

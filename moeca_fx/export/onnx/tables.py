@@ -1,7 +1,14 @@
-"""Results of experts by table entry: in the order of a decision, and written into a cache from that."""
+"""Tables of branches: what is in them, and results by entry, in the order of a decision or written into a cache."""
 
 from moeca_fx.export.onnx.values import Value, as_dtype, number, numbers, op, places, sizes
 from moeca_fx.ops.slots import REUSED
+
+
+def table_of(target: Value, size: Value, branches: Value) -> Value:
+    """Branch of each of `size` entries; `target` [R] of what has none is `size`."""
+    nothing = op.Expand(number(0), op.Reshape(op.Add(size, number(1)), numbers(1)))
+    table = op.ScatterElements(nothing, target, op.Range(number(0), branches, number(1)), axis=0)
+    return op.Slice(table, numbers(0), numbers(-1), numbers(0))
 
 
 def take_branches(values: Value, code: Value, place: Value) -> Value:

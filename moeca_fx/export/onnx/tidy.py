@@ -132,9 +132,11 @@ def _axes_from_the_front(model: Any) -> None:
             node.attributes["axis"] = onnx_ir.AttrInt64("axis", axis)
         elif len(node.inputs) > 1 and node.inputs[1] is not None and node.inputs[1].const_value is not None:
             axes = node.inputs[1].const_value.numpy().reshape(-1).tolist()
-            made = onnx_ir.node("Constant", [], {"value_ints": _from_the_front(node, axes)})
-            model.graph.insert_before(node, made)
-            node.replace_input_with(1, made.outputs[0])
+            front = _from_the_front(node, axes)
+            if front != axes:
+                made = onnx_ir.node("Constant", [], {"value_ints": front})
+                model.graph.insert_before(node, made)
+                node.replace_input_with(1, made.outputs[0])
 
 
 def _from_the_front(node: Any, axes: Sequence[int]) -> list[int]:

@@ -17,8 +17,8 @@ NO_BF16 = (
     "onnxruntime has no bf16 on a CPU: export in fp16 or fp32 (dtype, --dtype), run it on another provider, or leave "
     "the check out (check=False, --no-verify)"
 )
-_SLOWER = ["SkipLayerNormFusion"]
-"""Rewrites of onnxruntime that cost time on a CPU: its fused sum and norm takes twice as long as the two."""
+_SLOWER_ON_CPU = ["SkipLayerNormFusion"]
+"""Rewrites of onnxruntime that cost time there: its fused sum and norm takes twice as long as the two."""
 
 _ELEMENTS = {
     torch.float32: 1,
@@ -75,7 +75,10 @@ class OnnxSession:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=list(providers), disabled_optimizers=_SLOWER
+                str(path),
+                options,
+                providers=list(providers),
+                disabled_optimizers=_SLOWER_ON_CPU if tuple(providers) == (CPU,) else [],
             )
         except Exception as error:  # onnxruntime's own exception types are not public
             raise ExportError(f"{path}: onnxruntime cannot load it: {str(error).splitlines()[0]}") from error
