@@ -4,22 +4,19 @@ No NonZero, so that TensorRT takes them (`lengths="range"`); where fewer are sel
 mends what those were given. Shapes are those of the functions that the operations stand for.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
+from moeca_fx.export.onnx.padded_attention import attend, rows_by_sample
 from moeca_fx.export.onnx.tables import table_of, take_branches, write_branches
 from moeca_fx.export.onnx.values import (
     INT64,
     Value,
     as_dtype,
-    for_every_head,
     number,
     numbers,
     op,
     places,
-    real,
-    sizes,
     tokens_of,
     top_k_of,
 )
@@ -58,25 +55,17 @@ def _write_rows(cache: Value, row: Value, values: Value, valid: Value) -> Value:
 
 
 def _attention_rows(query: Value, key: Value, value: Value, row: Value, mask: Value, scale: float | None) -> Value:
-    tokens, heads, width = tokens_of(mask), sizes(query)[1], sizes(query)[-1]
-    assert heads is not None and width is not None, "heads and their width are fixed"
-    count = op.ReduceSum(op.Cast(mask, to=INT64), numbers(1), keepdims=0)
-    first = op.Sub(op.CumSum(count, number(0)), count)
+    tokens = tokens_of(mask)
+    count, first = rows_by_sample(mask)
     index = _count(number(tokens), op.ReduceMax(count, keepdims=0))
-    last = op.Sub(op.Size(row), number(1))
-    local = op.Min(op.Add(op.Unsqueeze(first, numbers(1)), index), last)  # [B, S]
-    padded = op.Transpose(op.Gather(query, local), perm=[0, 2, 1, 3])  # [B, h, S, d]
-    factor = real(1 / math.sqrt(width) if scale is None else scale, query.dtype)
-    key, value = (for_every_head(part, heads) for part in (key, value))
-    scores = op.MatMul(op.Mul(padded, factor), op.Transpose(key, perm=[0, 2, 3, 1]))
-    out = op.MatMul(op.Softmax(scores, axis=-1), op.Transpose(value, perm=[0, 2, 1, 3]))
+    out = attend(query, key, value, row, first, index, scale)
     sample = op.Div(row, number(tokens))
     entry = op.Range(number(0), op.Size(row), number(1))
     column = op.Sub(entry, op.Gather(first, sample))
     column = op.Min(op.Max(column, number(0)), op.Sub(op.Size(index), number(1)))
     end = numbers(-1)
     place = op.Concat(op.Unsqueeze(sample, end), op.Unsqueeze(column, end), axis=-1)
-    return op.GatherND(op.Transpose(out, perm=[0, 2, 1, 3]), place)
+    return op.GatherND(out, place)
 
 
 def _positions(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, ...]:

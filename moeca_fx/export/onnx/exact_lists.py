@@ -7,22 +7,19 @@ TensorRT refuses NonZero, and torch's compilers lengths below two: for those the
 their axes from the front: onnxruntime 1.31 gives an empty tensor a wrong shape where the axis is negative.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
+from moeca_fx.export.onnx.padded_attention import attend, rows_by_sample
 from moeca_fx.export.onnx.tables import table_of
 from moeca_fx.export.onnx.values import (
     INT64,
     Value,
     as_dtype,
-    for_every_head,
     number,
     numbers,
     op,
     places,
-    real,
-    sizes,
     tokens_of,
     top_k_of,
 )
@@ -45,21 +42,11 @@ def _write_rows(cache: Value, row: Value, values: Value, valid: Value) -> Value:
 
 def _attention_rows(query: Value, key: Value, value: Value, row: Value, mask: Value, scale: float | None) -> Value:
     """Padded to the fullest sample; the padded queries that are real are those of the list, in its order."""
-    heads, width = sizes(query)[1], sizes(query)[-1]
-    assert heads is not None and width is not None, "heads and their width are fixed"
-    count = op.ReduceSum(op.Cast(mask, to=INT64), numbers(1), keepdims=0)  # [B]
-    first = op.Sub(op.CumSum(count, number(0)), count)
+    count, first = rows_by_sample(mask)
     column = op.Range(number(0), op.ReduceMax(count, keepdims=0), number(1))  # [S]
-    local = op.Add(op.Unsqueeze(first, numbers(1)), column)
-    local = op.Min(local, op.Sub(op.Size(row), number(1)))  # [B, S]
-    padded = op.Transpose(op.Gather(query, local), perm=[0, 2, 1, 3])  # [B, h, S, d]
-    factor = real(1 / math.sqrt(width) if scale is None else scale, query.dtype)
-    key, value = (for_every_head(part, heads) for part in (key, value))
-    # In two steps, of which onnxruntime makes the second a flag of the product.
-    scores = op.MatMul(op.Mul(padded, factor), op.Transpose(op.Transpose(key, perm=[0, 2, 1, 3]), perm=[0, 1, 3, 2]))
-    out = op.MatMul(op.Softmax(scores, axis=-1), op.Transpose(value, perm=[0, 2, 1, 3]))
+    out = attend(query, key, value, row, first, column, scale)
     is_real = op.NonZero(op.Less(column, op.Unsqueeze(count, numbers(1))))
-    return op.GatherND(op.Transpose(out, perm=[0, 2, 1, 3]), op.Transpose(is_real, perm=[1, 0]))
+    return op.GatherND(out, op.Transpose(is_real, perm=[1, 0]))
 
 
 def _computed(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, Value, Value, Value]:
