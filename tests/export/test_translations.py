@@ -118,6 +118,11 @@ def _decisions(batch: int) -> list[tuple[Tensor, ...]]:
     return made
 
 
+def _narrow_decisions(batch: int) -> list[tuple[Tensor, ...]]:
+    """Weights of a router in fp16, what is cached in fp32."""
+    return [(expert, weight.half(), *rest) for expert, weight, *rest in _decisions(batch)]
+
+
 def _histories(batch: int) -> list[tuple[Tensor, ...]]:
     some = _random(3, batch, EXPERTS, TOKENS).abs()
     some[0, 0] = 0
@@ -184,6 +189,8 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[int], list[tuple[Tensor, ..
     ),
     "decide by share": (_decide("share"), _decisions),
     "decide by raw weight": (_decide("raw"), _decisions),
+    "decide by share of fp16 weights": (_decide("share"), _narrow_decisions),
+    "decide by raw weight in fp16": (_decide("raw"), _narrow_decisions),
     "expert_threshold": (lambda a: branch.expert_threshold(a, 0.6, 0.5, "minmax"), _histories),
     "expert_threshold by tokens": (lambda a: branch.expert_threshold(a, 0.6, 0.5, "log"), _histories),
     "update_activation": (
@@ -198,6 +205,10 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[int], list[tuple[Tensor, ..
     "combine_slots": (
         lambda f, w: dispatch.combine_slots(f, w),
         lambda b: [(_random(1, b, TOKENS, TOP_K, WIDTH), _random(2, b, TOKENS, TOP_K))],
+    ),
+    "combine_slots of fp16 features": (
+        lambda f, w: dispatch.combine_slots(f, w),
+        lambda b: [(_random(1, b, TOKENS, TOP_K, WIDTH).half(), _random(2, b, TOKENS, TOP_K))],
     ),
     "stable sort": (
         lambda x: x.argsort(dim=1, descending=True, stable=True),

@@ -28,11 +28,11 @@ def real(value: float, dtype: onnx_ir.DataType) -> Value:
 
 
 def as_dtype(value: Value, dtype: onnx_ir.DataType) -> Value:
-    """A value in this dtype."""
+    """A value in this dtype, its sizes known as before: a cast inside a translation has none of its own."""
     if value.dtype == dtype:
         return value
     made = op.Cast(value, to=dtype)
-    made.dtype = dtype
+    made.dtype, made.shape = dtype, value.shape
     return made
 
 
