@@ -39,6 +39,7 @@ from moeca_fx.export import ExportedModel, Manifest, load, to_onnx
 from moeca_fx.export.api import build_engines
 from moeca_fx.export.engine import BACKENDS, find_backend, parse_capabilities
 from moeca_fx.export.manifest import FILE, read_manifest
+from moeca_fx.export.onnx.whole import Lengths
 from moeca_fx.export.plan import ExportPlan, build_plan
 from moeca_fx.export.verify import trajectory, verify
 from moeca_fx.policies import Method
@@ -48,6 +49,7 @@ from moeca_fx.runtime.statistics import Statistics
 MODELS = ("digits", "dsmoe-s-e48", "dsmoe-s-e16", "dit-moe-s")
 DTYPES = ("float32", "float16", "bfloat16")
 PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
+GIVEN = "moeca given lengths"
 POLICIES: dict[str, Method | None] = {"moeca": moeca_fx.MoECa(), "keep matched": KEEP_MATCHED, "none": None}
 FRACTIONS = (0.0, 0.1, 0.5)
 SIZES = (1, 2, 8)
@@ -87,7 +89,7 @@ def build(job: Job, policy: str) -> dict[str, Any]:
     entry: dict[str, Any] = {}
     if not (source / FILE).exists():
         began = time.perf_counter()
-        export(job, source, POLICIES[policy])
+        export(job, source, POLICIES["moeca" if policy == GIVEN else policy], "input" if policy == GIVEN else "range")
         entry["onnx_seconds"] = round(time.perf_counter() - began, 1)
     if not (made / FILE).exists():
         made.mkdir(parents=True, exist_ok=True)
@@ -101,11 +103,12 @@ def build(job: Job, policy: str) -> dict[str, Any]:
     return entry | {"compute_capabilities": manifest.compute_capabilities, "matches_manifest": True}
 
 
-def export(job: Job, folder: Path, policy: Method | None) -> Manifest:
+def export(job: Job, folder: Path, policy: Method | None, lengths: Lengths = "range") -> Manifest:
     """The ONNX artefact; raises where another dtype came out than was asked for."""
     model, inputs = job.model(torch.device("cpu"))
-    forms: Any = {"experts": "padded", "lengths": "range"}
-    manifest = to_onnx(model, folder, inputs, policy=policy, batch=SIZES, check=False, **forms)
+    manifest = to_onnx(
+        model, folder, inputs, policy=policy, batch=SIZES, check=False, experts="padded", lengths=lengths
+    )
     if manifest.dtype != job.dtype:
         raise ExportError(f"{job.name}: expected an export in {job.dtype}, found {manifest.dtype}")
     return manifest
@@ -223,13 +226,17 @@ def model_report(job: Job, rounds: int, batches: tuple[int, ...], build_only: bo
             return None
         return found
 
-    for policy in POLICIES if not build_only else ("moeca", "none"):
+    for policy in (*POLICIES, GIVEN) if not build_only else ("moeca", "none"):
         entry["built"][policy] = part(f"build {policy}", partial(build, job, policy))
     if build_only:
         return entry
     found = part("reference", lambda: reference(job))
     if found is not None:
-        checks = {"engine": lambda: check(load(job.place("engine", "moeca")), *found)}
+        made = {"engine": "moeca", "engine with given lengths": GIVEN}
+        checks = {
+            name: lambda policy=policy: check(load(job.place("engine", policy)), *found)
+            for name, policy in made.items()
+        }
         entry["checked"] = {name: part(f"check {name}", run) for name, run in checks.items()}
         source = job.place("onnx", "moeca")
         entry["providers"] = {name: part(name, partial(check_provider, name, source, *found)) for name in PROVIDERS}

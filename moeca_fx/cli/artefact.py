@@ -138,6 +138,9 @@ def _notes(found: ArtefactDescription) -> Iterable[str]:
         if in_place:
             of = len(found.manifest.caches)
             yield f"On a CPU {len(in_place)} of {of} caches are written in place, so there is one set of them."
+        lists = sum(graph.lists for graph in found.graphs)
+        if lists:
+            yield f"The lengths of {_many(lists, 'list')} are inputs: a step that needs more of one runs again."
         rules = [name for name, _ in found.batches[0].flops if name not in ("uncached", "full", "probe")]
         if rules:
             yield f"FLOPs of {', '.join(rules)}: the fixed part; what the step recomputes comes on top."

@@ -54,6 +54,7 @@ class LengthsForm(StrEnum):
     AUTO = "auto"
     RANGE = "range"
     NONZERO = "nonzero"
+    INPUT = "input"
 
 
 class Dtype(StrEnum):
@@ -82,7 +83,10 @@ def export(
         typer.Option(help="One product over padded groups, one an expert (onnx, its default), or all on every row."),
     ] = ExpertsForm.AUTO,
     lengths: Annotated[
-        LengthsForm, typer.Option(help="ONNX: lists of exact length (nonzero, its default), or bounded for TensorRT.")
+        LengthsForm,
+        typer.Option(
+            help="Lists of exact length (nonzero, onnx's default), bounded (range, tensorrt's), or given (input)."
+        ),
     ] = LengthsForm.AUTO,
     opset: Annotated[int, typer.Option(help="Version of ONNX's operators.")] = OPSET,
     external_data: Annotated[bool, typer.Option(help="ONNX: weights in a file of their own.")] = True,
@@ -102,8 +106,8 @@ def export(
     console = stderr()
     if format is not Format.TENSORRT and (compute_capability or workspace is not None or backend != "auto"):
         raise ConfigError("--backend, --compute-capability and --workspace belong to --format tensorrt; drop them")
-    if format is not Format.ONNX and lengths is not LengthsForm.AUTO:
-        raise ConfigError("--lengths belongs to --format onnx; drop it")
+    if format not in (Format.ONNX, Format.TENSORRT) and lengths is not LengthsForm.AUTO:
+        raise ConfigError("--lengths belongs to --format onnx and tensorrt; drop it")
     write: Callable[..., Manifest] = to_aotinductor
     forms: dict[str, Any] = {"graphs": graphs.value}
     if experts is not ExpertsForm.AUTO:
@@ -112,6 +116,7 @@ def export(
         write = partial(
             to_tensorrt,
             **forms,
+            lengths="range" if lengths is LengthsForm.AUTO else lengths.value,  # type: ignore[arg-type]  # checked there
             opset=opset,
             backend=backend,  # type: ignore[arg-type]  # checked there
             compute_capabilities=parse_capabilities(compute_capability),

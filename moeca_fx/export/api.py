@@ -12,8 +12,8 @@ from torch import nn
 
 from moeca_fx.errors import ConfigError, ExportError
 from moeca_fx.export.engine import Backend, Progress, build_engine, find_backend
-from moeca_fx.export.manifest import Manifest, read_manifest, write_manifest
-from moeca_fx.export.onnx.file import OPSET, make_onnx, save_onnx
+from moeca_fx.export.manifest import GraphFacts, Manifest, read_manifest, write_manifest
+from moeca_fx.export.onnx.file import OPSET, lists_of, make_onnx, save_onnx
 from moeca_fx.export.onnx.in_place import caches_in_place
 from moeca_fx.export.onnx.whole import Lengths
 from moeca_fx.export.package import save_package
@@ -55,7 +55,9 @@ def to_onnx(
         experts: ``"unrolled"``, which ``"auto"`` is: one product an expert, of its rows alone; ``"padded"``: one over a
             table as wide as the largest group, for GPUs and TensorRT; ``"dense"``: every expert on every row.
         lengths: of lists that depend on data: ``"nonzero"``, which ``"auto"`` is: exact, and onnxruntime's
-            CPU provider writes caches in place; ``"range"``: two entries at least, without `NonZero`, as TensorRT asks.
+            CPU provider writes caches in place; ``"range"``: two entries at least, without `NonZero`, as TensorRT asks;
+            ``"input"``: the caller gives them and runs a step again where they were too short, as `load` does; experts
+            are padded or dense then.
         opset: version of ONNX's operators.
         external_data: weights in a file beside the graphs, which those over 2 GB need.
         options: see `ExportOptions`.
@@ -71,8 +73,14 @@ def to_onnx(
     """
     refuse_compiled(graphs, "ONNX")
     if lengths not in ("auto", *get_args(Lengths)):
-        raise ConfigError(f"lengths: expected auto, {' or '.join(get_args(Lengths))}, found {lengths!r}")
-    exact: Lengths = "nonzero" if lengths == "auto" else lengths
+        raise ConfigError(f"lengths: expected auto, {', '.join(get_args(Lengths))}, found {lengths!r}")
+    made_as: Lengths = "nonzero" if lengths == "auto" else lengths
+    given = made_as == "input"
+    if given and experts == _UNROLLED:
+        raise ConfigError(
+            "lengths: 'input' gives one length for the groups of all experts, and experts='unrolled' has one for each; "
+            "take padded or dense experts, or lengths='nonzero'"
+        )
     request = make_request(
         model,
         folder,
@@ -81,19 +89,23 @@ def to_onnx(
         policy,
         graphs,
         options,
-        _UNROLLED if experts == "auto" else experts,
+        experts if experts != "auto" else "padded" if given else _UNROLLED,
     )
     if options.get("check", True) and next(request.model.parameters()).dtype is torch.bfloat16:
         raise ExportError(f"export to ONNX: {NO_BF16}")
 
-    def write(plan: ExportPlan, made: Path) -> dict[str, list[str]]:
+    def write(plan: ExportPlan, made: Path) -> dict[str, GraphFacts]:
         request.say("tracing and translating to ONNX")
         models = {
-            graph.name: make_onnx(graph, request.sizes[2], opset, plan.program.sites, exact) for graph in plan.graphs
+            graph.name: make_onnx(graph, request.sizes[2], opset, plan.program.sites, made_as) for graph in plan.graphs
         }
         request.say("writing")
         save_onnx(models, made, external_data)
-        return {name: caches_in_place(graph) for name, graph in models.items()}
+        # A step that may have to run again must find its caches as they were.
+        return {
+            name: GraphFacts((), lists_of(graph)) if given else GraphFacts(caches_in_place(graph))
+            for name, graph in models.items()
+        }
 
     return request.export("onnx", ".onnx", write, opset)
 
@@ -162,6 +174,7 @@ def to_tensorrt(
     *,
     graphs: Form = "auto",
     experts: Experts = "padded",
+    lengths: Lengths = "range",
     opset: int = OPSET,
     backend: Backend = "auto",
     compute_capabilities: Sequence[str] = (),
@@ -173,6 +186,7 @@ def to_tensorrt(
 
     Args:
         model, example_inputs, example_kwargs, policy, graphs, opset: as for `to_onnx`; experts: padded or dense.
+        lengths: ``"range"``, or ``"input"``, which has TensorRT wait for the GPU once a step instead of once a list.
         folder: gets an engine for each graph and ``manifest.json``, all or none.
         backend: ``"tensorrt"``, ``"tensorrt-rtx"``, which builds without a GPU, or the first that is installed.
         compute_capabilities: such as ``"8.9"``, for TensorRT-RTX; none builds for the GPU that is there.
@@ -190,6 +204,8 @@ def to_tensorrt(
     name, _ = find_backend(backend)
     target = Path(folder)
     refuse_unrolled(experts, "TensorRT")
+    if lengths not in ("range", "input"):
+        raise ConfigError(f"lengths: TensorRT takes range or input, found {lengths!r}: it has no NonZero")
     prepare_folder(target)
     with tempfile.TemporaryDirectory(dir=target, prefix=".export-") as temporary:
         source, made = Path(temporary, "onnx"), Path(temporary, "engine")
@@ -201,7 +217,7 @@ def to_tensorrt(
             policy,
             graphs=graphs,
             experts=experts,
-            lengths="range",
+            lengths=lengths,
             opset=opset,
             **options,
         )

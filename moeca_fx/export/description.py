@@ -49,6 +49,7 @@ class GraphDescription:
         inputs, outputs: of the call, without caches.
         caches_in, caches_out: names of the caches that it takes and gives; in_place: of those, what onnxruntime's CPU
             provider writes where it lies.
+        lists: how many it takes the lengths of.
         steps: (step that it runs, value of its input ``force`` or None).
         contents: None where they cannot be listed.
         note: why not.
@@ -63,6 +64,7 @@ class GraphDescription:
     caches_in: tuple[str, ...]
     caches_out: tuple[str, ...]
     in_place: tuple[str, ...]
+    lists: int
     steps: tuple[tuple[str, int | None], ...]
     contents: Contents | None
     note: str | None
@@ -83,6 +85,7 @@ class GraphDescription:
             "caches_in": list(self.caches_in),
             "caches_out": list(self.caches_out),
             "in_place": list(self.in_place),
+            "lists": self.lists,
             "steps": [{"name": name, "force": force} for name, force in self.steps],
             "contents": contents,
             "note": self.note,
@@ -228,6 +231,7 @@ def _graph(graph: Mapping[str, Any], manifest: Manifest, folder: Path, parse: bo
         caches_in=_caches(inputs, CACHE_IN),
         caches_out=_caches(outputs, CACHE_OUT),
         in_place=tuple(name.removeprefix(CACHE_OUT) for name in graph.get("in_place", ())),
+        lists=len(graph.get("lists", ())),
         steps=tuple((step["name"], step["force"]) for step in manifest.steps if step["graph"] == graph["name"]),
         contents=contents,
         note=note,

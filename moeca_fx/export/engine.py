@@ -14,6 +14,7 @@ import torch
 
 from moeca_fx.errors import ConfigError, ExportError, MissingExtraError
 from moeca_fx.export.graph import BATCH, FORCE, Port
+from moeca_fx.export.lengths import LENGTHS, GivenList, read_lists
 from moeca_fx.export.manifest import read_port
 
 EXTRA = "tensorrt"
@@ -21,6 +22,8 @@ Backend = Literal["auto", "tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[Backend, ...] = ("auto", "tensorrt", "tensorrt-rtx")
 _NO_DRIVER = "driver version"
 """Every process without a GPU's driver hears of that; parsing and building go on."""
+
+_REUSING = 4  # engines are tuned for lists of a fourth of their entries
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
@@ -177,7 +180,7 @@ def build_engine(
         raise ExportError(f"{name} refuses the graph: {refused}; {todo}")
     _check_network(network, [[read_port(item) for item in graph[way]] for way in ("inputs", "outputs")])
     config = builder.create_builder_config()
-    config.add_optimization_profile(_profile(builder, network, batch))
+    config.add_optimization_profile(_profile(builder, network, batch, read_lists(graph.get("lists", ()))))
     _set_capabilities(trt, name, config, compute_capabilities)
     config.clear_flag(trt.BuilderFlag.TF32)  # products of 10 bits would let fp32 routers choose other experts
     if workspace is not None:
@@ -223,13 +226,17 @@ def _set_capabilities(trt: Any, name: str, config: Any, wanted: Sequence[str]) -
         config.set_compute_capability(known[capability.replace(".", "")], index)
 
 
-def _profile(builder: Any, network: Any, batch: Sequence[int]) -> Any:
+def _profile(builder: Any, network: Any, batch: Sequence[int], lists: Sequence[GivenList]) -> Any:
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         if tensor.name == FORCE:
             if tensor.is_shape_tensor:  # lengths follow from it
                 profile.set_shape_input(FORCE, [0], [0], [1])
+        elif tensor.name == LENGTHS:
+            if tensor.is_shape_tensor:
+                most, best = ([each.most(size) for each in lists] for size in (batch[2], batch[1]))
+                profile.set_shape_input(LENGTHS, [0] * len(lists), [size // _REUSING for size in best], most)
         elif len(tensor.shape) and tensor.shape[0] == -1:
             profile.set_shape(tensor.name, *([size, *tensor.shape[1:]] for size in batch))
     return profile

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from moeca_fx.errors import ConfigError, ExportError, MoecaError
 from moeca_fx.export.graph import BATCH, ExportGraph, Port
+from moeca_fx.export.lengths import LENGTHS, NEEDED, GivenList, describe_lists
 from moeca_fx.export.plan import FULL, PROBE, ExportPlan, ExportStep
 from moeca_fx.files import write_whole
 from moeca_fx.graph.sites import AttentionSite, DenseFFNSite, MoESite, Sites, kind_of
@@ -29,9 +30,22 @@ from moeca_fx.policies.registry import NAME_KEY, build
 from moeca_fx.provenance import fingerprint, provenance
 from moeca_fx.runtime.flops import StepCost, StepFlops
 
-FORMAT = 2
+FORMAT = 3
 FILE = "manifest.json"
 _SITES = {"attention": AttentionSite, "moe": MoESite, "dense_ffn": DenseFFNSite}
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What became of a graph when it was written.
+
+    Attributes:
+        in_place: caches, by their outputs, that are written where they lie.
+        lists: whose lengths it takes as an input.
+    """
+
+    in_place: Sequence[str] = ()
+    lists: Sequence[GivenList] = ()
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,11 @@ class Manifest:
         counters = tuple(Counter(site, kind) for site, kind in step["counters"])
         actions = tuple((path, action) for path, action in step["actions"])
         return StepGraph(step["name"], _nothing(), reads, step["clock"], step["prefix"], counters, actions)
+
+    def with_facts(self, facts: Mapping[str, GraphFacts]) -> "Manifest":
+        """With what became of its graphs, by name."""
+        graphs = [_with_facts(graph, facts.get(graph["name"], GraphFacts())) for graph in self.graphs]
+        return dataclasses.replace(self, graphs=graphs)
 
     def step_flops(self, batch: int) -> StepFlops:
         """FLOPs of the steps, which grow with the batch."""
@@ -234,6 +253,14 @@ def _graph(graph: ExportGraph, ending: str) -> dict[str, Any]:
         "outputs": [describe_port(port) for port in graph.outputs],
         "returns": [[where, _plain(value, "a result")] for where, value in graph.returns],
     }
+
+
+def _with_facts(graph: Mapping[str, Any], facts: GraphFacts) -> dict[str, Any]:
+    described = {**graph, "in_place": list(facts.in_place), "lists": describe_lists(facts.lists)}
+    if facts.lists:
+        for way, name in (("inputs", LENGTHS), ("outputs", NEEDED)):
+            described[way] = [*graph[way], describe_port(Port(name, (len(facts.lists),), torch.int64))]
+    return described
 
 
 def _described(step: ExportStep) -> dict[str, Any]:

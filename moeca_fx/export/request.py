@@ -5,7 +5,7 @@ import gc
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from moeca_fx.autocast import OFF, Autocast
 from moeca_fx.errors import ConfigError, ExportError, MoecaError
-from moeca_fx.export.manifest import Manifest, describe, write_manifest
+from moeca_fx.export.manifest import GraphFacts, Manifest, describe, write_manifest
 from moeca_fx.export.plan import ExportPlan, Form, build_plan, exportable_rule
 from moeca_fx.export.runner import load
 from moeca_fx.export.verify import Verification, verify
@@ -74,14 +74,14 @@ class Request:
         self,
         kind: str,
         ending: str,
-        write: Callable[[ExportPlan, Path], Mapping[str, list[str]] | None],
+        write: Callable[[ExportPlan, Path], Mapping[str, GraphFacts] | None],
         opset: int | None = None,
     ) -> Manifest:
         """Transform, write, check, and put everything in place.
 
         Args:
             kind: as in the manifest; ending: of its files.
-            write: writes the graphs of a plan into a folder; of each it may name the caches that are written in place.
+            write: writes the graphs of a plan into a folder; may say what became of each.
         """
         self.say("transforming")
         timestep = self.options.get("timestep")
@@ -92,11 +92,10 @@ class Request:
         with tempfile.TemporaryDirectory(dir=self.target, prefix=".export-") as name:
             made = Path(name)
             try:
-                in_place = write(plan, made) or {}
+                facts = write(plan, made) or {}
             except OSError as error:
                 raise unwritable(self.target, error) from error
-            graphs = [{**graph, "in_place": in_place.get(graph["name"], [])} for graph in manifest.graphs]
-            manifest = replace(manifest, graphs=graphs)
+            manifest = manifest.with_facts(facts)
             write_manifest(manifest, made)
             gc.collect()  # traces hang together in cycles and are as large as the weights
             if self.options.get("check", True):

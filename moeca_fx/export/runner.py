@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from moeca_fx.autocast import OFF
 from moeca_fx.errors import InputError
 from moeca_fx.export.graph import CACHE_IN, CACHE_OUT
+from moeca_fx.export.lengths import Lengths, read_lists
 from moeca_fx.export.manifest import Manifest, dtype_of, read_manifest, read_port, reading_fields
 from moeca_fx.export.sessions import CPU, RunOptions, open_session
 from moeca_fx.passes import Compilation
@@ -122,6 +123,7 @@ class _Loaded:
         self.outputs = [read_port(item) for item in graph["outputs"]]
         self.session = open_session(manifest.kind, folder / graph["file"], inputs, self.outputs, options)
         self.returns = [(where, value) for where, value in graph["returns"]]
+        self.lengths = Lengths(read_lists(graph.get("lists", ())))
         names = [port.name for port in inputs]
         handed_on = {value for where, value in self.returns if where == "input"}
         self.replaced = []
@@ -135,11 +137,23 @@ class _Loaded:
         # new value of a cache -> the buffer of its last one
         self._free: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def run(self, given: list[Tensor], batch: int) -> tuple[Any, ...]:
-        """Run it: results, caches, counters."""
-        made = self.session.run(given, partial(self._buffers, given, batch))
+    def run(self, step: str, given: list[Tensor], batch: int) -> tuple[Any, ...]:
+        """Run it as this step: results, caches, counters."""
+        if self.lengths.lists:
+            made = self._run_until_enough(step, given, batch)
+        else:
+            made = self.session.run(given, partial(self._buffers, given, batch))
         parts = {"input": given, "output": made}
         return tuple(parts[where][value] if where in parts else value for where, value in self.returns)
+
+    def _run_until_enough(self, step: str, given: list[Tensor], batch: int) -> Sequence[Tensor]:
+        """Its caches are never written in place, so a run that left something out is simply thrown away."""
+        buffers = self._buffers(given, batch)
+        for lengths in self.lengths.attempts(step, batch):
+            made = self.session.run([*given, lengths], lambda: buffers)
+            if self.lengths.enough(step, batch, lengths, made[-1]):
+                return made
+        raise AssertionError(f"{step}: a list is longer than all of its entries")
 
     def _buffers(self, given: list[Tensor], batch: int) -> list[Tensor]:
         made = []
@@ -168,7 +182,7 @@ class _ArtefactProgram(Program):
         given = [leaf.contiguous() for leaf in inputs if isinstance(leaf, Tensor)]
         if step["force"] is not None:
             given.append(torch.tensor(step["force"]))
-        return self.loaded[step["graph"]].run(given, batch)
+        return self.loaded[step["graph"]].run(name, given, batch)
 
     def step_flops(self, leaves: list[Any], batch: int) -> StepFlops:
         """As the manifest has them."""

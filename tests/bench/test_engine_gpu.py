@@ -105,10 +105,11 @@ def test_everything_but_engines_and_the_clock(
     job = _job(bench, tmp_path)
     entry = bench.model_report(job, 1, (2,), False)
     assert entry["failed"] == {}
-    assert list(entry["built"]) == list(bench.POLICIES)
-    checked = entry["checked"]["engine"]
-    assert checked["passed"] and checked["steps"] == 36 and checked["statistics_equal"] == [True] * 3
-    assert all(0 < own < 1 and own == other for own, other in checked["reuse_ratio_here_and_in_torch"])
+    assert list(entry["built"]) == [*bench.POLICIES, bench.GIVEN]
+    assert set(entry["checked"]) == {"engine", "engine with given lengths"}
+    for checked in entry["checked"].values():
+        assert checked["passed"] and checked["steps"] == 36 and checked["statistics_equal"] == [True] * 3
+        assert all(0 < own < 1 and own == other for own, other in checked["reuse_ratio_here_and_in_torch"])
     assert {each["state"] for each in entry["providers"].values()} == {"missing"}
     assert all("onnxruntime has no" in each["reason"] for each in entry["providers"].values())
     (timed,) = entry["timed"]

@@ -61,6 +61,17 @@ def test_an_engine_is_built_for_other_gpus(folder: Path, manifest: Manifest, use
     assert seen and all(0 < done <= max(total, done) for _, done, total in seen)
 
 
+@pytest.mark.parametrize("user_allocation", [False, True])
+def test_an_engine_that_takes_the_lengths_of_its_lists(tmp_path: Path, user_allocation: bool) -> None:
+    model, _ = toy_pair(None)
+    manifest = to_onnx(model, tmp_path, toy_inputs(), policy=POLICY, batch=(1, 2, 5), lengths="input", check=False)
+    (graph,) = manifest.graphs
+    assert graph["inputs"][-1]["name"] == "lengths" and graph["outputs"][-1]["name"] == "needed"
+    assert graph["inputs"][-1]["shape"] == graph["outputs"][-1]["shape"] == [len(graph["lists"])]
+    built = _build(tmp_path, manifest, compute_capabilities=("8.9",), user_allocation=user_allocation)
+    assert len(built) > 10_000
+
+
 @pytest.mark.parametrize("how", ["False", "an interrupt"])
 def test_a_build_is_cancelled(folder: Path, manifest: Manifest, how: str) -> None:
     def stop(*step: str | int) -> bool:

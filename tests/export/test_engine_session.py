@@ -16,6 +16,7 @@ from moeca_fx.errors import ConfigError, ExportError
 from moeca_fx.export import api, load, to_onnx
 from moeca_fx.export import engine as building
 from moeca_fx.export.graph import BATCH, FORCE, Port
+from moeca_fx.export.lengths import LENGTHS
 from moeca_fx.export.manifest import read_manifest, read_port
 from moeca_fx.export.sessions import RunOptions, open_session
 from moeca_fx.export.sessions import engine as running
@@ -267,13 +268,17 @@ def test_tf32_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cleared == [rtx.BuilderFlag.TF32]
 
 
-@pytest.mark.parametrize("form", ["one", pytest.param("steps", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("form", "lengths"),
+    [("one", "range"), ("one", "input"), pytest.param("steps", "range", marks=pytest.mark.slow)],
+)
 def test_an_artefact_runs_as_the_model_does(
-    form: Any, tmp_path: Path, module: fake.FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+    form: Any, lengths: Any, tmp_path: Path, module: fake.FakeTensorRT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, _ = toy_pair(None)
     source, made = tmp_path / "onnx", tmp_path / "engine"
-    to_onnx(model, source, toy_inputs(), policy=POLICY, graphs=form, experts="padded", batch=(1, 2, 5), check=False)
+    forms: Any = {"graphs": form, "experts": "padded", "lengths": lengths}
+    to_onnx(model, source, toy_inputs(), policy=POLICY, batch=(1, 2, 5), check=False, **forms)
 
     def build(path: Path, graph: Any, batch: Any, **options: Any) -> bytes:
         """An engine that computes what onnxruntime computes."""
@@ -285,7 +290,7 @@ def test_an_artefact_runs_as_the_model_does(
             return inner.run(given, lambda: [port.empty(size, "cpu") for port in outputs])
 
         content = str(graph["name"]).encode()
-        module.engines[content] = fake.Recorded(tuple(inputs), tuple(outputs), compute, frozenset({FORCE}))
+        module.engines[content] = fake.Recorded(tuple(inputs), tuple(outputs), compute, frozenset({FORCE, LENGTHS}))
         return content
 
     monkeypatch.setattr(api, "find_backend", lambda backend: (backend, module))

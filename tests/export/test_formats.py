@@ -124,7 +124,15 @@ def test_graphs_a_step_share_their_weights_in_onnx(name: str, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("experts", "lengths"), [("dense", "auto"), ("padded", "auto"), ("padded", "range"), ("unrolled", "range")]
+    ("experts", "lengths"),
+    [
+        ("dense", "auto"),
+        ("padded", "auto"),
+        ("padded", "range"),
+        ("unrolled", "range"),
+        ("dense", "input"),
+        ("auto", "input"),
+    ],
 )
 def test_every_form_of_experts_and_lengths(experts: Any, lengths: Any, tmp_path: Path) -> None:
     """The default of each format is what every other test runs."""

@@ -7,6 +7,7 @@ mends what those were given. Shapes are those of the functions that the operatio
 from collections.abc import Callable
 from typing import Any
 
+from moeca_fx.export.lengths import ListKind
 from moeca_fx.export.onnx.padded_attention import attend, rows_by_sample
 from moeca_fx.export.onnx.tables import table_of, take_branches, write_branches
 from moeca_fx.export.onnx.values import (
@@ -17,16 +18,22 @@ from moeca_fx.export.onnx.values import (
     numbers,
     op,
     places,
+    sizes,
     tokens_of,
     top_k_of,
 )
 from moeca_fx.ops import bounded
 from moeca_fx.ops.slots import REUSED
 
+LIST = "list"
+"""Under this the node that counts a list off has in memory what the list is: arguments of `lengths.GivenList`."""
 
-def _count(most: Value, count: Value) -> Value:
+
+def _count(most: Value, count: Value, kind: ListKind, **facts: int) -> Value:
     """``0 .. n - 1`` with n = `count` clamped to [2, most]; both []."""
-    return op.Range(number(0), op.Min(op.Max(count, number(2)), most), number(1))
+    index = op.Range(number(0), op.Min(op.Max(count, number(2)), most), number(1))
+    index.producer().meta[LIST] = {"kind": kind, **facts}
+    return index
 
 
 def _select_rows(mask: Value) -> tuple[Value, Value]:
@@ -36,7 +43,7 @@ def _select_rows(mask: Value) -> tuple[Value, Value]:
     entry = op.Range(number(0), total, number(1))
     behind = op.Sub(op.Add(count, entry), selected)
     place = op.Where(flat, op.Sub(selected, number(1)), behind)
-    index = _count(total, count)
+    index = _count(total, count, "rows")
     return op.Gather(op.ScatterElements(entry, place, entry, axis=0), index), op.Less(index, count)
 
 
@@ -57,7 +64,7 @@ def _write_rows(cache: Value, row: Value, values: Value, valid: Value) -> Value:
 def _attention_rows(query: Value, key: Value, value: Value, row: Value, mask: Value, scale: float | None) -> Value:
     tokens = tokens_of(mask)
     count, first = rows_by_sample(mask)
-    index = _count(number(tokens), op.ReduceMax(count, keepdims=0))
+    index = _count(number(tokens), op.ReduceMax(count, keepdims=0), "queries")
     out = attend(query, key, value, row, first, index, scale)
     sample = op.Div(row, number(tokens))
     entry = op.Range(number(0), op.Size(row), number(1))
@@ -95,12 +102,17 @@ def _plan_grouped(code: Value, slot_expert: Value, num_experts: int) -> tuple[Va
     return op.Div(table, top_k_of(code)), op.Gather(ids, table), place, offsets
 
 
-def _plan_padded(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, Value, Value]:
+def plan_padded(
+    code: Value, slot_expert: Value, num_experts: int, *, may_overflow: bool = False
+) -> tuple[Value, Value, Value]:
+    """See `ops.bounded.plan_padded`; where a group `may_overflow` what has no room in it is left out of the table."""
     flat, experts = numbers(-1), numbers(*range(num_experts))
     picked, ids, position, before = _positions(code, slot_expert, num_experts)
     branches = op.Size(ids)
-    index = _count(branches, op.ReduceMax(before, keepdims=0))
+    index = _count(branches, op.ReduceMax(before, keepdims=0), "group", top_k=sizes(code)[-1] or 1, experts=num_experts)
     width = op.Size(index)
+    if may_overflow:
+        picked = op.And(picked, op.Less(position, width))
     size = op.Mul(width, number(num_experts))
     entry = op.Add(op.Mul(ids, width), position)
     place = op.Min(op.Max(entry, number(0)), op.Sub(size, number(1)))
@@ -118,7 +130,7 @@ BOUNDED_LISTS: dict[Callable[..., Any], Callable[..., Any]] = {
     bounded.valid_code: _valid_code,
     bounded.write_rows: _write_rows,
     bounded.attention_rows: _attention_rows,
-    bounded.plan_padded: _plan_padded,
+    bounded.plan_padded: plan_padded,
     bounded.plan_grouped: _plan_grouped,
     bounded.write_computed: _write_computed,
 }

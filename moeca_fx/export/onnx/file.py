@@ -11,6 +11,7 @@ import torch
 
 from moeca_fx.errors import ExportError, require
 from moeca_fx.export.graph import ExportGraph
+from moeca_fx.export.lengths import GivenList
 from moeca_fx.export.onnx.names import label, name_nodes
 from moeca_fx.export.onnx.tidy import tidy
 from moeca_fx.export.onnx.whole import Lengths, keep_whole
@@ -40,7 +41,7 @@ def make_onnx(
         lengths: how lists are made whose length depends on data.
 
     Returns:
-        An `onnx_ir.Model`.
+        An `onnx_ir.Model`; with lengths ``"input"`` it has one more input and output (see `given_lengths`).
 
     Raises:
         MissingExtraError: onnx or onnxscript is not installed.
@@ -52,6 +53,7 @@ def make_onnx(
         raise ExportError(
             f"opset: expected {OLDEST_OPSET} to {NEWEST_OPSET}, found {opset}; {OPSET} suits TensorRT too"
         )
+    from moeca_fx.export.onnx.given_lengths import lengths_as_input
     from moeca_fx.export.onnx.translations import translations
 
     program = trace(replace(graph, module=label(keep_whole(graph.module), sites)), most)
@@ -72,8 +74,17 @@ def make_onnx(
         assert made is not None, "torch translates, or raises"
         model = made.model
         tidy(model, exact=lengths == "nonzero")
+        if lengths == "input":
+            lengths_as_input(model, {site.path: site.tokens for site in sites.ordered})
         name_nodes(model)
     return model
+
+
+def lists_of(model: Any) -> tuple[GivenList, ...]:
+    """The lists whose lengths a model of `make_onnx` takes, in the order of that input."""
+    from moeca_fx.export.onnx.given_lengths import META
+
+    return tuple(model.meta[META])
 
 
 def save_onnx(models: Mapping[str, Any], folder: Path, external: bool) -> None:

@@ -47,13 +47,17 @@ def _place(node: fx.Node, paths: list[str]) -> str:
     return f"{module_path(node) or 'model'}/{node.name}"
 
 
+def place_of(node: Any) -> str:
+    """``<module path>/<stage>`` of a node, before `name_nodes` drops what torch noted of it."""
+    found = str(node.metadata_props.get(_STACK_TRACE, ""))
+    return found.removeprefix(_MARK) if found.startswith(_MARK) else "model"
+
+
 def name_nodes(model: Any) -> None:
     """Name the nodes of an `onnx_ir.Model`, and drop what torch noted of them: it tells of the machine's folders."""
     seen: Counter[str] = Counter()
     for node in model.graph:
-        found = node.metadata_props.get(_STACK_TRACE, "")
-        place = found.removeprefix(_MARK) if found.startswith(_MARK) else "model"
-        name = f"{place}/{node.op_type}"
+        name = f"{place_of(node)}/{node.op_type}"
         node.name = f"{name}_{seen[name]}" if seen[name] else name
         seen[name] += 1
         node.metadata_props.clear()

@@ -13,6 +13,7 @@ import torch
 
 from moeca_fx.export.onnx.bounded_lists import BOUNDED_LISTS
 from moeca_fx.export.onnx.exact_lists import EXACT_LISTS
+from moeca_fx.export.onnx.given_lengths import GIVEN_LISTS
 from moeca_fx.export.onnx.tables import take_branches, write_branches
 from moeca_fx.export.onnx.values import (
     FLOAT,
@@ -209,8 +210,10 @@ _OF_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 
+_LISTS = {"range": BOUNDED_LISTS, "nonzero": EXACT_LISTS, "input": GIVEN_LISTS}
+
+
 def translations(lengths: Lengths = "range") -> dict[Any, Callable[..., Any]]:
     """Operation -> its translation, for `torch.onnx.export`."""
-    lists = BOUNDED_LISTS if lengths == "range" else EXACT_LISTS
-    whole = {WHOLE[function]: translation for function, translation in (_OF_FUNCTIONS | lists).items()}
+    whole = {WHOLE[function]: translation for function, translation in (_OF_FUNCTIONS | _LISTS[lengths]).items()}
     return whole | {torch.ops.aten.sort.stable: _stable_sort, grouped_linear._opoverload: _grouped_linear}

@@ -16,7 +16,7 @@ from moeca_fx.ops import bounded, dispatch, rows, slots
 from moeca_fx.passes.insert_cache import share_copy
 from moeca_fx.policies import branch
 
-Lengths = Literal["range", "nonzero"]
+Lengths = Literal["range", "nonzero", "input"]
 """Lists whose length depends on data: of at least two, by `Range`, which TensorRT takes; or exact, by `NonZero`."""
 
 NAMESPACE = "moeca_onnx"

@@ -1,7 +1,8 @@
 """An engine of TensorRT or TensorRT-RTX: torch's CUDA tensors are bound by address, on torch's current stream.
 
-A number from which lengths follow (`force`) is a shape tensor, which TensorRT reads from the host's memory when a step
-is enqueued; everything else lies on the GPU. Nothing waits for the GPU: what a step wrote is read on the same stream.
+Numbers from which lengths follow (`force`, `lengths`) are shape tensors, which TensorRT reads from the host's memory
+when a step is enqueued; everything else lies on the GPU. Nothing waits for the GPU: what a step wrote is read on the
+same stream. With lengths as an input, what they needed is waited for once a step.
 On CUDA's default stream TensorRT waits for the whole device instead, so call a model inside ``torch.cuda.stream``.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from moeca_fx.errors import ExportError
 from moeca_fx.export.engine import check_tensor, find_backend, make_log
 from moeca_fx.export.graph import Port
+from moeca_fx.export.lengths import LENGTHS
 from moeca_fx.export.sessions.base import Buffers, check_names
 
 _ALIGNMENT = 256  # bytes, of every address on a GPU
@@ -77,10 +79,10 @@ class EngineSession:
             raise ExportError(f"{self.path.name}: TensorRT takes no address for {port.name}: {self._log.last}")
 
     def _place(self, port: Port, tensor: Tensor) -> Tensor:
-        """The tensor where the engine reads it; single numbers are brought there, all others must be there."""
+        """The tensor where the engine reads it; the step's own numbers are brought there, all others must be there."""
         hosted = port.name in self._hosted
         device = torch.device("cpu") if hosted else self._device
-        if not tensor.dim():
+        if not tensor.dim() or port.name == LENGTHS:
             tensor = tensor.to(device)
         if tensor.device != device or not tensor.is_contiguous():
             raise ExportError(

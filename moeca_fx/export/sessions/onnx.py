@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moeca_fx.errors import ExportError, require
 from moeca_fx.export.graph import Port
+from moeca_fx.export.lengths import LENGTHS
 from moeca_fx.export.sessions.base import Buffers, check_names
 
 EXTRA = "onnx"
@@ -96,7 +97,7 @@ class OnnxSession:
         binding = self.session.io_binding()
         made = into()
         for name, tensor in zip(self.inputs, given, strict=True):
-            binding.bind_input(name, *self._place(tensor))
+            binding.bind_input(name, *self._place(tensor, of_the_step=not tensor.dim() or name == LENGTHS))
         for name, tensor in zip(self.outputs, made, strict=True):
             binding.bind_output(name, *self._place(tensor))
         if self.device == "cuda":  # onnxruntime has a stream of its own, and waits for that alone
@@ -104,8 +105,8 @@ class OnnxSession:
         self.session.run_with_iobinding(binding)
         return made
 
-    def _place(self, tensor: Tensor) -> tuple[Any, ...]:
-        here = tensor.device.type == self.device or not tensor.dim()  # onnxruntime brings single numbers itself
+    def _place(self, tensor: Tensor, *, of_the_step: bool = False) -> tuple[Any, ...]:
+        here = tensor.device.type == self.device or of_the_step  # onnxruntime brings a step's own numbers itself
         if not tensor.is_contiguous() or not here:
             raise ExportError(
                 f"expected a contiguous tensor on {self.device}, found one on {tensor.device} with strides "
