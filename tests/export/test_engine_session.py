@@ -257,7 +257,7 @@ def test_a_step_that_tensorrt_does_not_run(session: EngineSession, monkeypatch: 
 def test_tf32_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cleared: list[Any] = []
     monkeypatch.setattr(building, "_check_network", lambda network, ports: None)
-    monkeypatch.setattr(building, "_profile", lambda builder, network, batch: builder.create_optimization_profile())
+    monkeypatch.setattr(building, "_profile", lambda builder, *rest: builder.create_optimization_profile())
     monkeypatch.setattr(rtx.OnnxParser, "parse_from_file", lambda self, path: True)
     monkeypatch.setattr(rtx.IBuilderConfig, "clear_flag", lambda self, flag: cleared.append(flag))
     monkeypatch.setattr(rtx.Builder, "build_serialized_network", lambda self, network, config: b"built")
