@@ -200,6 +200,10 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[int], list[tuple[Tensor, ..
         lambda a, e: bounded.update_activation(a, e, 0.7),
         lambda b: [(_random(1, b, EXPERTS, TOKENS).abs(), _experts(seed, b)) for seed in range(2)],
     ),
+    "to_slots": (
+        lambda v, s: branch.to_slots(v, s),
+        lambda b: [(_random(1, b, TOKENS, TOP_K), _random(2, b, TOKENS, TOP_K).argsort(-1))],
+    ),
     "forced_code": (
         lambda c, f: slots.forced_code(c, f),
         lambda b: [(c, torch.tensor(f)) for c in _codes(b) for f in (True, False)],

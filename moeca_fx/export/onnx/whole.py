@@ -110,6 +110,11 @@ def _(activation: Tensor, *_: Any) -> Any:
     return activation.new_empty(activation.shape[:2])
 
 
+@_whole(branch.to_slots, "(Tensor value, Tensor slot) -> Tensor")
+def _(value: Tensor, slot: Tensor) -> Any:
+    return torch.empty_like(value)
+
+
 @_whole(
     branch.decide,
     "(Tensor expert, Tensor weight, Tensor cached_expert, Tensor cached_weight, Tensor cached_norm, Tensor threshold, "

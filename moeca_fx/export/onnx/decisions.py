@@ -1,0 +1,148 @@
+"""Decisions over branches: match, score, threshold.
+
+    expert [B, T, k]  -->  [k, R]  -->  what equals what [k, k, R]  -->  code [B, T, k]
+
+Within, branches and slots are in front and all tokens behind: broadcasting along an axis of k entries at the end would
+give a runtime on a CPU R short loops for one long one.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from moeca_fx.export.onnx.values import INT64, Value, as_dtype, number, numbers, op, real, sizes, wide
+from moeca_fx.ops.slots import RECOMPUTED, REUSED, UNMATCHED
+from moeca_fx.policies.branch import ALIKE_ENTROPIES
+
+_TINY = 1e-37  # its logarithm times zero is zero
+
+
+def decide(
+    expert: Value,
+    weight: Value,
+    cached_expert: Value,
+    cached_weight: Value,
+    cached_norm: Value,
+    threshold: Value,
+    lambda1: float,
+    lambda2: float,
+    kind: str,
+    code_dtype: Any,
+) -> tuple[Value, Value, Value, Value]:
+    """See `policies.branch.decide`; whatever `code_dtype` says, codes are int64."""
+    front, behind = numbers(0), numbers(1)
+    dtype = wide(weight.dtype)
+    ids, held = _tokens_last(expert), _tokens_last(cached_expert)
+    # [branch, slot, R]: a branch takes the slot of its expert, or the i-th of the others the i-th free slot.
+    same = op.Equal(op.Unsqueeze(ids, behind), op.Unsqueeze(held, front))
+    counted, one = op.Cast(same, to=INT64), number(1)
+    matched, slot_matched = (op.ReduceMax(counted, axis, keepdims=0) for axis in (behind, front))
+    new, free = (op.Sub(one, taken) for taken in (matched, slot_matched))
+    branch_rank, slot_rank = (op.Mul(op.CumSum(part, number(0)), part) for part in (new, free))  # from 1, 0: none
+    slot_rank = op.Sub(slot_rank, slot_matched)  # -1: none, which no branch's is
+    offered = op.Equal(op.Unsqueeze(branch_rank, behind), op.Unsqueeze(slot_rank, front))
+    takes = op.Or(same, offered)
+    slot = op.ArgMax(op.Cast(takes, to=INT64), axis=1, keepdims=0)
+    weights = _tokens_last(as_dtype(weight, dtype))
+    weights = _share(weights, dtype, axis=0) if kind == "share" else weights
+    slot_expert = op.ReduceMax(op.Where(takes, op.Unsqueeze(ids, behind), number(-1)), front, keepdims=0)
+    slot_weight = op.ReduceSum(op.Where(takes, op.Unsqueeze(weights, behind), real(0.0, dtype)), front, keepdims=0)
+    slot, slot_expert, slot_weight_back = (_back(part, expert) for part in (slot, slot_expert, slot_weight))
+    change = op.Abs(op.Sub(slot_weight, _tokens_last(cached_weight)))
+    score = op.Add(
+        op.Add(slot_weight, op.Mul(change, real(lambda1, dtype))),
+        op.Mul(_share_of_norms(_tokens_last(cached_norm), dtype), real(lambda2, dtype)),
+    )
+    tokens, top_k = _fixed(expert)
+    limit = op.GatherElements(threshold, op.Reshape(slot_expert, numbers(-1, tokens * top_k)), axis=1)
+    limit = _tokens_last(limit, top_k)
+    above = op.Cast(op.Greater(score, limit), to=INT64)
+    code = op.Where(op.Equal(slot_matched, one), above, number(UNMATCHED))
+    return slot, slot_expert, slot_weight_back, _back(code, expert)
+
+
+def to_slots(value: Value, slot: Value) -> Value:
+    """Slots are a permutation, so nothing of the scattered-into value is left."""
+    return op.ScatterElements(value, slot, value, axis=-1)
+
+
+def expert_threshold(activation: Value, tau0: float, alpha: float, entropy_norm: str) -> Value:
+    """See `policies.branch.expert_threshold`."""
+    dtype = activation.dtype
+    of = partial(real, dtype=dtype)
+    share = _share(activation, dtype, axis=2)
+    terms = op.Mul(share, op.Log(op.Max(share, of(_TINY))))
+    entropy = op.Neg(op.ReduceSum(terms, numbers(2), keepdims=0))  # [B, E]
+    if entropy_norm == "log":
+        scaled = _of_tokens(entropy, _tokens(activation), of)
+    else:
+        low, high = (reduce(entropy, numbers(1), keepdims=1) for reduce in (op.ReduceMin, op.ReduceMax))
+        span = op.Sub(high, low)
+        alike = op.LessOrEqual(span, of(ALIKE_ENTROPIES))
+        scaled = op.Where(alike, of(0.5), op.Div(op.Sub(entropy, low), op.Where(alike, of(1.0), span)))
+    centred = op.Sub(op.Mul(scaled, of(2.0)), of(1.0))
+    return op.Mul(op.Add(op.Mul(centred, of(alpha)), of(1.0)), of(tau0))
+
+
+def update_activation(activation: Value, expert: Value, beta: float) -> Value:
+    """See `ops.bounded.update_activation`."""
+    experts = sizes(activation)[1]
+    assert experts is not None, "the number of experts is fixed"
+    every = op.Reshape(numbers(*range(experts)), numbers(experts, 1, 1))
+    dtype = activation.dtype
+    mine = op.Cast(op.Equal(op.Unsqueeze(expert, numbers(1)), every), to=dtype)  # [B, E, T, k]
+    chosen = op.ReduceMax(mine, numbers(3), keepdims=0)
+    return op.Add(op.Mul(activation, real(beta, dtype)), op.Mul(chosen, real(1.0 - beta, dtype)))
+
+
+def forced_code(code: Value, force: Value) -> Value:
+    """See `ops.slots.forced_code`."""
+    return op.Where(op.And(force, op.Equal(code, number(REUSED))), number(RECOMPUTED), code)
+
+
+def token_mask(code: Value) -> Value:
+    """See `ops.slots.token_mask`."""
+    return op.Greater(op.ReduceMax(code, numbers(len(code.shape) - 1), keepdims=0), number(REUSED))
+
+
+def _fixed(value: Value) -> tuple[int, int]:
+    """T and k of a value [B, T, k]."""
+    tokens, top_k = sizes(value)[1:]
+    assert tokens is not None and top_k is not None, "the numbers of tokens and of branches are fixed"
+    return tokens, top_k
+
+
+def _tokens_last(value: Value, top_k: int | None = None) -> Value:
+    """[B, T, k] -> [k, R]."""
+    return op.Transpose(op.Reshape(value, numbers(-1, top_k or _fixed(value)[1])), perm=[1, 0])
+
+
+def _back(value: Value, like: Value) -> Value:
+    """[k, R] -> [B, T, k] as `like`."""
+    return op.Reshape(op.Transpose(value, perm=[1, 0]), numbers(-1, *_fixed(like)))
+
+
+def _tokens(activation: Value) -> int:
+    tokens = sizes(activation)[-1]
+    assert tokens is not None, "the number of tokens is fixed"
+    return tokens
+
+
+def _of_tokens(entropy: Value, tokens: int, of: Callable[[float], Value]) -> Value:
+    """Entropy over its largest, ``log T``."""
+    if tokens > 1:
+        return op.Div(entropy, of(math.log(tokens)))
+    return op.Expand(of(0.5), op.Shape(entropy))
+
+
+def _share(value: Value, dtype: Any, axis: int) -> Value:
+    """Of its sum over an axis, 0 where that is 0: what is divided by infinity."""
+    total = op.ReduceSum(value, numbers(axis), keepdims=1)
+    return op.Div(value, op.Where(op.Equal(total, real(0.0, dtype)), real(math.inf, dtype), total))
+
+
+def _share_of_norms(value: Value, dtype: Any) -> Value:
+    """The same [k, R] of what is never negative."""
+    total = op.ReduceSum(value, numbers(0), keepdims=1)
+    return op.Div(value, op.Max(total, real(_TINY, dtype)))
