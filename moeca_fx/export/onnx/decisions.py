@@ -11,7 +11,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from moeca_fx.export.onnx.values import INT64, Value, as_dtype, number, numbers, op, real, sizes, wide
+from moeca_fx.export.onnx.values import (
+    INT64,
+    Value,
+    as_dtype,
+    number,
+    numbers,
+    one_hot,
+    op,
+    real,
+    sizes,
+    wide,
+    with_axes,
+)
 from moeca_fx.ops.slots import RECOMPUTED, REUSED, UNMATCHED
 from moeca_fx.policies.branch import ALIKE_ENTROPIES
 
@@ -87,23 +99,24 @@ def expert_threshold(activation: Value, tau0: float, alpha: float, entropy_norm:
 
 def update_activation(activation: Value, expert: Value, beta: float) -> Value:
     """See `ops.bounded.update_activation`."""
-    experts = sizes(activation)[1]
+    experts, dtype = sizes(activation)[1], activation.dtype
     assert experts is not None, "the number of experts is fixed"
-    every = op.Reshape(numbers(*range(experts)), numbers(experts, 1, 1))
-    dtype = activation.dtype
-    mine = op.Cast(op.Equal(op.Unsqueeze(expert, numbers(1)), every), to=dtype)  # [B, E, T, k]
-    chosen = op.ReduceMax(mine, numbers(3), keepdims=0)
+    mine = op.Gather(one_hot(experts, dtype), expert, axis=0)  # [B, T, k, E]
+    chosen = op.Transpose(op.ReduceMax(mine, numbers(2), keepdims=0), perm=[0, 2, 1])
     return op.Add(op.Mul(activation, real(beta, dtype)), op.Mul(chosen, real(1.0 - beta, dtype)))
 
 
 def forced_code(code: Value, force: Value) -> Value:
     """See `ops.slots.forced_code`."""
-    return op.Where(op.And(force, op.Equal(code, number(REUSED))), number(RECOMPUTED), code)
+    rank = len(code.shape)
+    flag, none = op.Reshape(force, numbers(*[1] * rank)), op.Equal(code, with_axes(rank, REUSED))
+    return op.Where(op.And(flag, none), with_axes(rank, RECOMPUTED), code)
 
 
 def token_mask(code: Value) -> Value:
     """See `ops.slots.token_mask`."""
-    return op.Greater(op.ReduceMax(code, numbers(len(code.shape) - 1), keepdims=0), number(REUSED))
+    last = len(code.shape) - 1
+    return op.Greater(op.ReduceMax(code, numbers(last), keepdims=0), with_axes(last, REUSED))
 
 
 def _fixed(value: Value) -> tuple[int, int]:
@@ -138,11 +151,12 @@ def _of_tokens(entropy: Value, tokens: int, of: Callable[[float], Value]) -> Val
 
 def _share(value: Value, dtype: Any, axis: int) -> Value:
     """Of its sum over an axis, 0 where that is 0: what is divided by infinity."""
-    total = op.ReduceSum(value, numbers(axis), keepdims=1)
-    return op.Div(value, op.Where(op.Equal(total, real(0.0, dtype)), real(math.inf, dtype), total))
+    total = op.ReduceSum(value, numbers(axis), keepdims=0)
+    total = op.Where(op.Equal(total, real(0.0, dtype)), real(math.inf, dtype), total)
+    return op.Div(value, op.Unsqueeze(total, numbers(axis)))
 
 
 def _share_of_norms(value: Value, dtype: Any) -> Value:
-    """The same [k, R] of what is never negative."""
-    total = op.ReduceSum(value, numbers(0), keepdims=1)
-    return op.Div(value, op.Max(total, real(_TINY, dtype)))
+    """The same [k, R], over its first axis, of what is never negative."""
+    total = op.Max(op.ReduceSum(value, numbers(0), keepdims=0), real(_TINY, dtype))
+    return op.Div(value, op.Unsqueeze(total, numbers(0)))

@@ -11,20 +11,29 @@ from collections.abc import Callable
 from typing import Any
 
 from moeca_fx.export.onnx.padded_attention import attend, rows_by_sample
-from moeca_fx.export.onnx.tables import table_of
+from moeca_fx.export.onnx.tables import table_of, top_k_and_widths
 from moeca_fx.export.onnx.values import (
+    FLOAT,
     INT64,
     Value,
     as_dtype,
     number,
     numbers,
+    one_hot,
     op,
     places,
+    real,
+    sizes,
     tokens_of,
     top_k_of,
 )
 from moeca_fx.ops import bounded
 from moeca_fx.ops.slots import REUSED
+
+_BRANCHES = "branches"
+"""Under this the places of a plan without gaps have in memory which branch each of its entries is."""
+
+_END = 2**62
 
 
 def _select_rows(mask: Value) -> tuple[Value, Value]:
@@ -45,56 +54,65 @@ def _attention_rows(query: Value, key: Value, value: Value, row: Value, mask: Va
     count, first = rows_by_sample(mask)
     column = op.Range(number(0), op.ReduceMax(count, keepdims=0), number(1))  # [S]
     out = attend(query, key, value, row, first, column, scale)
-    is_real = op.NonZero(op.Less(column, op.Unsqueeze(count, numbers(1))))
-    return op.GatherND(out, op.Transpose(is_real, perm=[1, 0]))
+    is_real = op.Reshape(op.Less(column, op.Unsqueeze(count, numbers(1))), numbers(-1))
+    heads, width = sizes(query)[1], sizes(value)[-1]
+    assert heads is not None and width is not None, "heads and their width are fixed"
+    flat = op.Reshape(out, numbers(-1, heads, width))
+    return op.Gather(flat, op.Squeeze(op.NonZero(is_real), numbers(0)), axis=0)
 
 
-def _computed(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, Value, Value, Value]:
-    """What is computed: picked [R], ids [R] and number [R] of all branches, and mine [E, R].
-
-    Branch 0 is computed whatever the decision, for nobody if it is not picked: every branch finds some row then.
-    """
+def _groups(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, Value, Value, Value]:
+    """What is computed of all branches [R], their experts and, where computed, their positions in those; [E] rows."""
     flat = numbers(-1)
-    ids = op.Reshape(slot_expert, flat)
-    number_of = op.Range(number(0), op.Size(ids), number(1))
-    picked = op.Or(op.Greater(op.Reshape(code, flat), number(REUSED)), op.Equal(number_of, number(0)))
-    experts = op.Unsqueeze(numbers(*range(num_experts)), numbers(1))
-    mine = op.And(op.Equal(op.Unsqueeze(ids, numbers(0)), experts), op.Unsqueeze(picked, numbers(0)))
-    return picked, ids, number_of, mine
+    ids, picked = op.Reshape(slot_expert, flat), op.Greater(op.Reshape(code, flat), number(REUSED))
+    mine = op.Gather(one_hot(num_experts, INT64, rest=1), op.Where(picked, ids, number(num_experts)), axis=0)
+    before = op.CumSum(mine, number(0))  # [R, E]
+    position = op.GatherElements(before, op.Unsqueeze(ids, numbers(1)), axis=1)
+    last = op.Slice(before, numbers(-1), numbers(_END), numbers(0))  # nothing, where there are no branches
+    count = op.ReduceSum(last, numbers(0), keepdims=0)
+    return picked, ids, op.Sub(op.Squeeze(position, numbers(1)), number(1)), count
 
 
 def _plan_padded(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, Value, Value]:
-    picked, ids, _, mine = _computed(code, slot_expert, num_experts)
-    count = op.Cast(mine, to=INT64)
-    width = op.ReduceMax(op.ReduceSum(count, numbers(1), keepdims=0), keepdims=0)
-    before = op.GatherElements(op.CumSum(count, number(1)), op.Unsqueeze(ids, numbers(0)), axis=0)
-    position = op.Sub(op.Squeeze(before, numbers(0)), number(1))  # among the rows of its expert
-    entry = op.Add(op.Mul(ids, width), position)
+    picked, ids, position, count = _groups(code, slot_expert, num_experts)
+    width = op.ReduceMax(count, keepdims=0)
     size = op.Mul(width, number(num_experts))
-    table = table_of(op.Where(picked, entry, size), size, op.Size(ids))
+    place = op.Where(picked, op.Add(op.Mul(ids, width), position), size)
+    table = table_of(place, size, op.Size(ids))
     owner = op.Div(op.Range(number(0), size, number(1)), width)
-    return op.Div(table, top_k_of(code)), owner, op.Where(picked, entry, number(0))
+    return op.Div(table, top_k_of(code)), owner, place
 
 
 def _plan_grouped(code: Value, slot_expert: Value, num_experts: int) -> tuple[Value, Value, Value, Value]:
-    _, _, number_of, mine = _computed(code, slot_expert, num_experts)
-    count = op.ReduceSum(op.Cast(mine, to=INT64), numbers(1), keepdims=0)
-    expert, branch = op.Split(op.NonZero(mine), axis=0, num_outputs=2)  # by expert, then by branch
-    branch = op.Squeeze(branch, numbers(0))
-    nowhere = op.Mul(number_of, number(0))
-    place = op.ScatterElements(nowhere, branch, op.Range(number(0), op.Size(branch), number(1)), axis=0)
-    return op.Div(branch, top_k_of(code)), op.Squeeze(expert, numbers(0)), place, op.CumSum(count, number(0))
+    picked, ids, position, count = _groups(code, slot_expert, num_experts)
+    offsets, size = op.CumSum(count, number(0)), op.ReduceSum(count, keepdims=0)
+    entry = op.Add(op.Gather(op.Sub(offsets, count), ids), position)
+    place = op.Where(picked, entry, size)
+    branch = table_of(place, size, op.Size(ids))
+    place.meta[_BRANCHES] = branch
+    return op.Div(branch, top_k_of(code)), op.Gather(ids, branch), place, offsets
+
+
+def _take_branches(values: Value, code: Value, place: Value) -> Value:
+    """What is not computed is placed behind everything that is: one row of zeros."""
+    top_k, *widths = top_k_and_widths(code, values)
+    nothing = op.Expand(op.CastLike(real(0.0, FLOAT), values), numbers(1, *widths))
+    taken = op.Gather(op.Concat(values, nothing, axis=0), place)
+    return op.Reshape(taken, numbers(-1, top_k, *widths))
 
 
 def _write_computed(cache: Value, values: Value, place: Value, code: Value, row: Value | None) -> Value:
-    """The picked branches alone, each where its slot lies: [N, rest] into [B, T, k, rest]."""
+    """The computed branches alone, each where its slot lies: [N, rest] into [B, T, k, rest]."""
     flat, end, top_k = numbers(-1), numbers(1), top_k_of(code)
-    picked = op.NonZero(op.Greater(op.Reshape(code, flat), number(REUSED)))
-    picked = op.Squeeze(picked, numbers(0))
-    token = op.Div(picked, top_k)
+    branch = place.meta.get(_BRANCHES)
+    if branch is None:  # a table with gaps: pick from it
+        picked = op.NonZero(op.Greater(op.Reshape(code, flat), number(REUSED)))
+        branch = op.Squeeze(picked, numbers(0))
+        values = op.Gather(values, op.Gather(place, branch))
+    token = op.Div(branch, top_k)
     token = token if row is None else op.Gather(row, token)
-    slot = op.Concat(places(token, tokens_of(cache)), op.Unsqueeze(op.Mod(picked, top_k), end), axis=-1)
-    return op.ScatterND(cache, slot, as_dtype(op.Gather(values, op.Gather(place, picked)), cache.dtype))
+    slot = op.Concat(places(token, tokens_of(cache)), op.Unsqueeze(op.Mod(branch, top_k), end), axis=-1)
+    return op.ScatterND(cache, slot, as_dtype(values, cache.dtype))
 
 
 EXACT_LISTS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -104,5 +122,6 @@ EXACT_LISTS: dict[Callable[..., Any], Callable[..., Any]] = {
     bounded.attention_rows: _attention_rows,
     bounded.plan_padded: _plan_padded,
     bounded.plan_grouped: _plan_grouped,
+    bounded.take_branches: _take_branches,
     bounded.write_computed: _write_computed,
 }

@@ -13,9 +13,14 @@ def table_of(target: Value, size: Value, branches: Value) -> Value:
 
 def take_branches(values: Value, code: Value, place: Value) -> Value:
     """See `ops.bounded.take_branches`."""
-    top_k, rest = sizes(code)[-1], sizes(values)[1:]
-    assert top_k is not None and None not in rest, "k and widths are fixed"
-    return op.Reshape(op.Gather(values, place), numbers(-1, top_k, *(size or 0 for size in rest)))
+    return op.Reshape(op.Gather(values, place), numbers(-1, *top_k_and_widths(code, values)))
+
+
+def top_k_and_widths(code: Value, values: Value) -> list[int]:
+    """k of a code [.., k] and the sizes of a row of values."""
+    found = [sizes(code)[-1], *sizes(values)[1:]]
+    assert None not in found, "k and widths are fixed"
+    return [size or 0 for size in found]
 
 
 def write_branches(cache: Value, fresh: Value, code: Value, row: Value | None) -> Value:

@@ -66,7 +66,12 @@ def _combine_slots(feature: Value, weight: Value) -> Value:
 
 
 def _gather_rows(x: Value, row: Value, batch_axis: int, token_axis: int) -> Value:
-    return op.Unsqueeze(op.GatherND(x, places(row, tokens_of(x))), numbers(1))
+    """From all tokens as one list: a view, where `x` is no input of the graph."""
+    rest = sizes(x)[2:]
+    if None in rest:
+        return op.Unsqueeze(op.GatherND(x, places(row, tokens_of(x))), numbers(1))
+    flat = op.Reshape(x, numbers(-1, *(size or 0 for size in rest)))
+    return op.Unsqueeze(op.Gather(flat, row, axis=0), numbers(1))
 
 
 def _gather_samples(x: Value, row: Value, tokens: int, batch_axis: int) -> Value:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy
 import onnx_ir
 from onnxscript import opset18
 
@@ -25,6 +26,20 @@ def numbers(*values: int) -> Value:
 def real(value: float, dtype: onnx_ir.DataType) -> Value:
     """A number of this dtype."""
     return op.Constant(value=onnx_ir.tensor(value, dtype=dtype))
+
+
+def with_axes(rank: int, value: int) -> Value:
+    """A constant [1, .., 1] of int64.
+
+    onnxruntime's CPU kernels take one loop then; with a constant [] they take one for each entry of the axes in front
+    of an axis of 1, such as that of rows [M, 1, k].
+    """
+    return op.Constant(value=onnx_ir.tensor(numpy.full([1] * rank, value), dtype=INT64))
+
+
+def one_hot(size: int, dtype: onnx_ir.DataType, rest: int = 0) -> Value:
+    """The unit matrix [size + rest, size]; its rows cost less than comparisons with all numbers, those behind are 0."""
+    return op.Constant(value=onnx_ir.tensor(numpy.eye(size + rest, size, dtype=dtype.numpy()), dtype=dtype))
 
 
 def as_dtype(value: Value, dtype: onnx_ir.DataType) -> Value:
