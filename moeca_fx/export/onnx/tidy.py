@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from moeca_fx.errors import ExportError
+from moeca_fx.export.onnx.broadcasts import lengthen_loops
+from moeca_fx.export.onnx.transposes import drop_transposes
 
 _ELEMENTWISE = frozenset(
     [
@@ -53,7 +55,8 @@ def tidy(model: Any, exact: bool = True) -> None:
 
     names = [value.name for value in model.graph.outputs]
     onnxscript.optimizer.fold_constants(model, onnx_shape_inference=False)
-    _drop_transposes_of_nothing(model)
+    lengthen_loops(model)
+    drop_transposes(model)
     _weights_of_their_own(model)
     if exact:
         _axes_from_the_front(model)
@@ -80,18 +83,6 @@ def _name_outputs(model: Any, names: Sequence[str]) -> None:
             node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = name, value.dtype, value.shape
             model.graph.append(node)
             model.graph.outputs[index] = node.outputs[0]
-
-
-def _drop_transposes_of_nothing(model: Any) -> None:
-    """torch writes one before and after every indexed write; onnxruntime would copy whole caches for each."""
-    from onnx_ir.convenience import replace_all_uses_with
-
-    for node in list(model.graph):
-        if node.op_type == "Transpose" and not node.outputs[0].is_graph_output():
-            order = list(node.attributes["perm"].as_ints())
-            if order == sorted(order):
-                replace_all_uses_with(node.outputs[0], node.inputs[0])
-                model.graph.remove(node)
 
 
 def _weights_of_their_own(model: Any) -> None:
