@@ -3,9 +3,7 @@
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir
-import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
@@ -13,25 +11,12 @@ from onnx import TensorProto, helper
 from moeca_fx.errors import ExportError
 from moeca_fx.export.onnx.in_place import caches_in_place
 from moeca_fx.export.onnx.tidy import tidy
+from tests.helpers.onnx_models import onnx_model, run_onnx
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 IN, OUT = "cache_in.site.key", "cache_out.site.key"
 WRITE = helper.make_node("ScatterND", [IN, "place", "values"], [OUT])
 PORTS = [(IN, FLOAT, ["batch", 3]), ("place", INT64, ["n", 1]), ("values", FLOAT, ["n", 3])]
-
-
-def _model(nodes: list[Any], inputs: list[Any], outputs: list[Any], **constants: np.ndarray) -> Any:
-    initializers = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
-    values = ([helper.make_tensor_value_info(*port) for port in ports] for ports in (inputs, outputs))
-    graph = helper.make_graph(nodes, "case", *values, initializer=initializers)
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    return onnx_ir.from_proto(onnx.shape_inference.infer_shapes(made))
-
-
-def _run(model: Any, *given: np.ndarray) -> list[np.ndarray]:
-    proto = onnx_ir.to_proto(model)
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    return list(session.run(None, dict(zip((i.name for i in session.get_inputs()), given, strict=True))))
 
 
 @pytest.mark.parametrize(
@@ -47,7 +32,7 @@ def _run(model: Any, *given: np.ndarray) -> list[np.ndarray]:
 def test_a_cache_is_written_in_place_unless_the_old_one_may_be_read_later(others: list[Any], in_place: bool) -> None:
     outputs = [(OUT, FLOAT, ["batch", 3]), *([("after", FLOAT, None)] if others else [])]
     constants = {"axes": np.array([1]), "flat": np.array([-1])}
-    assert caches_in_place(_model([*others, WRITE], PORTS, outputs, **constants)) == ([OUT] if in_place else [])
+    assert caches_in_place(onnx_model([*others, WRITE], PORTS, outputs, **constants)) == ([OUT] if in_place else [])
 
 
 @pytest.mark.parametrize("read", ["Neg", "Reshape"])
@@ -58,14 +43,16 @@ def test_a_reader_that_the_write_needs_has_run_before_it(read: str) -> None:
         helper.make_node("Add", ["held", "values"], ["sum"]),
         helper.make_node("ScatterND", [IN, "place", "sum"], [OUT]),
     ]
-    model = _model(nodes[0 if read == "Reshape" else 1 :], PORTS, [(OUT, FLOAT, ["batch", 3])], shape=np.array([-1, 3]))
+    model = onnx_model(
+        nodes[0 if read == "Reshape" else 1 :], PORTS, [(OUT, FLOAT, ["batch", 3])], shape=np.array([-1, 3])
+    )
     assert caches_in_place(model) == [OUT]
 
 
 def test_a_cache_that_no_row_is_written_to_stays_where_it_is() -> None:
     other = helper.make_node("Where", ["mask", "values", IN], [OUT])
     ports = [PORTS[0], ("mask", TensorProto.BOOL, ["batch", 1]), ("values", FLOAT, ["batch", 3])]
-    assert caches_in_place(_model([other], ports, [(OUT, FLOAT, ["batch", 3])])) == []
+    assert caches_in_place(onnx_model([other], ports, [(OUT, FLOAT, ["batch", 3])])) == []
 
 
 @pytest.mark.parametrize("operator", ["ReduceMax", "ArgMax"])
@@ -74,12 +61,12 @@ def test_a_reduction_of_no_rows_has_the_right_shape(operator: str) -> None:
         node, dtype = helper.make_node("ArgMax", ["x"], ["y"], axis=-1, keepdims=0), INT64
     else:
         node, dtype = helper.make_node("ReduceMax", ["x", "axes"], ["y"], keepdims=0), FLOAT
-    model = _model([node], [("x", FLOAT, ["n", 4, 8])], [("y", dtype, ["n", 4])], axes=np.array([-1]))
+    model = onnx_model([node], [("x", FLOAT, ["n", 4, 8])], [("y", dtype, ["n", 4])], axes=np.array([-1]))
     tidy(model)
     x = np.random.default_rng(0).normal(size=(5, 4, 8)).astype(np.float32)
     want = x.argmax(-1) if operator == "ArgMax" else x.max(-1)
-    assert np.array_equal(_run(model, x)[0], want)
-    assert _run(model, x[:0])[0].shape == (0, 4)
+    assert np.array_equal(run_onnx(model, x)[0], want)
+    assert run_onnx(model, x[:0])[0].shape == (0, 4)
 
 
 def test_what_is_reduced_may_have_no_shape_between_nodes() -> None:
@@ -87,13 +74,13 @@ def test_what_is_reduced_may_have_no_shape_between_nodes() -> None:
         helper.make_node("Cast", ["x"], ["cast"], to=INT64),
         helper.make_node("ReduceMax", ["cast", "axes"], ["y"], keepdims=0),
     ]
-    model = _model(nodes, [("x", FLOAT, ["n", 4, 8])], [("y", INT64, ["n", 4])], axes=np.array([-1]))
+    model = onnx_model(nodes, [("x", FLOAT, ["n", 4, 8])], [("y", INT64, ["n", 4])], axes=np.array([-1]))
     model.graph[0].outputs[0].shape = None
     tidy(model)
-    assert _run(model, np.ones((0, 4, 8), np.float32))[0].shape == (0, 4)
+    assert run_onnx(model, np.ones((0, 4, 8), np.float32))[0].shape == (0, 4)
 
     nodes[0] = helper.make_node("Resize", ["x", "", "scales"], ["cast"])
-    model = _model(
+    model = onnx_model(
         nodes, [("x", INT64, ["n", 4, 8])], [("y", INT64, None)], axes=np.array([-1]), scales=np.ones(3, "f")
     )
     model.graph[0].outputs[0].shape = None
@@ -109,12 +96,12 @@ def test_rows_are_gathered_into_the_shape_of_an_output() -> None:
     ]
     inputs = [("x", FLOAT, ["n", 3]), ("index", INT64, ["r"])]
     outputs = [("cache", FLOAT, ["batch", 2, 3]), ("negated", FLOAT, ["r", 3])]
-    model = _model(nodes, inputs, outputs, shape=np.array([-1, 2, 3]))
+    model = onnx_model(nodes, inputs, outputs, shape=np.array([-1, 2, 3]))
     tidy(model)
     cache = model.graph.outputs[0]
     assert cache.name == "cache" and cache.producer().op_type == "Gather"
     x, index = np.arange(12, dtype=np.float32).reshape(4, 3), np.array([3, 0, 2, 2])
-    found = _run(model, x, index)
+    found = run_onnx(model, x, index)
     assert np.array_equal(found[0], x[index].reshape(-1, 2, 3)) and np.array_equal(found[1], -x[index])
 
 
@@ -134,7 +121,7 @@ def test_a_split_of_given_sizes_has_no_number_of_outputs() -> None:
         )
     )
     tidy(model)
-    first, second = _run(model, np.ones((3, 3), np.float32), np.array([0, 3]))
+    first, second = run_onnx(model, np.ones((3, 3), np.float32), np.array([0, 3]))
     assert first.shape == (0, 3) and second.shape == (3, 3)
 
 
@@ -146,10 +133,10 @@ def test_an_experts_weights_are_an_initializer_of_their_own() -> None:
         helper.make_node("Add", ["x", "own"], ["y"]),
     ]
     ports = [[(name, FLOAT, [width])] for name in "xy"]
-    model = _model(nodes, *ports, number=np.array(1), stacked=weights.numpy())
+    model = onnx_model(nodes, *ports, number=np.array(1), stacked=weights.numpy())
     model.graph.initializers["stacked"].const_value = onnx_ir.tensor(weights, name="stacked")
     tidy(model)
     assert [node.op_type for node in model.graph] == ["Add"] and set(model.graph.initializers) == {"stacked.1"}
     raw = model.graph.initializers["stacked.1"].const_value.raw
     assert raw.data_ptr() == weights[1].data_ptr()  # a view: nothing is copied
-    assert np.array_equal(_run(model, np.zeros(width, np.float32))[0], weights[1].numpy())
+    assert np.array_equal(run_onnx(model, np.zeros(width, np.float32))[0], weights[1].numpy())
