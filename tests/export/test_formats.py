@@ -184,7 +184,8 @@ def test_fewer_bits(dtype: str, tmp_path: Path) -> None:
         with torch.no_grad():
             found = zoo_models.prediction(artefact(x.to(getattr(torch, manifest.dtype)), *rest)).float()
             expected = zoo_models.prediction(fast(x, *rest))
-        assert zoo_models.relative_error(found, expected) < 0.1
+        # Of the whole: a token whose expert or decision flips differs by more, without caches too.
+        assert (found - expected).norm() < 0.1 * expected.norm()
 
 
 def test_dtypes_that_cannot_be(tmp_path: Path) -> None:
