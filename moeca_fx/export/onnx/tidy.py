@@ -8,6 +8,7 @@ import torch
 from moeca_fx.errors import ExportError
 from moeca_fx.export.onnx.broadcasts import lengthen_loops
 from moeca_fx.export.onnx.transposes import drop_transposes
+from moeca_fx.export.onnx.views import merge_views
 
 _ELEMENTWISE = frozenset(
     [
@@ -62,6 +63,7 @@ def tidy(model: Any, exact: bool = True) -> None:
         _axes_from_the_front(model)
     _sizes_of_splits(model)
     _gather_into_outputs(model)
+    merge_views(model)
     for part in (
         common.RemoveUnusedNodesPass(),
         common.CommonSubexpressionEliminationPass(),
