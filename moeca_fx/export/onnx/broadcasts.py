@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy
 
+from moeca_fx.export.onnx.edits import put
+
 _LOGIC = ("And", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Or", "Where")
 _ARITHMETIC = ("Add", "Div", "Max", "Min", "Mul", "Pow", "Sub")
 _SHORT = 64  # entries of a loop
@@ -96,8 +98,7 @@ def _constant(model: Any, before: Any, content: Any) -> Any:
     import onnx_ir
 
     made = onnx_ir.node("Constant", [], {"value": onnx_ir.tensor(content)})
-    made.metadata_props.update(before.metadata_props)
-    model.graph.insert_before(before, made)
+    put(model, before, (made,))
     return made.outputs[0]
 
 
@@ -115,7 +116,6 @@ def _gathered(model: Any, before: Any, table: Any, rows: Any) -> Any:
     import onnx_ir
 
     made = onnx_ir.node("Gather", [table, rows], {"axis": 0})
-    made.metadata_props.update(before.metadata_props)
     made.outputs[0].type = table.type
-    model.graph.insert_before(before, made)
+    put(model, before, (made,))
     return made.outputs[0]

@@ -13,6 +13,7 @@ from typing import Any
 
 from moeca_fx.export.lengths import LENGTHS, NEEDED, GivenList
 from moeca_fx.export.onnx.bounded_lists import BOUNDED_LISTS, LIST, plan_padded
+from moeca_fx.export.onnx.edits import put
 from moeca_fx.export.onnx.names import place_of
 from moeca_fx.export.onnx.values import INT64, Value, as_dtype, numbers, op, places, tokens_of
 from moeca_fx.ops import bounded
@@ -60,9 +61,7 @@ def lengths_as_input(model: Any, tokens: Mapping[str, int]) -> None:
         place, flat = _constant(len(lists)), _constant([1])
         length = onnx_ir.node("Gather", [lengths, place.outputs[0]])
         row = onnx_ir.node("Reshape", [count, flat.outputs[0]])
-        for made in (place, length, flat, row):
-            made.metadata_props.update(node.metadata_props)
-            model.graph.insert_before(at_least, made)
+        put(model, at_least, (place, length, flat, row), like=node)
         at_least.replace_input_with(0, length.outputs[0])
         path = place_of(node).rpartition("/")[0]
         lists.append(GivenList(place_of(node), tokens=tokens.get(path, most), **node.meta[LIST]))

@@ -7,6 +7,7 @@ import torch
 
 from moeca_fx.errors import ExportError
 from moeca_fx.export.onnx.broadcasts import lengthen_loops
+from moeca_fx.export.onnx.edits import put
 from moeca_fx.export.onnx.transposes import drop_transposes
 from moeca_fx.export.onnx.views import merge_views
 
@@ -208,9 +209,7 @@ def _gather_into(model: Any, output: Any, gather: Any, leading: list[int], flat:
     index = onnx_ir.node("Reshape", [gather.inputs[1], shapes[0].outputs[0]])
     made = onnx_ir.node("Gather", [gather.inputs[0], index.outputs[0]])
     again = onnx_ir.node("Reshape", [made.outputs[0], shapes[1].outputs[0]])
-    for node in (*shapes, index, made, again):
-        node.metadata_props.update(gather.metadata_props)
-        model.graph.insert_before(gather, node)
+    put(model, gather, (*shapes, index, made, again))
     for new, old in ((made.outputs[0], output), (again.outputs[0], rows)):
         new.dtype, new.shape = old.dtype, old.shape
     made.outputs[0].name, output.name = output.name, None

@@ -6,6 +6,8 @@ Slice(Transpose(x [M, 1, 3, 4, 32], (2, 0, 3, 1, 4)), 1, 2, 0)     -->  Reshape(
 
 from typing import Any
 
+from moeca_fx.export.onnx.edits import put
+
 
 def drop_transposes(model: Any) -> None:
     """Where sizes are known; `model` is an `onnx_ir.Model`."""
@@ -41,7 +43,7 @@ def _drop(model: Any, node: Any) -> None:
         return
     wanted = onnx_ir.node("Constant", [], {"value_ints": [sizes[axis] for axis in order]})
     view = onnx_ir.node("Reshape", [given, wanted.outputs[0]])
-    _put(model, node, [wanted, view])
+    put(model, node, [wanted, view])
     _same(view.outputs[0], node.outputs[0])
     replace_all_uses_with(node.outputs[0], view.outputs[0])
     model.graph.remove(node)
@@ -67,7 +69,7 @@ def _slice_first(model: Any, node: Any) -> None:
         axis = onnx_ir.node("Constant", [], {"value_ints": [order[pick]]})  # type: ignore[index]  # as above
         part = onnx_ir.node("Slice", [given, *reader.inputs[1:3], axis.outputs[0]])
         turned = onnx_ir.node("Transpose", [part.outputs[0]], {"perm": order})
-        _put(model, reader, [axis, part, turned])
+        put(model, reader, [axis, part, turned])
         part.outputs[0].type, part.outputs[0].shape = given.type, onnx_ir.Shape(shape)
         _same(turned.outputs[0], reader.outputs[0])
         replace_all_uses_with(reader.outputs[0], turned.outputs[0])
@@ -84,12 +86,6 @@ def _picked(reader: Any, of: Any) -> int | None:
         return None
     start, end, axis, *step = (int(number.numpy().item()) for number in numbers if number is not None)
     return axis if axis >= 0 and start >= 0 and end == start + 1 and step in ([], [1]) else None
-
-
-def _put(model: Any, before: Any, nodes: list[Any]) -> None:
-    for made in nodes:
-        made.metadata_props.update(before.metadata_props)
-        model.graph.insert_before(before, made)
 
 
 def _same(value: Any, old: Any) -> None:

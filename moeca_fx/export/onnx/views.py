@@ -6,6 +6,8 @@ Squeeze(Unsqueeze(x [M, 128], 1), 1)                  -->  x
 
 from typing import Any
 
+from moeca_fx.export.onnx.edits import put
+
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze")
 
 
@@ -32,8 +34,6 @@ def merge_views(model: Any) -> None:
             continue
         wanted = onnx_ir.node("Constant", [], {"value_ints": sizes})
         view = onnx_ir.node("Reshape", [root, wanted.outputs[0]])
-        for new in (wanted, view):
-            new.metadata_props.update(node.metadata_props)
-            model.graph.insert_before(node, new)
+        put(model, node, (wanted, view))
         view.outputs[0].type, view.outputs[0].shape = made.type, made.shape
         replace_all_uses_with(made, view.outputs[0])

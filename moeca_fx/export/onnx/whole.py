@@ -17,7 +17,7 @@ from moeca_fx.passes.insert_cache import share_copy
 from moeca_fx.policies import branch
 
 Lengths = Literal["range", "nonzero", "input"]
-"""Lists whose length depends on data: of at least two, by `Range`, which TensorRT takes; or exact, by `NonZero`."""
+"""Lists whose length depends on data: at least two, by `Range`, as TensorRT asks; exact, by `NonZero`; or given."""
 
 NAMESPACE = "moeca_onnx"
 WHOLE: dict[Callable[..., Any], Any] = {}
