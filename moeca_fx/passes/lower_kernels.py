@@ -96,9 +96,10 @@ def lower_kernels(module: fx.GraphModule, family: Family | None = None) -> Lower
         ("attention_rows", attention_rows._opoverload, lower_attention),
     )
     for name, target, rule in rules:
-        for node in [node for node in module.graph.nodes if node.target is target]:
-            _note(result, name, found.missing[name] if name in found.missing else rule(module, node, found))
-        _drop_dead(module)  # a lowered call no longer reads what it read
+        _apply(module, result, found, name, target, rule)
+    for program in (child for child in module.children() if isinstance(child, fx.GraphModule)):
+        _apply(program, result, found, "top_k", aten.topk.default, lower_top_k)  # routes the refreshed rows again
+        program.recompile()
     for node in [node for node in module.graph.nodes if is_experts(node)]:
         _note(result, "grouped", lower_grouped(module, node, found))
     _drop_dead(module)
@@ -106,6 +107,13 @@ def lower_kernels(module: fx.GraphModule, family: Family | None = None) -> Lower
     module.graph.lint()
     module.recompile()
     return result
+
+
+def _apply(module: fx.GraphModule, result: Lowered, family: Family, name: str, target: Any, rule: Rule) -> None:
+    """Lower every call of one function by one rule."""
+    for node in [node for node in module.graph.nodes if node.target is target]:
+        _note(result, name, family.missing[name] if name in family.missing else rule(module, node, family))
+    _drop_dead(module)  # a lowered call no longer reads what it read
 
 
 @functools.cache

@@ -85,6 +85,15 @@ def test_a_cached_step_uses_them() -> None:
     assert dispatch.plan_recomputed not in targets
 
 
+def test_refreshed_rows_are_routed_by_the_kernel_too() -> None:
+    _, fast = zoo_pair("dsmoe", SOME)
+    graphs = fast._moeca.prepare(fast, zoo_models.inputs(), {}).graphs
+    assert graphs is not None
+    programs = [child for child in graphs.cached.children() if isinstance(child, torch.fx.GraphModule)]
+    targets = [node.target for program in programs for node in program.graph.nodes]
+    assert ops.top_k.default in targets and aten.topk.default not in targets
+
+
 # -- what stays, and why ------------------------------------------------------------------------------------------
 
 

@@ -6,13 +6,16 @@ from importlib import import_module
 import pytest
 import torch
 
+from moeca_fx import MoECa
 from moeca_fx.ops import cpu_gemm
 from moeca_fx.ops.linear import linear
 from moeca_fx.passes.lower_linear import lower_linear
+from tests.helpers import zoo_models
 from tests.helpers.compiled import Vectorized, vectorized
 from tests.helpers.graphs import Compute, exported, stream
 from tests.helpers.passes import check_pass
 from tests.helpers.toys import toy, toy_inputs
+from tests.helpers.transformed import zoo_pair
 
 LOWER_LINEAR = import_module("moeca_fx.passes.lower_linear")  # the package has a function of that name
 dense, lowered = torch.ops.aten.linear.default, linear._opoverload
@@ -67,3 +70,17 @@ def test_biases_of_tokens_are_added_apart(measured: Callable[[int | None], None]
         exported(Compute(compute), stream()), lower_linear, [(stream(seed=1),)], {add: (1, 2)}, tolerance=1e-5
     )
     assert [len(node.args) for node in after.graph.find_nodes(op="call_function", target=dense)] == [2, 3]
+
+
+@pytest.mark.parametrize("rows", [None, 18])
+def test_biases_of_refreshed_rows_are_added_apart(measured: Callable[[int | None], None], rows: int | None) -> None:
+    measured(rows)
+    _, fast = zoo_pair("dsmoe", MoECa(tau0=0.6))
+    graphs = fast._moeca.prepare(fast, zoo_models.inputs(), {}).graphs
+    assert graphs is not None
+    programs = [child for child in graphs.cached.children() if isinstance(child, torch.fx.GraphModule)]
+    linears = [node for program in programs for node in program.graph.find_nodes(op="call_function", target=dense)]
+    assert {len(node.args) for node in linears} == {2}
+    sums = [node for node in linears if next(iter(node.users)).target is torch.ops.aten.add.Tensor]
+    assert 0 < len(sums) < len(linears)  # attention has biases, routers have none
+    assert not any(program.graph.find_nodes(op="call_function", target=lowered) for program in programs)
