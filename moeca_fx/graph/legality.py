@@ -39,6 +39,7 @@ _RULES: dict[str, Callable[[fx.Node], str | None]] = {
     "pack_stream": _no_marker,
     "insert_cache": _no_marker,
     "lower_linear": _no_marker,
+    "pair_rotary": _no_marker,
     "lower_kernels": _no_marker,
     "lower_inplace": _no_marker,
 }

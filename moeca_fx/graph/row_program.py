@@ -159,6 +159,7 @@ class _Builder:
         key = (source, have, rank)
         if key not in self.adapted:
             self.adapted[key] = self._align(source, have, rank)
+            copy_meta(source, self.adapted[key])
         return self.adapted[key]
 
     def _align(self, source: fx.Node, have: TokenAxes, rank: int) -> fx.Node:

@@ -23,8 +23,10 @@ from moeca_fx.passes.locate import locate
 from moeca_fx.passes.lower_inplace import lower_inplace
 from moeca_fx.passes.lower_kernels import lower_kernels
 from moeca_fx.passes.lower_linear import lower_linear
+from moeca_fx.passes.narrow_linear import narrow_linear
 from moeca_fx.passes.normalize import normalize
 from moeca_fx.passes.pack_stream import pack_stream
+from moeca_fx.passes.pair_rotary import pair_rotary
 from moeca_fx.passes.patch_linear import patch_linear
 from moeca_fx.passes.store_caches import store_caches
 from moeca_fx.passes.vectorize_experts import vectorize_experts
@@ -107,7 +109,14 @@ def _insert_cache(work: Compilation) -> Compilation:
 def _lower_linear(work: Compilation) -> Compilation:
     for module in work.graph_modules().values():
         patch_linear(module)
+        narrow_linear(module)
         lower_linear(module)
+    return work
+
+
+def _pair_rotary(work: Compilation) -> Compilation:
+    for module in work.graph_modules().values():
+        pair_rotary(module)
     return work
 
 
@@ -136,6 +145,8 @@ PIPELINE: tuple[tuple[str, Callable[[Compilation], Compilation]], ...] = (
     ("insert_cache", _insert_cache),
     # After all matching, which knows linears by their ATen name.
     ("lower_linear", _lower_linear),
+    # After all matching too: row programs are rebuilt from the model's own operations.
+    ("pair_rotary", _pair_rotary),
     # After all matching too. Its kernels write into caches, but only what nothing reads afterwards.
     ("lower_kernels", _lower_kernels),
     # Last: all passes before it may rely on a functional graph.

@@ -44,6 +44,7 @@ AFTER_NORMALIZE = (
     "pack_stream",
     "insert_cache",
     "lower_linear",
+    "pair_rotary",
     "lower_kernels",
     "lower_inplace",
 )

@@ -14,6 +14,7 @@ import pytest
 from moeca_fx import MoECa, inspect
 from moeca_fx.kernels.cpu import ops as kernels
 from moeca_fx.passes import PIPELINE
+from tests.helpers import zoo_models
 from tests.helpers.passes import Stage, staged
 from tests.helpers.toys import toy, toy_inputs
 
@@ -30,6 +31,7 @@ STAGES = [
     "lower_inplace.cached",
 ]
 FUSED = ("lower_kernels.full", "lower_kernels.cached")
+ROTARY = "pair_rotary.full"  # the toy has none
 
 
 def _stable(text: str) -> str:
@@ -78,8 +80,13 @@ def test_graph_text_with_kernels(fused: dict[str, str], stage: str) -> None:
     _compare(stage, _stable(fused[stage]))
 
 
+def test_graph_text_of_a_model_with_a_rotary_embedding(default_library: None) -> None:
+    graphs = inspect(zoo_models.tiny("dsmoe"), zoo_models.inputs(), policy=MoECa()).graphs
+    _compare(ROTARY, _stable(graphs[ROTARY]))
+
+
 def test_every_stage_of_the_pipeline_has_a_snapshot() -> None:
-    shown = {stage.partition(".")[0] for stage in (*STAGES, *FUSED)}
+    shown = {stage.partition(".")[0] for stage in (*STAGES, *FUSED, ROTARY)}
     assert shown == {name for name, _ in PIPELINE if name != "lower_linear"}  # machine-dependent
 
 
