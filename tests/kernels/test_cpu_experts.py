@@ -128,6 +128,21 @@ def test_any_number_of_threads_gives_the_same(threads: int) -> None:
         torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5, 8])
+@pytest.mark.parametrize("tokens", [1, 13, 90, 700])  # few rows an expert: experts are shared out, then tokens, or both
+def test_a_mixture_divided_among_threads(tokens: int, threads: int) -> None:
+    weights = _weights(bias=True)
+    chosen = [torch.randperm(EXPERTS)[:4] for _ in range(tokens)]
+    expert, weight, x = torch.stack(chosen), torch.rand(tokens, 4), torch.randn(tokens, WIDTH)
+    torch.set_num_threads(threads)
+    found = ops.mixture(x, expert, weight, *weights)
+    every = torch.stack([_expert(x, weights, index) for index in range(EXPERTS)], 1)
+    features = every.gather(1, expert.unsqueeze(-1).expand(-1, -1, WIDTH))
+    expected = (features * weight.double().unsqueeze(-1)).sum(1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ops.mixture(x, expert, weight, *weights), found), "sums in another order"
+
+
 def test_grouped_rows_with_experts_that_get_none() -> None:
     weights = _weights()
     ends = torch.tensor([0, 3, 3, 10, 10])

@@ -6,16 +6,15 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "dots.h"
 #include "scalar.h"
+#include "tasks.h"
 #include "vec.h"
 
 namespace moeca {
 namespace {
-
-constexpr int64_t kChunk = 128;      // rows of one product at most: the inputs and both hidden panels stay in cache
-constexpr int64_t kFewestRows = 16;  // rows an expert should have in each share of the tokens
 
 enum Slot { kWidened, kRows, kInput, kGate, kUp, kOutput, kSum };  // kWidened is the panels' own
 
@@ -102,10 +101,6 @@ void accumulate(float* total, const float* row, float weight, int64_t width) {
   }
 }
 
-struct Task {
-  int64_t expert, begin, end;
-};
-
 // One task's rows through its expert: the result of x[source(i)] for i in begin .. end, valid until the next call.
 template <typename Source>
 const float* through_rows(const Experts& experts, const Task& task, const Rows& x, const Source& source) {
@@ -114,17 +109,6 @@ const float* through_rows(const Experts& experts, const Task& task, const Rows& 
   float* own = scratch.take(kRows, lanes_of(rows) * x.width);
   for (int64_t r = 0; r < rows; ++r) x.load(own + r * x.width, source(task.begin + r));
   return through(experts, task.expert, own, rows, scratch);
-}
-
-std::vector<Task> cut(const int64_t* starts, const int64_t* ends, int64_t experts) {
-  std::vector<Task> tasks;
-  for (int64_t e = 0; e < experts; ++e) {
-    const int64_t rows = ends[e] - starts[e], pieces = std::max<int64_t>((rows + kChunk - 1) / kChunk, 1);
-    const int64_t each = lanes_of((rows + pieces - 1) / pieces);  // even pieces of whole vectors
-    for (int64_t begin = starts[e]; begin < ends[e]; begin += each)
-      tasks.push_back({e, begin, std::min(begin + each, ends[e])});
-  }
-  return tasks;
 }
 
 }  // namespace
@@ -207,28 +191,38 @@ void run_grouped(const Experts& experts, const int64_t* ends, const Rows& x, con
 
 void run_mixture(const Experts& experts, const int64_t* expert, const float* weight, const Rows& x, int64_t tokens,
                  int64_t top_k, const Rows& y, int threads) {
-  // Every share of the tokens is summed by one thread: no two threads add to one row, in any order.
-  const int64_t most = std::max<int64_t>(tokens * top_k / (experts.count * kFewestRows), 1);
-  const int64_t shares = std::min<int64_t>(threads, most);
+  const Division division = divide(tokens, top_k, experts.count, threads);
+  const int64_t shares = division.shares, groups = division.groups, count = shares * groups, size = tokens * y.width;
   std::vector<Plan> plans;  // made out here: what they refuse must not be thrown inside a parallel region
-  for (int64_t share = 0; share < shares; ++share)
+  std::vector<std::vector<Task>> parts;
+  for (int64_t share = 0; share < shares; ++share) {
     plans.push_back(group_branches(expert, nullptr, tokens * share / shares * top_k,
                                    tokens * (share + 1) / shares * top_k, experts.count));
-#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(shares)) if (shares > 1)
-  for (int64_t share = 0; share < shares; ++share) {
-    const int64_t first = tokens * share / shares, last = tokens * (share + 1) / shares;
+    const Plan& plan = plans.back();
+    for (auto& part : balanced(cut(plan.offsets.data(), plan.offsets.data() + 1, experts.count), groups))
+      parts.push_back(std::move(part));
+  }
+  float* sums = scratch_of_thread().take(kSum, groups * size);  // [groups, tokens, width]
+#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(count)) if (count > 1)
+  for (int64_t p = 0; p < count; ++p) {
+    const int64_t share = p / groups, first = tokens * share / shares, last = tokens * (share + 1) / shares;
     const Plan& plan = plans[share];
-    float* sum = scratch_of_thread().take(kSum, (last - first) * y.width);
-    std::fill(sum, sum + (last - first) * y.width, 0.0f);
-    for (const Task& task : cut(plan.offsets.data(), plan.offsets.data() + 1, experts.count)) {
+    float* sum = sums + p % groups * size;
+    std::fill(sum + first * y.width, sum + last * y.width, 0.0f);
+    for (const Task& task : parts[p]) {
       const int64_t rows = task.end - task.begin;
       const float* result = through_rows(experts, task, x, [&](int64_t i) { return plan.entry[i] / top_k; });
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t entry = plan.entry[task.begin + r];
-        accumulate(sum + (entry / top_k - first) * y.width, result + r * y.width, weight[entry], y.width);
+        accumulate(sum + entry / top_k * y.width, result + r * y.width, weight[entry], y.width);
       }
     }
-    for (int64_t token = first; token < last; ++token) y.store(token, sum + (token - first) * y.width);
+  }
+#pragma omp parallel for schedule(static) num_threads(threads) if (count > 1)
+  for (int64_t token = 0; token < tokens; ++token) {
+    float* total = sums + token * y.width;
+    for (int64_t group = 1; group < groups; ++group) accumulate(total, total + group * size, 1.0f, y.width);
+    y.store(token, total);
   }
 }
 
