@@ -122,6 +122,12 @@ def example_value(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def is_on_cpu(node: fx.Node, dtype: torch.dtype | None = None) -> bool:
+    """Whether the value of a node is a tensor on a CPU, of this dtype if one is given."""
+    value = example_value(node)
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and dtype in (None, value.dtype)
+
+
 def module_path(node: fx.Node) -> str:
     """Path of the innermost module of the original model whose forward made this node; "" at the top."""
     stack = list(node.meta.get("nn_module_stack", {}).values())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeca_fx.graph.rewrite import call, example_value
+from moeca_fx.graph.rewrite import call, example_value, is_on_cpu
 from moeca_fx.graph.slicing import LINEAR
 from moeca_fx.ops.cpu_gemm import onednn_from_rows, widening_is_faster
 from moeca_fx.ops.linear import linear
@@ -34,7 +34,7 @@ def lower_linear(module: fx.GraphModule) -> int:
 
 
 def _linears(module: fx.GraphModule, dtype: torch.dtype) -> list[fx.Node]:
-    return [node for node in module.graph.nodes if node.target in LINEAR and _is_on_cpu(node, dtype)]
+    return [node for node in module.graph.nodes if node.target in LINEAR and is_on_cpu(node, dtype)]
 
 
 def _lower_tokens(module: fx.GraphModule, linears: list[fx.Node]) -> int:
@@ -75,8 +75,3 @@ def _split_biases(module: fx.GraphModule, linears: list[fx.Node]) -> int:
     module.graph.lint()
     module.recompile()
     return len(found)
-
-
-def _is_on_cpu(node: fx.Node, dtype: torch.dtype) -> bool:
-    value = example_value(node)
-    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.dtype == dtype

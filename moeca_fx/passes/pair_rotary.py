@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from moeca_fx.graph.last_axis import Part, part_of
-from moeca_fx.graph.rewrite import call, copy_meta, example_value
+from moeca_fx.graph.rewrite import call, copy_meta, example_value, is_on_cpu
 
 aten = torch.ops.aten
 
@@ -40,10 +40,11 @@ def pair_rotary(module: fx.GraphModule) -> int:
     return _pair(module, _memory_order) + sum(_pair(program, _own_order) for program in programs)
 
 
-def _pair(module: fx.GraphModule, order: Callable[[fx.Node], list[int]]) -> int:
-    found = [rotary for node in module.graph.nodes if (rotary := _rotary(node)) is not None]
-    for rotary in found:
-        _rewrite(module.graph, rotary, order(rotary.total))
+def _pair(module: fx.GraphModule, order_of: Callable[[fx.Node], list[int] | None]) -> int:
+    rotaries = [rotary for node in module.graph.nodes if (rotary := _rotary(node)) is not None]
+    found = [(rotary, order) for rotary in rotaries if (order := order_of(rotary.total)) is not None]
+    for rotary, order in found:
+        _rewrite(module.graph, rotary, order)
     if found:
         module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
         module.graph.lint()
@@ -53,7 +54,7 @@ def _pair(module: fx.GraphModule, order: Callable[[fx.Node], list[int]]) -> int:
 
 def _rotary(total: fx.Node) -> _Rotary | None:
     """The rotary embedding that ends in this sum."""
-    if total.target is not aten.add.Tensor or len(total.args) != 2 or total.kwargs or not _is_on_cpu(total):
+    if total.target is not aten.add.Tensor or len(total.args) != 2 or total.kwargs or not is_on_cpu(total):
         return None
     for left, right in _orders(total):
         for turned, sin in _factors(right):
@@ -108,11 +109,6 @@ def _share_an_axis(*nodes: fx.Node) -> bool:
     return all(isinstance(value, torch.Tensor) for value in values) and len({value.shape[-1] for value in values}) == 1
 
 
-def _is_on_cpu(node: fx.Node) -> bool:
-    value = example_value(node)
-    return isinstance(value, torch.Tensor) and value.device.type == "cpu"
-
-
 def _rewrite(graph: fx.Graph, rotary: _Rotary, order: list[int]) -> None:
     name = rotary.total.name
     with graph.inserting_before(rotary.total):
@@ -137,13 +133,16 @@ def _rewrite(graph: fx.Graph, rotary: _Rotary, order: list[int]) -> None:
     graph.erase_node(rotary.total)
 
 
-def _memory_order(node: fx.Node) -> list[int]:
-    """Axes from the outermost in memory to the innermost: later views need stacked pieces to lie as the sum did."""
-    value = example_value(node)
-    axes, strides = list(range(value.dim())), value.stride()
+def _memory_order(node: fx.Node) -> list[int] | None:
+    """Axes from the outermost in memory to the innermost: later views need stacked pieces to lie as the sum did.
+
+    None where the batch decides it, or the last axis is not the innermost.
+    """
+    strides = example_value(node).stride()
     if not all(isinstance(stride, int) for stride in strides[1:]) or strides[-1] != 1:
-        return axes
-    return [0, *sorted(axes[1:-1], key=lambda axis: -strides[axis]), axes[-1]]
+        return None
+    inner = range(0 if isinstance(strides[0], int) else 1, len(strides) - 1)  # an open stride spans the batch
+    return [*range(inner.start), *sorted(inner, key=lambda axis: -strides[axis]), len(strides) - 1]
 
 
 def _own_order(node: fx.Node) -> list[int]:

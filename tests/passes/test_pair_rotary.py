@@ -110,6 +110,18 @@ def test_a_turned_copy_that_is_read_elsewhere_stays() -> None:
     check_pass(exported(Compute(compute), stream()), pair_rotary, [(stream(seed=1),)], {CAT: (1, 1), STACK: (0, 0)})
 
 
+def test_a_batch_inside_the_tokens_stays() -> None:
+    """Merged by a view, which needs the sum to lie as the model's transposition left it."""
+
+    def compute(x: Tensor) -> Tensor:
+        inside = x.transpose(0, 1).contiguous().transpose(0, 1)  # [B, T, H] of [T, B, H]
+        turned = inside * COS + _two(inside) * SIN
+        return turned.transpose(0, 1).view(TOKENS, -1).transpose(0, 1)
+
+    examples = [(stream(seed=1),), (stream(5, seed=2),)]
+    check_pass(exported(Compute(compute), stream()), pair_rotary, examples, {CAT: (1, 1), STACK: (0, 0)})
+
+
 def test_refreshed_rows_too() -> None:
     _, fast = zoo_pair("dsmoe", MoECa(tau0=0.6))
     graphs = fast._moeca.prepare(fast, zoo_models.inputs(), {}).graphs
