@@ -18,6 +18,8 @@ STAGES = (
     "pack_stream",
     "insert_cache.full",
     "insert_cache.cached",
+    "pair_rotary.full",
+    "pair_rotary.cached",
     "lower_kernels.full",
     "lower_kernels.cached",
     "lower_inplace.cached",

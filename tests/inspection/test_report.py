@@ -105,6 +105,8 @@ def test_graphs_of_every_stage(report: InspectionReport) -> None:
         "pack_stream",
         "insert_cache.full",
         "insert_cache.cached",
+        "pair_rotary.full",
+        "pair_rotary.cached",
         "lower_kernels.full",
         "lower_kernels.cached",
         "lower_inplace.cached",
