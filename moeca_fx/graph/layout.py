@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from moeca_fx.errors import UnsupportedModelError
+from moeca_fx.graph.last_axis import SPLITS
 from moeca_fx.graph.reshape_groups import follow_reshape
 from moeca_fx.graph.rewrite import example_value
 from moeca_fx.graph.slicing import RESHAPES
@@ -33,7 +34,7 @@ KEEPS_AXES = (
 )
 _ALONG_DIM = (aten.sort.default, aten.cumsum.default, aten.argsort.default)
 _INDEXED = (aten.gather.default, aten.scatter.value, aten.scatter.src)
-_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.slice.Tensor)
+_CUTS = (*SPLITS, aten.slice.Tensor)
 _REMOVES_DIM = (aten.unbind.int, aten.select.int)
 _REDUCES = (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten.log_softmax.int)
@@ -125,8 +126,8 @@ def _step(node: fx.Node, tokens: dict[fx.Node, TokenAxes], samples: int) -> Toke
         if target in _NORMS:
             normalized: Any = node.args[1]
             return _keep_if_apart(node, have, range(rank - len(normalized), rank))
-        if target in _SOFTMAX or target in _SPLITS:
-            return _keep_if_apart(node, have, [_dim(node, 2 if target in _SPLITS[:3] else 1, rank)])
+        if target in _SOFTMAX or target in _CUTS:
+            return _keep_if_apart(node, have, [_dim(node, 2 if target in SPLITS else 1, rank)])
         if target in _REMOVES_DIM:
             return _without_dims(node, have, [_dim(node, 1, rank)])
         if target in _REDUCES:

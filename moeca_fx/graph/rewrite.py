@@ -128,6 +128,11 @@ def is_on_cpu(node: fx.Node, dtype: torch.dtype | None = None) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == "cpu" and dtype in (None, value.dtype)
 
 
+def programs_of(module: fx.GraphModule) -> list[fx.GraphModule]:
+    """The graphs that a graph calls: programs over rows and over experts."""
+    return [child for child in module.children() if isinstance(child, fx.GraphModule)]
+
+
 def module_path(node: fx.Node) -> str:
     """Path of the innermost module of the original model whose forward made this node; "" at the top."""
     stack = list(node.meta.get("nn_module_stack", {}).values())

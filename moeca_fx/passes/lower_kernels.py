@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeca_fx.graph.rewrite import sort_stably
+from moeca_fx.graph.rewrite import programs_of, sort_stably
 from moeca_fx.kernels.families import CPU, FAMILIES, Family
 from moeca_fx.ops import dispatch
 from moeca_fx.ops.attention_rows import attention_rows
@@ -84,6 +84,7 @@ def lower_kernels(module: fx.GraphModule, family: Family | None = None) -> Lower
     if not found.available():  # which said why
         result.left[found.unavailable] = None
         return result
+    top_k = ("top_k", aten.topk.default, lower_top_k)
     rules: tuple[tuple[str, Any, Rule], ...] = (
         ("branches", dispatch.ungroup_branches, lower_branches),
         ("recompute", dispatch.plan_recomputed, lower_recompute),
@@ -91,14 +92,14 @@ def lower_kernels(module: fx.GraphModule, family: Family | None = None) -> Lower
         ("update_activation", branch.update_activation, lower_activation),
         ("decide", branch.decide, lower_decide),
         ("decide_picked", branch.decide_picked, lower_decide_picked),
-        ("top_k", aten.topk.default, lower_top_k),
+        top_k,
         ("norm", aten.layer_norm.default, lower_norm),
         ("attention_rows", attention_rows._opoverload, lower_attention),
     )
     for name, target, rule in rules:
         _apply(module, result, found, name, target, rule)
-    for program in (child for child in module.children() if isinstance(child, fx.GraphModule)):
-        _apply(program, result, found, "top_k", aten.topk.default, lower_top_k)  # routes the refreshed rows again
+    for program in programs_of(module):
+        _apply(program, result, found, *top_k)  # routes the refreshed rows again
         program.recompile()
     for node in [node for node in module.graph.nodes if is_experts(node)]:
         _note(result, "grouped", lower_grouped(module, node, found))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeca_fx.graph.rewrite import call, example_value, is_on_cpu
+from moeca_fx.graph.rewrite import call, example_value, is_on_cpu, programs_of
 from moeca_fx.graph.slicing import LINEAR
 from moeca_fx.ops.cpu_gemm import onednn_from_rows, widening_is_faster
 from moeca_fx.ops.linear import linear
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 def lower_linear(module: fx.GraphModule) -> int:
     """Lower every linear of the graph, in place; returns how many were lowered."""
-    programs = [child for child in module.children() if isinstance(child, fx.GraphModule)]
+    programs = programs_of(module)
     count = sum(_split_biases(part, _linears(part, torch.float32)) for part in programs)
     count += _lower_tokens(module, _linears(module, torch.float32))
     for part in (module, *programs):

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from moeca_fx.graph.last_axis import Part, part_of
-from moeca_fx.graph.rewrite import call, copy_meta, example_value, is_on_cpu
+from moeca_fx.graph.rewrite import call, copy_meta, example_value, is_on_cpu, programs_of
 
 aten = torch.ops.aten
 
@@ -36,8 +36,7 @@ class _Rotary:
 
 def pair_rotary(module: fx.GraphModule) -> int:
     """Rewrite every rotary embedding of a graph and of the row programs it calls, in place; returns how many."""
-    programs = [child for child in module.children() if isinstance(child, fx.GraphModule)]
-    return _pair(module, _memory_order) + sum(_pair(program, _own_order) for program in programs)
+    return _pair(module, _memory_order) + sum(_pair(program, _own_order) for program in programs_of(module))
 
 
 def _pair(module: fx.GraphModule, order_of: Callable[[fx.Node], list[int] | None]) -> int:
@@ -111,11 +110,11 @@ def _share_an_axis(*nodes: fx.Node) -> bool:
 
 def _rewrite(graph: fx.Graph, rotary: _Rotary, order: list[int]) -> None:
     name = rotary.total.name
+    shape = [rotary.pairs, 2, example_value(rotary.total).shape[-1] // (2 * rotary.pairs)]
     with graph.inserting_before(rotary.total):
         halves = {}
         for kind, node in (("x", rotary.x), ("cos", rotary.cos), ("sin", rotary.sin)):
             laid_out = _permuted(graph, node, order, f"{name}_{kind}")
-            shape = [rotary.pairs, 2, example_value(rotary.total).shape[-1] // (2 * rotary.pairs)]
             paired = call(graph, aten.unflatten.int, laid_out, -1, shape, name=f"{name}_{kind}_pairs")
             halves[kind] = [call(graph, aten.select.int, paired, -2, i, name=f"{name}_{kind}_{i}") for i in (0, 1)]
         sums = []
