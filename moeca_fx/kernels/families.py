@@ -104,6 +104,7 @@ GPU = Family(
         "decide_picked": "the kernel scores branches and takes no pick",
         "top_k": "the library's top-k stays",
         "norm": _FUSED,
+        "attention": "the library's attention of all tokens stays",
     },
     available=lambda: triton_is_there(),
 )

@@ -6,21 +6,20 @@ others, and for a handful of rows, it is not. Vendor names tell nothing, so both
 
 import functools
 import logging
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from moeca_fx.kernels.cpu import ops as kernels
+from moeca_fx.ops.measured import share_of_time
 
 log = logging.getLogger(__name__)
 _WIDTH = 256
 _ROW_COUNTS = (32, 128, 512)
-_REPEATS = 15
-_MARGIN = 0.8  # what is to replace the default must take less than this share of its time, more than noise explains
+_MARGIN = (
+    0.8  # what is to replace the default must take less than this share of its time: noise, and what its call costs
+)
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -45,7 +44,7 @@ def onednn_from_rows() -> int | None:
         best: int | None = None
         for count in reversed(_ROW_COUNTS):
             x = torch.randn(count, _WIDTH)
-            share = _share_of_time(
+            share = share_of_time(
                 lambda x=x: onednn_linear(x, weight, None),  # type: ignore[misc]
                 lambda x=x: functional.linear(x, weight),  # type: ignore[misc]
             )
@@ -67,21 +66,6 @@ def widening_is_faster() -> bool:
     with torch.inference_mode():
         rows = _ROW_COUNTS[-1]
         x, weight = torch.randn(rows, _WIDTH).bfloat16(), torch.randn(_WIDTH, _WIDTH).bfloat16()
-        share = _share_of_time(
-            lambda: torch.ops.moeca_cpu.linear(x, weight, None), lambda: functional.linear(x, weight)
-        )
+        share = share_of_time(lambda: torch.ops.moeca_cpu.linear(x, weight, None), lambda: functional.linear(x, weight))
     log.debug("bf16 linear, %d rows: widened products take %.2f of the default's time", rows, share)
     return share < _MARGIN
-
-
-def _share_of_time(run: Callable[[], Tensor], default: Callable[[], Tensor]) -> float:
-    """Time of `run` over that of `default`: the median of the ratios of runs that take turns."""
-    for warm in (run, default):
-        warm()
-    return statistics.median(_seconds(run) / _seconds(default) for _ in range(_REPEATS))
-
-
-def _seconds(run: Callable[[], Tensor]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start

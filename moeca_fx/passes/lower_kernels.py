@@ -13,8 +13,8 @@
     feature  = write_rows(cache_feature, picked, hidden)
 
 On a CPU (`kernels/cpu`, fp32 and bf16) decisions, thresholds, the router's top-k, adaLN and row attention likewise, one
-call each. Kernels take experts of the form in `graph/gated_form.py`; what they do not take stays, and the result says
-why.
+call each, and attention of all tokens where it is measured to be faster than torch's (`ops/cpu_attention`). Kernels
+take experts of the form in `graph/gated_form.py`; what they do not take stays, and the result says why.
 
 On a GPU (`kernels/triton_gpu`, also fp16) there are `branches`, `recompute`, `grouped`, `decide` by score and
 `attention_rows`; Inductor does the rest. The weighted sum then follows `moeca_gpu.branches` as it is, for Inductor
@@ -35,9 +35,9 @@ from moeca_fx.graph.rewrite import programs_of, sort_stably
 from moeca_fx.kernels.families import CPU, FAMILIES, Family
 from moeca_fx.ops import dispatch
 from moeca_fx.ops.attention_rows import attention_rows
+from moeca_fx.passes.kernels.attention import lower_attention, lower_attention_rows
 from moeca_fx.passes.kernels.decisions import (
     lower_activation,
-    lower_attention,
     lower_decide,
     lower_decide_picked,
     lower_threshold,
@@ -94,7 +94,8 @@ def lower_kernels(module: fx.GraphModule, family: Family | None = None) -> Lower
         ("decide_picked", branch.decide_picked, lower_decide_picked),
         top_k,
         ("norm", aten.layer_norm.default, lower_norm),
-        ("attention_rows", attention_rows._opoverload, lower_attention),
+        ("attention", aten.scaled_dot_product_attention.default, lower_attention),
+        ("attention_rows", attention_rows._opoverload, lower_attention_rows),
     )
     for name, target, rule in rules:
         _apply(module, result, found, name, target, rule)

@@ -1,4 +1,4 @@
-"""Fused decisions, thresholds, top-k, adaLN and row attention on a CPU against the reference functions."""
+"""Fused decisions, thresholds, top-k and adaLN on a CPU against the reference functions."""
 
 import math
 
@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from moeca_fx.kernels.cpu import ops as kernels
-from moeca_fx.ops import attention_rows
 from moeca_fx.policies import branch
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="there is no C++ compiler to build the CPU kernels")
@@ -117,33 +116,6 @@ def test_top_k_of_ties_infinities_and_nan() -> None:
     assert index[2].tolist() == [2, 0, 3] and best[2, 0].isnan()
     assert sorted(index[3].tolist()) == [0, 1, 2]
     assert all(len(set(row)) == 3 for row in index.tolist())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shares", [(0.0, 0.05), (0.5, 1.0), (1.0, 1.0)])
-@pytest.mark.parametrize(("heads", "kv_heads", "width", "value_width"), [(4, 4, 32, 32), (6, 2, 20, 13)])
-def test_attention_rows(
-    dtype: torch.dtype, shares: tuple[float, float], heads: int, kv_heads: int, width: int, value_width: int
-) -> None:
-    tokens = 70
-    row = torch.cat([torch.arange(round(s * tokens)) + sample * tokens for sample, s in enumerate(shares)])
-    query = torch.randn(len(row), heads, width).to(dtype)
-    key, value = (
-        torch.randn(2, tokens, kv_heads, width).to(dtype),
-        torch.randn(2, tokens, kv_heads, value_width).to(dtype),
-    )
-    for scale in (None, 0.3):
-        expected = attention_rows(query.double(), key.double(), value.double(), row, scale)
-        found = ops.attention_rows(query, key, value, row, scale)
-        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
-
-
-def test_attention_of_no_rows() -> None:
-    empty = ops.attention_rows(
-        torch.randn(0, 2, 8), torch.randn(1, 5, 2, 8), torch.randn(1, 5, 2, 6), torch.empty(0, dtype=torch.int64), None
-    )
-    assert empty.shape == (0, 2, 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

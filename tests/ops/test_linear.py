@@ -65,20 +65,13 @@ def test_onednn_is_used_from_where_it_is_faster_up(
     def shares(*runs: object) -> float:
         return 0.5 if next(counts) in faster_at else 0.95  # the latter may be noise
 
-    monkeypatch.setattr(cpu_gemm, "_share_of_time", shares)
+    monkeypatch.setattr(cpu_gemm, "share_of_time", shares)
     assert cpu_gemm.onednn_from_rows() == expected
     assert cpu_gemm.onednn_from_rows() == expected  # measured once
-
-
-def test_runs_take_turns_and_their_ratios_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([1.0, 2.0, 10.0, 20.0, 3.0, 1.0])  # the machine slowed down and one run was disturbed
-    monkeypatch.setattr(cpu_gemm, "_REPEATS", 3)
-    monkeypatch.setattr(cpu_gemm, "_seconds", lambda run: next(seconds))
-    assert cpu_gemm._share_of_time(lambda: torch.empty(0), lambda: torch.empty(0)) == 0.5
 
 
 @pytest.mark.usefixtures("fresh_measurement")
 def test_without_onednn_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_gemm, "has_onednn", lambda: False)
-    monkeypatch.setattr(cpu_gemm, "_share_of_time", lambda *runs: pytest.fail("must not be timed"))
+    monkeypatch.setattr(cpu_gemm, "share_of_time", lambda *runs: pytest.fail("must not be timed"))
     assert cpu_gemm.onednn_from_rows() is None

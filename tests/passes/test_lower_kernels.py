@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from moeca_fx import MoECa, policies
 from moeca_fx.graph.gated_form import ACTIVATIONS, GatedForm, gated_form
 from moeca_fx.kernels.cpu import ops as kernels
 from moeca_fx.ops import dispatch
+from moeca_fx.passes.kernels import attention
 from moeca_fx.passes.lower_kernels import lower_kernels
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers import zoo_models
@@ -27,6 +29,7 @@ LOWER_KERNELS = import_module("moeca_fx.passes.lower_kernels")  # the package ha
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="there is no C++ compiler to build the CPU kernels")
 ops = torch.ops.moeca_cpu
 aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
 SOME = MoECa(tau0=0.6)
 
 
@@ -92,6 +95,45 @@ def test_refreshed_rows_are_routed_by_the_kernel_too() -> None:
     programs = [child for child in graphs.cached.children() if isinstance(child, torch.fx.GraphModule)]
     targets = [node.target for program in programs for node in program.graph.nodes]
     assert ops.top_k.default in targets and aten.topk.default not in targets
+
+
+def _attention(**options: Any) -> torch.fx.GraphModule:
+    def compute(x: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(x.unsqueeze(1), x.unsqueeze(1), x.unsqueeze(1), **options)
+
+    return exported(Compute(compute), stream())
+
+
+@pytest.fixture
+def faster_up_to(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Set up to how many tokens the own attention is measured to be faster."""
+    return lambda tokens: monkeypatch.setattr(attention, "own_attention_up_to", lambda: tokens)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.2}], ids=["default scale", "scale"])
+def test_attention_of_all_tokens(options: dict[str, float], faster_up_to: Callable[[int], None]) -> None:
+    faster_up_to(1024)
+    counts = {SDPA: (1, 0), ops.attention.default: (0, 1)}
+    check_pass(_attention(**options), lower_kernels, [(stream(seed=1),)], counts, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("up_to", "options", "reason"),
+    [
+        (0, {}, "attention: torch is as fast"),
+        (2, {}, "attention: torch is as fast above 2 tokens"),
+        (1024, {"is_causal": True}, "attention: it has a mask, dropout or a causal order"),
+        (1024, {"attn_mask": torch.ones(5, 5).tril().bool()}, "attention: it has a mask, dropout or a causal order"),
+    ],
+)
+def test_attention_that_stays(
+    up_to: int, options: dict[str, Any], reason: str, faster_up_to: Callable[[int], None]
+) -> None:
+    faster_up_to(up_to)
+    graph = _attention(**options)
+    result = lower_kernels(graph)
+    assert (result.count, list(result.left)) == ({}, [reason])
+    assert graph.graph.find_nodes(op="call_function", target=SDPA)
 
 
 # -- what stays, and why ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 from moeca_fx import MoECa, inspect
 from moeca_fx.kernels.cpu import ops as kernels
 from moeca_fx.passes import PIPELINE
+from moeca_fx.passes.kernels import attention
 from tests.helpers import zoo_models
 from tests.helpers.passes import Stage, staged
 from tests.helpers.toys import toy, toy_inputs
@@ -40,22 +41,23 @@ def _stable(text: str) -> str:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def default_library() -> Iterator[None]:
-    """What `lower_linear` finds depends on the machine; the snapshots show a graph that keeps its linears."""
+def same_on_every_machine() -> Iterator[None]:
+    """What is measured depends on the machine: the snapshots show torch's linears and the own attention."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LOWER_LINEAR, "onednn_from_rows", lambda: None)
+        patch.setattr(attention, "own_attention_up_to", lambda: 1024)
         yield
 
 
 @pytest.fixture(scope="module")
-def fused(default_library: None) -> dict[str, str]:
+def fused(same_on_every_machine: None) -> dict[str, str]:
     if not kernels.available():
         pytest.skip("there is no C++ compiler to build the CPU kernels")
     return inspect(toy(), toy_inputs(), policy=MoECa()).graphs
 
 
 @pytest.fixture(scope="module")
-def graphs(default_library: None) -> dict[str, str]:
+def graphs(same_on_every_machine: None) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "available", lambda: False)  # a machine without a compiler keeps the references
         return inspect(toy(), toy_inputs(), policy=MoECa()).graphs
@@ -80,7 +82,7 @@ def test_graph_text_with_kernels(fused: dict[str, str], stage: str) -> None:
     _compare(stage, _stable(fused[stage]))
 
 
-def test_graph_text_of_a_model_with_a_rotary_embedding(default_library: None) -> None:
+def test_graph_text_of_a_model_with_a_rotary_embedding(same_on_every_machine: None) -> None:
     graphs = inspect(zoo_models.tiny("dsmoe"), zoo_models.inputs(), policy=MoECa()).graphs
     _compare(ROTARY, _stable(graphs[ROTARY]))
 

@@ -72,6 +72,11 @@ def _register_shapes() -> None:
     def _(x: Tensor, weight: Tensor, bias: Any) -> Any:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
 
+    @fake("moeca_cpu::attention")
+    def _(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Any:
+        batch, heads, tokens = query.shape[:3]
+        return query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+
     @fake("moeca_cpu::modulated_norm")
     def _(x: Tensor, *_: Any) -> Any:
         return x.new_empty(x.shape)
@@ -89,6 +94,11 @@ def _register_flops() -> None:
     def _(x: Any, expert: Any, weight: Any, *weights: Any, out_shape: Any = None, **_: Any) -> int:
         # As of the reference: the experts, and the weighted sum as a product.
         return int(math.prod(expert)) * (expert_flops(*weights) + 2 * int(x[-1]))
+
+    @register_flop_formula(ops.attention)
+    def _(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        batch, heads, tokens, width = query
+        return 2 * int(math.prod((batch, heads, tokens, key[2]))) * (int(width) + int(value[-1]))
 
     @register_flop_formula(ops.linear)
     def _(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:

@@ -1,10 +1,9 @@
-"""Decisions: match and score, thresholds, the router's top-k, attention of the rows that were picked."""
+"""Decisions: match and score, thresholds, the router's top-k."""
 
 import torch
 from torch import fx
 
 from moeca_fx.graph.rewrite import example_value
-from moeca_fx.graph.state import SCALES_WITH, Counter
 from moeca_fx.kernels.cpu import ops as cpu
 from moeca_fx.kernels.families import Family
 from moeca_fx.passes.kernels.edits import replace_call
@@ -59,13 +58,4 @@ def lower_top_k(module: fx.GraphModule, node: fx.Node, family: Family) -> str | 
     if k > cpu.MOST_SLOTS:
         return f"k is above {cpu.MOST_SLOTS}"
     replace_call(module, node, family.op("top_k"), x, k)
-    return None
-
-
-def lower_attention(module: fx.GraphModule, node: fx.Node, family: Family) -> str | None:
-    """Attention of a few rows, without padding."""
-    counter = node.meta.get(SCALES_WITH)
-    made = replace_call(module, node, family.op("attention_rows"), *node.args)
-    if counter is not None:  # the kernel pads nothing
-        made.meta[SCALES_WITH] = Counter(counter.site, "attention_rows")
     return None

@@ -1,21 +1,27 @@
-// Attention of a few query rows against all keys and values of their sample.
+// Attention of all tokens, or of a few query rows, against all keys and values of their sample.
 #pragma once
 
 #include <cstdint>
 
-#include "panel.h"
-
 namespace moeca {
 
-struct AttentionRows {
-  int64_t rows, samples, tokens, heads, kv_heads, width, value_width;
-  const void *query, *key, *value;  // [rows, heads, width], [samples, tokens, kv_heads, width or value_width]
-  bool bfloat16;
-  const int64_t* row;  // ascending flat token index of each query
-  float scale;
-  void* out;  // [rows, heads, value_width]
+// [samples, heads, tokens, width] in fp32 or bf16, any strides but a unit one along the width; strides in elements.
+struct Heads {
+  const void* data;
+  int64_t sample, head, token;
 };
 
-void attention_rows(const AttentionRows& a, int threads);
+struct Attention {
+  int64_t samples, queries, tokens, heads, kv_heads, width, value_width;
+  Heads query, key, value;
+  bool bfloat16;
+  float scale;
+  void* out;  // [samples, queries, heads, value_width]
+};
+
+void attention(const Attention& a, int threads);
+
+// The same of some queries [rows, heads, width]: `query` and `out` hold them one after the other.
+void attention_rows(const Attention& a, const int64_t* row, int64_t rows, int threads);
 
 }  // namespace moeca

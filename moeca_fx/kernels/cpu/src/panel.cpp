@@ -83,6 +83,8 @@ void strip(const Strided& w, int64_t outputs, int64_t inputs, const float* x, in
     if (left > 0) strip<First, V - 1>(w, outputs, inputs, x, lanes, left, y);
 }
 
+}  // namespace
+
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
   for (int64_t r = 0; r < rows; r += kLanes)
     for (int64_t c = 0; c < columns; c += kLanes) {
@@ -95,8 +97,6 @@ void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t col
         at::vec::transpose_mxn<float>(source, from_stride, target, to_stride, static_cast<int>(m), static_cast<int>(n));
     }
 }
-
-}  // namespace
 
 Strided widened(const Weight& w, const void* bias, int64_t first, int64_t count, Scratch& scratch) {
   const int64_t place = first * w.output_stride;

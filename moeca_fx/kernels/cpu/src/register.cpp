@@ -220,9 +220,46 @@ std::tuple<Tensor, Tensor> top_k(const Tensor& values_, int64_t k) {
   return {best, index};
 }
 
+// [B, tokens, heads, width] by the places of its axes.
+moeca::Heads heads_of(const Tensor& t, int64_t token_axis, int64_t head_axis) {
+  TORCH_CHECK(t.stride(3) == 1, "moeca_cpu: expected heads with a unit stride along their width");
+  return {t.data_ptr(), t.stride(0), t.stride(head_axis), t.stride(token_axis)};
+}
+
+Tensor with_unit_width(const Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
+
+float softmax_scale(optional<double> scale, int64_t width) {
+  return static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(width))));
+}
+
+Tensor attention(const Tensor& query_, const Tensor& key_, const Tensor& value_, optional<double> scale) {
+  const Tensor query = with_unit_width(query_), key = with_unit_width(key_), value = with_unit_width(value_);
+  TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type() &&
+                  key.size(3) == query.size(3) && query.size(1) % key.size(1) == 0 && value.size(1) == key.size(1) &&
+                  value.size(2) == key.size(2) && value.size(0) == key.size(0) && query.size(0) == key.size(0),
+              "moeca_cpu: query, key and value do not fit each other");
+  Tensor out = at::empty({query.size(0), query.size(2), query.size(1), value.size(3)}, query.options());
+  moeca::Attention a{};
+  a.samples = query.size(0);
+  a.queries = query.size(2);
+  a.tokens = key.size(2);
+  a.heads = query.size(1);
+  a.kv_heads = key.size(1);
+  a.width = query.size(3);
+  a.value_width = value.size(3);
+  a.query = heads_of(query, 2, 1);
+  a.key = heads_of(key, 2, 1);
+  a.value = heads_of(value, 2, 1);
+  a.bfloat16 = is_bfloat16(query);
+  a.scale = softmax_scale(scale, a.width);
+  a.out = out.data_ptr();
+  if (out.numel() > 0) moeca::attention(a, threads());
+  return out.transpose(1, 2);
+}
+
 Tensor attention_rows(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& row_,
                       optional<double> scale) {
-  const Tensor query = query_.contiguous(), key = key_.contiguous(), value = value_.contiguous();
+  const Tensor query = with_unit_width(query_), key = with_unit_width(key_), value = with_unit_width(value_);
   const Tensor row = row_.contiguous();
   TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type() &&
                   key.size(3) == query.size(2) && query.size(1) % key.size(2) == 0 && value.size(1) == key.size(1) &&
@@ -232,22 +269,20 @@ Tensor attention_rows(const Tensor& query_, const Tensor& key_, const Tensor& va
   for (int64_t i = 0; i < row.numel(); ++i)
     TORCH_CHECK_INDEX(tokens[i] >= 0 && tokens[i] < key.size(0) * key.size(1), "moeca_cpu: no token row ", tokens[i]);
   Tensor out = at::empty({query.size(0), query.size(1), value.size(3)}, query.options());
-  moeca::AttentionRows a{};
-  a.rows = query.size(0);
+  moeca::Attention a{};
   a.samples = key.size(0);
   a.tokens = key.size(1);
   a.heads = query.size(1);
   a.kv_heads = key.size(2);
   a.width = query.size(2);
   a.value_width = value.size(3);
-  a.query = query.data_ptr();
-  a.key = key.data_ptr();
-  a.value = value.data_ptr();
+  a.query = {query.data_ptr(), 0, query.stride(1), query.stride(0)};
+  a.key = heads_of(key, 1, 2);
+  a.value = heads_of(value, 1, 2);
   a.bfloat16 = is_bfloat16(query);
-  a.row = row.data_ptr<int64_t>();
-  a.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(a.width))));
+  a.scale = softmax_scale(scale, a.width);
   a.out = out.data_ptr();
-  if (a.rows > 0) moeca::attention_rows(a, threads());
+  if (row.numel() > 0) moeca::attention_rows(a, tokens, row.numel(), threads());
   return out;
 }
 
@@ -337,6 +372,7 @@ TORCH_LIBRARY(moeca_cpu, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("modulated_norm(Tensor x, Tensor factor, Tensor shift, float eps) -> Tensor");
   m.def("gated_norm(Tensor x, Tensor gate, Tensor y, Tensor factor, Tensor shift, float eps) -> (Tensor, Tensor)");
+  m.def("attention(Tensor query, Tensor key, Tensor value, float? scale) -> Tensor");
   m.def("attention_rows(Tensor query, Tensor key, Tensor value, Tensor row, float? scale) -> Tensor");
 }
 
@@ -352,5 +388,6 @@ TORCH_LIBRARY_IMPL(moeca_cpu, CPU, m) {
   m.impl("linear", linear);
   m.impl("modulated_norm", modulated_norm);
   m.impl("gated_norm", gated_norm);
+  m.impl("attention", attention);
   m.impl("attention_rows", attention_rows);
 }

@@ -1,0 +1,182 @@
+#include "attend.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "panel.h"
+#include "scalar.h"
+#include "vec.h"
+
+namespace moeca {
+namespace {
+
+constexpr int64_t kLanes = Vector::size();
+constexpr int64_t kFewQueries = 8;  // up to here they do not fill the lanes of a vector
+
+enum Slot { kWidened, kRows, kQuery, kScores, kResult, kKeys, kValues };
+
+void load_rows(float* to, const Strip& from, int64_t first, int64_t count, int64_t width) {
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t place = (first + r) * from.stride;
+    if (from.bfloat16)
+      load_row(to + r * width, static_cast<const uint16_t*>(from.data) + place, width);
+    else
+      load_row(to + r * width, static_cast<const float*>(from.data) + place, width);
+  }
+}
+
+void store_result(const Head& h, int64_t row, const float* result) {
+  if (h.query.bfloat16)
+    store_row(static_cast<uint16_t*>(h.out) + row * h.out_stride, result, h.value_width);
+  else
+    store_row(static_cast<float*>(h.out) + row * h.out_stride, result, h.value_width);
+}
+
+// -- many queries: one a lane ---------------------------------------------------------------------------------------
+
+// Every lane's column of scores[tokens, lanes] becomes exp(scale * (score - highest)); `share` takes 1 / their sums.
+void softmax_lanes(float* scores, int64_t tokens, int64_t lanes, float scale, float* share) {
+  const Vector factor(scale);
+  for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+    float* column = scores + lane;
+    Vector highest = Vector::loadu(column);
+    for (int64_t t = 1; t < tokens; ++t) highest = at::vec::maximum(highest, Vector::loadu(column + t * lanes));
+    const Vector shift = highest * factor;
+    Vector sum(0.0f);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Vector value = at::vec::fmsub(Vector::loadu(column + t * lanes), factor, shift).exp_u20();
+      value.store(column + t * lanes);
+      sum = sum + value;
+    }
+    (Vector(1.0f) / sum).store(share + lane);
+  }
+}
+
+void scale_lanes(float* panel, int64_t width, int64_t lanes, const float* share) {
+  for (int64_t i = 0; i < width; ++i)
+    for (int64_t lane = 0; lane < lanes; lane += kLanes)
+      (Vector::loadu(panel + i * lanes + lane) * Vector::loadu(share + lane)).store(panel + i * lanes + lane);
+}
+
+void attend_many(const Head& h, Scratch& scratch) {
+  const int64_t lanes = lanes_of(h.queries);
+  float* own = scratch.take(kRows, lanes * std::max(h.width, h.value_width));
+  load_rows(own, h.query, 0, h.queries, h.width);
+  float* query = scratch.take(kQuery, lanes * (h.width + 1));
+  float* share = query + lanes * h.width;
+  to_panel(own, h.queries, lanes, h.width, query);
+  const Weight key{h.key.data, h.tokens, h.width, h.key.stride, 1, h.key.bfloat16};
+  float* scores = scratch.take(kScores, lanes * h.tokens);
+  multiply_panel(key, nullptr, query, lanes, scores, scratch);
+  softmax_lanes(scores, h.tokens, lanes, h.scale, share);
+  const Weight value{h.value.data, h.value_width, h.tokens, 1, h.value.stride, h.value.bfloat16};
+  float* result = scratch.take(kResult, lanes * h.value_width);
+  multiply_panel(value, nullptr, scores, lanes, result, scratch);
+  scale_lanes(result, h.value_width, lanes, share);
+  from_panel(result, lanes, h.queries, h.value_width, own);
+  for (int64_t r = 0; r < h.queries; ++r) store_result(h, r, own + r * h.value_width);
+}
+
+// -- few queries: tokens in the lanes for the scores, values for the result -----------------------------------------
+
+// fp32 rows as they lie, or widened.
+struct Wide {
+  const float* data;
+  int64_t stride;
+};
+
+Wide widened_rows(const Strip& rows, int64_t count, int64_t width, Slot slot, Scratch& scratch) {
+  if (!rows.bfloat16) return {static_cast<const float*>(rows.data), rows.stride};
+  float* wide = scratch.take(slot, count * width);
+  load_rows(wide, rows, 0, count, width);
+  return {wide, width};
+}
+
+// scores[q, tokens] of the tokens from `first` on, a vector of them; `keys` holds them transposed, [width, kLanes].
+template <int Q>
+void score(const float* query, int64_t width, const float* keys, float* scores, int64_t tokens) {
+  Lanes sums[Q];
+  UNROLLED for (int q = 0; q < Q; ++q) sums[q] = Lanes{};
+  for (int64_t i = 0; i < width; ++i) {
+    const Lanes key = load(keys + i * kLanes);
+    UNROLLED for (int q = 0; q < Q; ++q) sums[q] += query[q * width + i] * key;
+  }
+  UNROLLED for (int q = 0; q < Q; ++q) store(sums[q], scores + q * tokens);
+}
+
+// One row of scores becomes exp(scale * (score - highest)) / their sum.
+void softmax_row(float* scores, int64_t tokens, float scale) {
+  const Vector factor(scale);
+  float highest = scores[0];
+  for (int64_t t = 1; t < tokens; ++t) highest = std::max(highest, scores[t]);
+  const Vector shift(highest * scale);
+  Vector sum(0.0f);
+  int64_t t = 0;
+  for (; t + kLanes <= tokens; t += kLanes) {
+    const Vector value = at::vec::fmsub(Vector::loadu(scores + t), factor, shift).exp_u20();
+    value.store(scores + t);
+    sum = sum + value;
+  }
+  float rest = 0.0f;
+  for (; t < tokens; ++t) rest += scores[t] = std::exp(scale * (scores[t] - highest));
+  const Vector share(1.0f / (total(sum) + rest));
+  for (t = 0; t < tokens; t += kLanes) (Vector::loadu(scores + t) * share).store(scores + t);
+}
+
+// result[q, V vectors] = scores[q, tokens] @ value[tokens, V vectors]
+template <int Q, int V>
+void mix(const float* scores, int64_t room, int64_t tokens, const Wide& value, float* result, int64_t width) {
+  Lanes sums[Q][V];
+  UNROLLED for (int q = 0; q < Q; ++q)
+    UNROLLED for (int v = 0; v < V; ++v) sums[q][v] = Lanes{};
+  for (int64_t t = 0; t < tokens; ++t) {
+    Lanes row[V];
+    UNROLLED for (int v = 0; v < V; ++v) row[v] = load(value.data + t * value.stride + v * kLanes);
+    UNROLLED for (int q = 0; q < Q; ++q)
+      UNROLLED for (int v = 0; v < V; ++v) sums[q][v] += scores[q * room + t] * row[v];
+  }
+  UNROLLED for (int q = 0; q < Q; ++q)
+    UNROLLED for (int v = 0; v < V; ++v) store(sums[q][v], result + q * width + v * kLanes);
+}
+
+template <int Q>
+void attend_few(const Head& h, Scratch& scratch) {
+  constexpr int kVectors = kLanes == 16 ? 2 : 1;  // sums of eight queries fit into the registers
+  float* query = scratch.take(kQuery, Q * h.width);
+  load_rows(query, h.query, 0, Q, h.width);
+  const Wide key = widened_rows(h.key, h.tokens, h.width, kKeys, scratch);
+  const Wide value = widened_rows(h.value, h.tokens, h.value_width, kValues, scratch);
+  const int64_t room = lanes_of(h.tokens);
+  float* scores = scratch.take(kScores, Q * room);
+  float* keys = scratch.take(kRows, kLanes * h.width);
+  for (int64_t t = 0; t < h.tokens; t += kLanes) {
+    transpose(key.data + t * key.stride, key.stride, std::min(kLanes, h.tokens - t), h.width, keys, kLanes);
+    score<Q>(query, h.width, keys, scores + t, room);
+  }
+  float* result = scratch.take(kResult, Q * h.value_width);
+  for (int q = 0; q < Q; ++q) softmax_row(scores + q * room, h.tokens, h.scale);
+  int64_t i = 0;
+  for (; i + kVectors * kLanes <= h.value_width; i += kVectors * kLanes)
+    mix<Q, kVectors>(scores, room, h.tokens, {value.data + i, value.stride}, result + i, h.value_width);
+  for (; i < h.value_width; i += kLanes)
+    mix<Q, 1>(scores, room, h.tokens, {value.data + i, value.stride}, result + i, h.value_width);
+  for (int q = 0; q < Q; ++q) store_result(h, q, result + q * h.value_width);
+}
+
+}  // namespace
+
+void attend(const Head& h, Scratch& scratch) {
+  if (h.queries > kFewQueries || h.value_width % kLanes != 0) return attend_many(h, scratch);
+  switch (h.queries) {
+    case 1: return attend_few<1>(h, scratch);
+    case 2: return attend_few<2>(h, scratch);
+    case 3: return attend_few<3>(h, scratch);
+    case 4: return attend_few<4>(h, scratch);
+    case 5: return attend_few<5>(h, scratch);
+    case 6: return attend_few<6>(h, scratch);
+    case 7: return attend_few<7>(h, scratch);
+    default: return attend_few<8>(h, scratch);
+  }
+}
+
+}  // namespace moeca

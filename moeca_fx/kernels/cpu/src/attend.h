@@ -1,0 +1,30 @@
+// Attention of one head: a few queries against all keys and values of their sample.
+#pragma once
+
+#include <cstdint>
+
+#include "scratch.h"
+
+namespace moeca {
+
+// Rows of values in fp32 or bf16, a stride apart.
+struct Strip {
+  const void* data;
+  int64_t stride;
+  bool bfloat16;
+};
+
+struct Head {
+  int64_t queries, tokens, width, value_width;
+  Strip query, key, value;  // [queries, width], [tokens, width], [tokens, value_width]
+  float scale;
+  void* out;  // [queries, value_width] in the dtype of the others
+  int64_t out_stride;
+};
+
+constexpr int64_t kMostQueries = 64;  // of a head at a time: their scores stay in cache
+
+// out = softmax(scale * query @ key.T) @ value
+void attend(const Head& head, Scratch& scratch);
+
+}  // namespace moeca

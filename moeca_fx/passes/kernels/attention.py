@@ -1,0 +1,37 @@
+"""Attention: of all tokens, where the own kernel is the faster one, and of the rows that were picked."""
+
+from typing import Any
+
+from torch import fx
+
+from moeca_fx.graph.rewrite import example_value
+from moeca_fx.graph.state import SCALES_WITH, Counter
+from moeca_fx.kernels.families import Family
+from moeca_fx.ops.cpu_attention import own_attention_up_to
+from moeca_fx.passes.kernels.edits import replace_call
+
+
+def lower_attention(module: fx.GraphModule, node: fx.Node, family: Family) -> str | None:
+    """Attention of whole samples, [B, h, T, d], without mask, dropout or causal order."""
+    query, key, value, *rest = node.args
+    options = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False)) | node.kwargs
+    if options.get("attn_mask") is not None or options.get("dropout_p") or options.get("is_causal"):
+        return "it has a mask, dropout or a causal order"
+    values = [example_value(part) for part in (query, key, value) if isinstance(part, fx.Node)]
+    if any(found.dtype not in family.dtypes or found.dim() != 4 for found in values):
+        return "it is not of fp32 or bf16 heads [B, h, T, d]"
+    tokens: Any = values[1].shape[2]
+    most = own_attention_up_to()
+    if not isinstance(tokens, int) or tokens > most:
+        return f"torch is as fast above {most} tokens" if most else "torch is as fast"
+    replace_call(module, node, family.op("attention"), query, key, value, options.get("scale"))
+    return None
+
+
+def lower_attention_rows(module: fx.GraphModule, node: fx.Node, family: Family) -> str | None:
+    """Attention of a few rows, without padding."""
+    counter = node.meta.get(SCALES_WITH)
+    made = replace_call(module, node, family.op("attention_rows"), *node.args)
+    if counter is not None:  # the kernel pads nothing
+        made.meta[SCALES_WITH] = Counter(counter.site, "attention_rows")
+    return None
