@@ -101,12 +101,42 @@ void accumulate(float* total, const float* row, float weight, int64_t width) {
   }
 }
 
+// `through` for rows and weights in bf16, where the processor multiplies these: x [rows, width] as bf16.
+const float* through_pairs(const Experts& experts, int64_t expert, float* x, int64_t rows, Scratch& scratch) {
+  const Weight up = experts.up.of(expert), down = experts.down.of(expert);
+  const int64_t lanes = lanes_of(rows);
+  float* input = scratch.take(kInput, lanes * std::max(up.inputs, up.outputs) / 2);
+  to_panel(x, rows, lanes, up.inputs / 2, input);  // transposes pairs
+  float* hidden = hidden_of(experts, lanes * up.outputs, scratch, [&](const Stack& stack, float* y) {
+    multiply_pairs(stack.of(expert), stack.bias_of(expert), input, lanes, y, scratch);
+  });
+  to_pairs(hidden, up.outputs, lanes, input);
+  float* product = scratch.take(kOutput, lanes * down.outputs);
+  multiply_pairs(down, experts.down.bias_of(expert), input, lanes, product, scratch);
+  float* out = scratch.take(kRows, lanes * down.outputs);  // x has been read
+  from_panel(product, lanes, rows, down.outputs, out);
+  return out;
+}
+
+bool in_pairs(const Experts& experts, int64_t rows, const Rows& x) {
+  const Weight& up = experts.up.weight;
+  const bool gate = experts.gate.weight.data == nullptr || takes_pairs(experts.gate.weight);
+  return x.bfloat16 && gate && takes_pairs(up) && takes_pairs(experts.down.weight) && !few_rows(rows, up);
+}
+
 // One task's rows through its expert: the result of x[source(i)] for i in begin .. end, valid until the next call.
 template <typename Source>
 const float* through_rows(const Experts& experts, const Task& task, const Rows& x, const Source& source) {
   Scratch& scratch = scratch_of_thread();
-  const int64_t rows = task.end - task.begin;
-  float* own = scratch.take(kRows, lanes_of(rows) * x.width);
+  const int64_t rows = task.end - task.begin, lanes = lanes_of(rows);
+  if (in_pairs(experts, rows, x)) {
+    float* own = scratch.take(kRows, lanes * x.width / 2);
+    for (int64_t r = 0; r < rows; ++r)
+      std::memcpy(own + r * x.width / 2, static_cast<const uint16_t*>(x.data) + source(task.begin + r) * x.width,
+                  x.width * sizeof(uint16_t));
+    return through_pairs(experts, task.expert, own, rows, scratch);
+  }
+  float* own = scratch.take(kRows, lanes * x.width);
   for (int64_t r = 0; r < rows; ++r) x.load(own + r * x.width, source(task.begin + r));
   return through(experts, task.expert, own, rows, scratch);
 }

@@ -50,4 +50,14 @@ void from_panel(const float* panel, int64_t lanes, int64_t count, int64_t width,
 // y[outputs, lanes] = weight @ x[inputs, lanes] + bias, which may be null and is fp32 or bf16 as the weight is.
 void multiply_panel(const Weight& weight, const void* bias, const float* x, int64_t lanes, float* y, Scratch& scratch);
 
+// Where the processor multiplies bf16 itself, a panel may hold pairs: inputs 2i and 2i + 1 of row r, in bf16, in the 32
+// bits at i * lanes + r. Sums are fp32, and no weight is widened.
+bool takes_pairs(const Weight& weight);
+
+// A panel [width, lanes] as pairs, rounded to bf16.
+void to_pairs(const float* panel, int64_t width, int64_t lanes, float* pairs);
+
+// `multiply_panel` of a panel of pairs [inputs / 2, lanes]; the result is fp32.
+void multiply_pairs(const Weight& weight, const void* bias, const float* x, int64_t lanes, float* y, Scratch& scratch);
+
 }  // namespace moeca
