@@ -4,6 +4,5 @@ from moeca_fx.ops.attention_rows import attention_rows
 from moeca_fx.ops.branch_plan import branch_plan
 from moeca_fx.ops.experts import expert_choice, experts, live_regions
 from moeca_fx.ops.grouped_linear import grouped_linear
-from moeca_fx.ops.linear import linear
 
-__all__ = ["attention_rows", "branch_plan", "expert_choice", "experts", "grouped_linear", "linear", "live_regions"]
+__all__ = ["attention_rows", "branch_plan", "expert_choice", "experts", "grouped_linear", "live_regions"]

@@ -1,6 +1,6 @@
 """lower_linear: send the dense linears of a CPU graph to what is fastest there, found by measuring (`ops.cpu_gemm`).
 
-    y = aten.linear(x, W, b)   -->   y = moeca.linear(x, W, b, 32)         fp32: from 32 rows on, oneDNN
+    y = aten.linear(x, W, b)   -->   y = moeca_cpu.onednn_linear(x, W, None, 32) + b     fp32: from 32 rows on, oneDNN
                                -->   y = aten.linear(x, W) + b             fp32 tokens [B, T, K] and rows [R, K], else
                                -->   y = moeca_cpu.linear(x, W, b)         bf16: fp32 products of widened panels
 
@@ -18,7 +18,6 @@ from torch import fx
 from moeca_fx.graph.rewrite import call, example_value, is_on_cpu, programs_of
 from moeca_fx.graph.slicing import LINEAR
 from moeca_fx.ops.cpu_gemm import onednn_from_rows, widening_is_faster
-from moeca_fx.ops.linear import linear
 
 aten = torch.ops.aten
 
@@ -40,9 +39,10 @@ def _linears(module: fx.GraphModule, dtype: torch.dtype) -> list[fx.Node]:
 def _lower_tokens(module: fx.GraphModule, linears: list[fx.Node]) -> int:
     """fp32, of whole samples: oneDNN where it is faster."""
     rows = onednn_from_rows() if linears else None
+    split = _split_biases(module, [node for node in linears if example_value(node).dim() == 3])
     if rows is None:
-        return _split_biases(module, [node for node in linears if example_value(node).dim() == 3])
-    return _retarget(module, linears, linear._opoverload, rows)
+        return split
+    return _retarget(module, linears, torch.ops.moeca_cpu.onednn_linear.default, rows)
 
 
 def _lower_widened(module: fx.GraphModule, linears: list[fx.Node]) -> int:

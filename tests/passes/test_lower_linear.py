@@ -8,7 +8,6 @@ import torch
 
 from moeca_fx import MoECa
 from moeca_fx.ops import cpu_gemm
-from moeca_fx.ops.linear import linear
 from moeca_fx.passes.lower_linear import lower_linear
 from tests.helpers import zoo_models
 from tests.helpers.compiled import Vectorized, vectorized
@@ -18,7 +17,11 @@ from tests.helpers.toys import toy, toy_inputs
 from tests.helpers.transformed import zoo_pair
 
 LOWER_LINEAR = import_module("moeca_fx.passes.lower_linear")  # the package has a function of that name
-dense, lowered = torch.ops.aten.linear.default, linear._opoverload
+needs_onednn = pytest.mark.skipif(
+    not cpu_gemm.has_onednn(), reason="this torch has no oneDNN linear, or there is no C++ compiler"
+)
+dense = torch.ops.aten.linear.default
+lowered = torch.ops.moeca_cpu.onednn_linear.default if cpu_gemm.has_onednn() else None
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     return lambda rows: monkeypatch.setattr(LOWER_LINEAR, "onednn_from_rows", lambda: rows)
 
 
-@pytest.mark.skipif(not cpu_gemm.has_onednn(), reason="this torch has no oneDNN linear")
+@needs_onednn
 @pytest.mark.parametrize("rows", [1, 18, 10_000])
 def test_every_linear_of_the_graph(made: Vectorized, measured: Callable[[int | None], None], rows: int) -> None:
     measured(rows)

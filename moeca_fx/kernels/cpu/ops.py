@@ -68,9 +68,11 @@ def _register_shapes() -> None:
         shape = (*values.shape[:-1], k)
         return values.new_empty(shape), values.new_empty(shape, dtype=torch.int64)
 
-    @fake("moeca_cpu::linear")
-    def _(x: Tensor, weight: Tensor, bias: Any) -> Any:
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
+    for name in ("linear", "onednn_linear"):
+
+        @fake(f"moeca_cpu::{name}")
+        def _(x: Tensor, weight: Tensor, *_: Any) -> Any:
+            return x.new_empty(*x.shape[:-1], weight.shape[0])
 
     @fake("moeca_cpu::attention")
     def _(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Any:
@@ -100,6 +102,6 @@ def _register_flops() -> None:
         batch, heads, tokens, width = query
         return 2 * int(math.prod((batch, heads, tokens, key[2]))) * (int(width) + int(value[-1]))
 
-    @register_flop_formula(ops.linear)
+    @register_flop_formula((ops.linear, ops.onednn_linear))
     def _(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return 2 * int(math.prod(x)) * int(weight[0])

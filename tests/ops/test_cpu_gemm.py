@@ -1,16 +1,23 @@
-"""moeca::linear equals torch's linear, whichever library runs it; and the measurement that chooses."""
+"""The linear that two libraries share, and the measurement that chooses between them."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from moeca_fx.ops import cpu_gemm
-from moeca_fx.ops.linear import linear
 
-needs_onednn = pytest.mark.skipif(not cpu_gemm.has_onednn(), reason="this torch has no oneDNN linear")
+needs_onednn = pytest.mark.skipif(
+    not cpu_gemm.has_onednn(), reason="this torch has no oneDNN linear, or there is no C++ compiler"
+)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, from_rows: int) -> Tensor:
+    found: Tensor = torch.ops.moeca_cpu.onednn_linear(x, weight, bias, from_rows)
+    return found
 
 
 @needs_onednn
@@ -34,7 +41,9 @@ def test_tokens_of_a_batch_count_as_rows() -> None:
 @pytest.mark.parametrize("shape", [(40, 6), (2, 20, 6), (3, 6), (0, 6)], ids=str)
 def test_opcheck(shape: tuple[int, ...]) -> None:
     arguments = (torch.randn(shape), torch.randn(5, 6), torch.randn(5), 32)
-    torch.library.opcheck(torch.ops.moeca.linear.default, arguments)
+    torch.library.opcheck(
+        torch.ops.moeca_cpu.onednn_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @needs_onednn
@@ -63,7 +72,7 @@ def test_onednn_is_used_from_where_it_is_faster_up(
     counts = iter([512, 128, 32])
 
     def shares(*runs: object) -> float:
-        return 0.5 if next(counts) in faster_at else 0.95  # the latter may be noise
+        return 0.5 if next(counts) in faster_at else 0.97  # the latter may be noise
 
     monkeypatch.setattr(cpu_gemm, "share_of_time", shares)
     assert cpu_gemm.onednn_from_rows() == expected
