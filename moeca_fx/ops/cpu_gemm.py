@@ -1,13 +1,16 @@
-"""Which library multiplies matrices fastest on this CPU: torch's default or oneDNN; found by measuring, once a process.
+"""Which linear is fastest on this CPU: torch's default, oneDNN's or the own; found by measuring, once a process.
 
-On CPUs where the default library runs below the vector units' rate, oneDNN is faster in fp32, by a tenth or several
-times; on others, and for a handful of rows, it is not. Vendor names tell nothing, so both are timed.
+Default libraries copy a weight into an order of their own at every call, which few rows do not pay for; the own kernel
+reads it where it lies. On CPUs where the default runs below the vector units' rate, oneDNN is faster from some number
+of rows on, by a tenth or several times. Vendor names tell nothing, so all are timed.
 """
 
 import functools
 import logging
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from moeca_fx.kernels.cpu import ops as kernels
@@ -15,35 +18,70 @@ from moeca_fx.ops.measured import share_of_time
 
 log = logging.getLogger(__name__)
 _WIDTH = 384
+_FEW_ROW_COUNTS = (4, 16, 64)
 _ROW_COUNTS = (32, 128, 512)
 _MARGIN = 0.95  # of the default's time is what must be undercut: more than noise explains
 
 
 def has_onednn() -> bool:
-    """Whether this build of torch brings the oneDNN linear, and the kernels call it."""
+    """Whether this build of torch brings the oneDNN linear."""
     available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # untyped in torch
-    return bool(available) and hasattr(torch.ops.mkldnn, "_linear_pointwise") and kernels.available()
+    return bool(available) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@dataclass(frozen=True)
+class Fastest:
+    """Which fp32 linear is fastest by the number of rows; between the two limits torch's default is.
+
+    Attributes:
+        own_up_to: the own kernel up to so many rows; 0 for none.
+        onednn_from: oneDNN from so many rows on; None never.
+    """
+
+    own_up_to: int = 0
+    onednn_from: int | None = None
+
+    def never(self, rows: int) -> bool:
+        """Whether the default serves so many rows and any multiple of them."""
+        return self.onednn_from is None and rows > self.own_up_to
 
 
 @functools.cache
-def onednn_from_rows() -> int | None:
-    """Smallest number of rows from which oneDNN's fp32 linear is faster; None when it never is. Takes milliseconds."""
-    if not has_onednn():
-        return None
+def fastest_linear() -> Fastest:
+    """What is fastest on this machine; takes some tens of milliseconds."""
+    if not kernels.available():
+        return Fastest()
     with torch.inference_mode():
-        weight = torch.randn(_WIDTH, _WIDTH)
-        best: int | None = None
-        for count in reversed(_ROW_COUNTS):
-            x = torch.randn(count, _WIDTH)
-            share = share_of_time(
-                lambda x=x: torch.ops.moeca_cpu.onednn_linear(x, weight, None, 0),  # type: ignore[misc]
-                lambda x=x: functional.linear(x, weight),  # type: ignore[misc]
-            )
-            log.debug("fp32 linear, %d rows: oneDNN takes %.2f of the default's time", count, share)
-            if share > _MARGIN:
-                break
-            best = count
+        weight = torch.randn(4 * _WIDTH, _WIDTH)  # more outputs than inputs, as modulations and projections have
+        return Fastest(_own_up_to(weight), _onednn_from(weight) if has_onednn() else None)
+
+
+def _own_up_to(weight: Tensor) -> int:
+    best = 0
+    for count in _FEW_ROW_COUNTS:
+        if _share("the own kernel", count, weight, count, None) > _MARGIN:
+            break
+        best = count
     return best
+
+
+def _onednn_from(weight: Tensor) -> int | None:
+    best: int | None = None
+    for count in reversed(_ROW_COUNTS):
+        if _share("oneDNN", count, weight, 0, 0) > _MARGIN:
+            break
+        best = count
+    return best
+
+
+def _share(name: str, count: int, weight: Tensor, own_up_to: int, onednn_from: int | None) -> float:
+    x = torch.randn(count, weight.shape[1])
+    share = share_of_time(
+        lambda: torch.ops.moeca_cpu.chosen_linear(x, weight, None, own_up_to, onednn_from),
+        lambda: functional.linear(x, weight),
+    )
+    log.debug("fp32 linear, %d rows: %s takes %.2f of the default's time", count, name, share)
+    return share
 
 
 @functools.cache

@@ -1,15 +1,18 @@
 """lower_linear: send the dense linears of a CPU graph to what is fastest there, found by measuring (`ops.cpu_gemm`).
 
-    y = aten.linear(x, W, b)   -->   y = moeca_cpu.onednn_linear(x, W, None, 32) + b     fp32: from 32 rows on, oneDNN
-                               -->   y = aten.linear(x, W) + b             fp32 tokens [B, T, K] and rows [R, K], else
-                               -->   y = moeca_cpu.linear(x, W, b)         bf16: fp32 products of widened panels
+    y = aten.linear(x, W, b)   -->   y = moeca_cpu.chosen_linear(x, W, b, 64, 128)     fp32: the own kernel up to 64
+                                                                                       rows, oneDNN from 128 on
+                               -->   y = aten.linear(x, W)                             fp32, else
+                               -->   y = moeca_cpu.linear(x, W, b)                     bf16: fp32 products of widened
+                                                                                       panels
 
-The default library would write the bias to every row before it multiplies; as a sum of its own it fuses with what
-follows. Nothing is changed on other devices and in other dtypes, nor in bf16 where the default is as fast. In fp32, row
-programs keep the default product: their row count differs at every call, and oneDNN compiles a kernel for every new
-shape. Their biases are split too.
+The default library would write the bias to every row before it multiplies; as a sum of its own, + b, it fuses with what
+follows: so it goes with fp32 tokens [B, T, K] and rows [R, K]. Nothing is changed on other devices and in other dtypes,
+nor in bf16 where the default is as fast. Row programs do without oneDNN: their row count differs at every call, and
+oneDNN compiles a kernel for every new shape.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from torch import fx
 
 from moeca_fx.graph.rewrite import call, example_value, is_on_cpu, programs_of
 from moeca_fx.graph.slicing import LINEAR
-from moeca_fx.ops.cpu_gemm import onednn_from_rows, widening_is_faster
+from moeca_fx.ops.cpu_gemm import Fastest, fastest_linear, widening_is_faster
 
 aten = torch.ops.aten
 
@@ -25,9 +28,11 @@ aten = torch.ops.aten
 def lower_linear(module: fx.GraphModule) -> int:
     """Lower every linear of the graph, in place; returns how many were lowered."""
     programs = programs_of(module)
-    count = sum(_split_biases(part, _linears(part, torch.float32)) for part in programs)
-    count += _lower_tokens(module, _linears(module, torch.float32))
+    count = 0
     for part in (module, *programs):
+        found = _linears(part, torch.float32)
+        if found:
+            count += _lower_fp32(part, found, fastest_linear(), rows_vary=part is not module)
         count += _lower_widened(part, _linears(part, torch.bfloat16))
     return count
 
@@ -36,13 +41,20 @@ def _linears(module: fx.GraphModule, dtype: torch.dtype) -> list[fx.Node]:
     return [node for node in module.graph.nodes if node.target in LINEAR and is_on_cpu(node, dtype)]
 
 
-def _lower_tokens(module: fx.GraphModule, linears: list[fx.Node]) -> int:
-    """fp32, of whole samples: oneDNN where it is faster."""
-    rows = onednn_from_rows() if linears else None
-    split = _split_biases(module, [node for node in linears if example_value(node).dim() == 3])
-    if rows is None:
-        return split
-    return _retarget(module, linears, torch.ops.moeca_cpu.onednn_linear.default, rows)
+def _lower_fp32(module: fx.GraphModule, linears: list[fx.Node], fastest: Fastest, *, rows_vary: bool) -> int:
+    """The fastest by the number of rows, and biases apart; oneDNN not where that number is another at every call."""
+    if rows_vary:
+        fastest = replace(fastest, onednn_from=None)
+    split = _split_biases(module, [node for node in linears if rows_vary or example_value(node).dim() == 3])
+    chosen = [node for node in linears if not fastest.never(_fewest_rows(node))]
+    target = torch.ops.moeca_cpu.chosen_linear.default if chosen else None
+    return max(split, _retarget(module, chosen, target, fastest.own_up_to, fastest.onednn_from))
+
+
+def _fewest_rows(node: fx.Node) -> int:
+    """Rows of a linear where the batch is one sample: tokens [B, T, K] have T at least."""
+    shape = example_value(node).shape
+    return shape[1] if len(shape) == 3 and isinstance(shape[1], int) else 1
 
 
 def _lower_widened(module: fx.GraphModule, linears: list[fx.Node]) -> int:

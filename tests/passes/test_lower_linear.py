@@ -1,27 +1,27 @@
-"""lower_linear: all dense fp32 linears of a CPU graph or none, by what was measured."""
+"""lower_linear: every dense fp32 linear of a CPU graph goes where it was measured to be fastest."""
 
 from collections.abc import Callable
 from importlib import import_module
 
 import pytest
 import torch
+from torch.nn import functional
 
 from moeca_fx import MoECa
-from moeca_fx.ops import cpu_gemm
+from moeca_fx.kernels.cpu import ops as kernels
+from moeca_fx.ops.cpu_gemm import Fastest
 from moeca_fx.passes.lower_linear import lower_linear
 from tests.helpers import zoo_models
 from tests.helpers.compiled import Vectorized, vectorized
-from tests.helpers.graphs import Compute, exported, stream
+from tests.helpers.graphs import TOKENS, Compute, exported, stream
 from tests.helpers.passes import check_pass
 from tests.helpers.toys import toy, toy_inputs
 from tests.helpers.transformed import zoo_pair
 
 LOWER_LINEAR = import_module("moeca_fx.passes.lower_linear")  # the package has a function of that name
-needs_onednn = pytest.mark.skipif(
-    not cpu_gemm.has_onednn(), reason="this torch has no oneDNN linear, or there is no C++ compiler"
-)
+needs_kernels = pytest.mark.skipif(not kernels.available(), reason="there is no C++ compiler to build the CPU kernels")
 dense = torch.ops.aten.linear.default
-lowered = torch.ops.moeca_cpu.onednn_linear.default if cpu_gemm.has_onednn() else None
+lowered = torch.ops.moeca_cpu.chosen_linear.default if kernels.available() else None
 
 
 @pytest.fixture(scope="module")
@@ -29,39 +29,59 @@ def made() -> Vectorized:
     return vectorized(toy(), toy_inputs())
 
 
+Measured = Callable[[Fastest], None]
+
+
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
     """Set what the measurement finds."""
-    return lambda rows: monkeypatch.setattr(LOWER_LINEAR, "onednn_from_rows", lambda: rows)
+    return lambda found: monkeypatch.setattr(LOWER_LINEAR, "fastest_linear", lambda: found)
 
 
-@needs_onednn
-@pytest.mark.parametrize("rows", [1, 18, 10_000])
-def test_every_linear_of_the_graph(made: Vectorized, measured: Callable[[int | None], None], rows: int) -> None:
-    measured(rows)
+@needs_kernels
+@pytest.mark.parametrize("found", [Fastest(0, 1), Fastest(8, 18), Fastest(10_000, None), Fastest(4, 10_000)], ids=str)
+def test_every_linear_of_the_graph(made: Vectorized, measured: Measured, found: Fastest) -> None:
+    measured(found)
     count = 8  # valves, ask, keep, back, compass, and the shared expert's three
     with torch.no_grad():
         examples = [toy_inputs(seed=1), toy_inputs(5, seed=2)]
         ops = {dense: (count, 0), lowered: (0, count)}
         after = check_pass(made.module, lower_linear, examples, ops, tolerance=1e-5)
-    assert {node.args[3] for node in after.graph.find_nodes(op="call_function", target=lowered)} == {rows}
+    limits = {node.args[3:] for node in after.graph.find_nodes(op="call_function", target=lowered)}
+    assert limits == {(found.own_up_to, found.onednn_from)}
 
 
-def test_nothing_where_the_default_is_as_fast(made: Vectorized, measured: Callable[[int | None], None]) -> None:
-    measured(None)
+def test_nothing_where_the_default_is_as_fast(made: Vectorized, measured: Measured) -> None:
+    measured(Fastest())
     with torch.no_grad():
         check_pass(made.module, lower_linear, [toy_inputs(seed=1)], {dense: (8, 8), lowered: (0, 0)})
 
 
+@needs_kernels
+def test_tokens_are_always_too_many_for_the_own_kernel(measured: Measured) -> None:
+    measured(Fastest(TOKENS - 1))
+    weight = torch.randn(4, 8)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, weight).sum(1) + functional.linear(x[:, 0], weight)  # [B, T, K], and [B, K]
+
+    graph = exported(Compute(compute), stream())
+    counts = {dense: (2, 1), lowered: (0, 1)}
+    after = check_pass(graph, lower_linear, [(stream(seed=1),)], counts, tolerance=1e-5)
+    (kept,) = after.graph.find_nodes(op="call_function", target=dense)
+    assert kept.meta["val"].dim() == 3
+
+
 def test_other_dtypes_are_left_and_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LOWER_LINEAR, "onednn_from_rows", lambda: pytest.fail("must not be measured"))
+    monkeypatch.setattr(LOWER_LINEAR, "fastest_linear", lambda: pytest.fail("must not be measured"))
     weight = torch.randn(4, 8, dtype=torch.float64)
     graph = exported(Compute(lambda x: torch.nn.functional.linear(x, weight)), stream().double())
     check_pass(graph, lower_linear, [(stream(seed=1).double(),)], {dense: (1, 1), lowered: (0, 0)})
 
 
-def test_biases_of_tokens_are_added_apart(measured: Callable[[int | None], None]) -> None:
-    measured(None)
+@pytest.mark.parametrize("found", [Fastest(), pytest.param(Fastest(64, 128), marks=needs_kernels)], ids=str)
+def test_biases_of_tokens_are_added_apart(measured: Measured, found: Fastest) -> None:
+    measured(found)
     weight, bias = torch.randn(4, 8), torch.randn(4)
     add = torch.ops.aten.add.Tensor
 
@@ -72,18 +92,23 @@ def test_biases_of_tokens_are_added_apart(measured: Callable[[int | None], None]
     after = check_pass(
         exported(Compute(compute), stream()), lower_linear, [(stream(seed=1),)], {add: (1, 2)}, tolerance=1e-5
     )
-    assert [len(node.args) for node in after.graph.find_nodes(op="call_function", target=dense)] == [2, 3]
+    linears = [node for node in after.graph.nodes if node.target in (dense, lowered)]
+    assert [len(node.args) > 2 and node.args[2] is not None for node in linears] == [False, True]
 
 
-@pytest.mark.parametrize("rows", [None, 18])
-def test_biases_of_refreshed_rows_are_added_apart(measured: Callable[[int | None], None], rows: int | None) -> None:
-    measured(rows)
+@pytest.mark.parametrize("found", [Fastest(), pytest.param(Fastest(64, 128), marks=needs_kernels)], ids=str)
+def test_refreshed_rows_have_biases_apart_and_no_onednn(measured: Measured, found: Fastest) -> None:
+    measured(found)
     _, fast = zoo_pair("dsmoe", MoECa(tau0=0.6))
     graphs = fast._moeca.prepare(fast, zoo_models.inputs(), {}).graphs
     assert graphs is not None
     programs = [child for child in graphs.cached.children() if isinstance(child, torch.fx.GraphModule)]
-    linears = [node for program in programs for node in program.graph.find_nodes(op="call_function", target=dense)]
-    assert {len(node.args) for node in linears} == {2}
+    target = lowered if found.own_up_to else dense
+    linears = [node for program in programs for node in program.graph.find_nodes(op="call_function", target=target)]
+    assert linears
     sums = [node for node in linears if next(iter(node.users)).target is torch.ops.aten.add.Tensor]
     assert 0 < len(sums) < len(linears)  # attention has biases, routers have none
-    assert not any(program.graph.find_nodes(op="call_function", target=lowered) for program in programs)
+    if found.own_up_to:
+        assert {node.args[2:] for node in linears} == {(None, 64, None)}
+    else:
+        assert {len(node.args) for node in linears} == {2}

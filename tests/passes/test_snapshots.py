@@ -13,6 +13,7 @@ import pytest
 
 from moeca_fx import MoECa, inspect
 from moeca_fx.kernels.cpu import ops as kernels
+from moeca_fx.ops.cpu_gemm import Fastest
 from moeca_fx.passes import PIPELINE
 from moeca_fx.passes.kernels import attention
 from tests.helpers import zoo_models
@@ -44,7 +45,7 @@ def _stable(text: str) -> str:
 def same_on_every_machine() -> Iterator[None]:
     """What is measured depends on the machine: the snapshots show torch's linears and the own attention."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LOWER_LINEAR, "onednn_from_rows", lambda: None)
+        patch.setattr(LOWER_LINEAR, "fastest_linear", Fastest)
         patch.setattr(attention, "own_attention_up_to", lambda: 1024)
         yield
 

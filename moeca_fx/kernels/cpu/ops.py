@@ -68,7 +68,7 @@ def _register_shapes() -> None:
         shape = (*values.shape[:-1], k)
         return values.new_empty(shape), values.new_empty(shape, dtype=torch.int64)
 
-    for name in ("linear", "onednn_linear"):
+    for name in ("linear", "chosen_linear"):
 
         @fake(f"moeca_cpu::{name}")
         def _(x: Tensor, weight: Tensor, *_: Any) -> Any:
@@ -102,6 +102,6 @@ def _register_flops() -> None:
         batch, heads, tokens, width = query
         return 2 * int(math.prod((batch, heads, tokens, key[2]))) * (int(width) + int(value[-1]))
 
-    @register_flop_formula((ops.linear, ops.onednn_linear))
+    @register_flop_formula((ops.linear, ops.chosen_linear))
     def _(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return 2 * int(math.prod(x)) * int(weight[0])

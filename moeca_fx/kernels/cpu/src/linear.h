@@ -1,4 +1,4 @@
-// A dense bf16 layer on several threads.
+// A dense layer on several threads.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,9 @@
 
 namespace moeca {
 
-// y[rows, outputs] = x[rows, inputs] @ weight.T + bias, all bf16 in memory and fp32 in between; a bias may be null.
-void linear_bf16(const uint16_t* x, int64_t rows, const Weight& weight, const uint16_t* bias, uint16_t* y, int threads);
+// y[rows, outputs] = x[rows, inputs] @ weight.T + bias; T is float or uint16_t, which stands for bf16, in memory and
+// fp32 in between; a bias may be null.
+template <typename T>
+void linear(const T* x, int64_t rows, const Weight& weight, const T* bias, T* y, int threads);
 
 }  // namespace moeca

@@ -12,7 +12,6 @@
 #include "attention.h"
 #include "decide.h"
 #include "experts.h"
-#include "linear.h"
 #include "norm.h"
 
 namespace {
@@ -321,25 +320,6 @@ Tensor run_norm(const Tensor& x, const optional<Tensor>& y, MaybeTensor gate, co
   return out;
 }
 
-Tensor linear(const Tensor& x_, const Tensor& weight, MaybeTensor bias_) {
-  const Tensor x = x_.contiguous();
-  const auto bias = contiguous(bias_);
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16,
-              "moeca_cpu: expected bfloat16, found ", x.scalar_type(), " and ", weight.scalar_type());
-  TORCH_CHECK(weight.dim() == 2 && x.size(-1) == weight.size(1) &&
-                  (!bias.has_value() || (bias->numel() == weight.size(0) && bias->scalar_type() == at::kBFloat16)),
-              "moeca_cpu: expected a weight [N, K] and a bias [N] in bfloat16 for rows [.., K]");
-  auto shape = x.sizes().vec();
-  shape.back() = weight.size(0);
-  Tensor out = at::empty(shape, x.options());
-  if (out.numel() == 0) return out;
-  const moeca::Weight w{weight.data_ptr(), weight.size(0), weight.size(1), weight.stride(0), weight.stride(1), true};
-  const auto* b = bias.has_value() ? static_cast<const uint16_t*>(bias->data_ptr()) : nullptr;
-  moeca::linear_bf16(static_cast<const uint16_t*>(x.data_ptr()), x.numel() / x.size(-1), w, b,
-                     static_cast<uint16_t*>(out.data_ptr()), threads());
-  return out;
-}
-
 Tensor modulated_norm(const Tensor& x, const Tensor& factor, const Tensor& shift, double eps) {
   return run_norm(x.contiguous(), std::nullopt, std::nullopt, factor, shift, eps, nullptr);
 }
@@ -369,7 +349,6 @@ TORCH_LIBRARY(moeca_cpu, m) {
         "-> Tensor");
   m.def("update_activation(Tensor(a!) activation, Tensor expert, float beta) -> ()");
   m.def("top_k(Tensor values, int k) -> (Tensor, Tensor)");
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("modulated_norm(Tensor x, Tensor factor, Tensor shift, float eps) -> Tensor");
   m.def("gated_norm(Tensor x, Tensor gate, Tensor y, Tensor factor, Tensor shift, float eps) -> (Tensor, Tensor)");
   m.def("attention(Tensor query, Tensor key, Tensor value, float? scale) -> Tensor");
@@ -385,7 +364,6 @@ TORCH_LIBRARY_IMPL(moeca_cpu, CPU, m) {
   m.impl("threshold", threshold);
   m.impl("update_activation", update_activation);
   m.impl("top_k", top_k);
-  m.impl("linear", linear);
   m.impl("modulated_norm", modulated_norm);
   m.impl("gated_norm", gated_norm);
   m.impl("attention", attention);
