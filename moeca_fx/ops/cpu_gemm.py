@@ -18,7 +18,7 @@ from moeca_fx.ops.measured import share_of_time
 
 log = logging.getLogger(__name__)
 _WIDTH = 384
-_FEW_ROW_COUNTS = (4, 16, 64)
+_FEW_ROW_COUNTS = (4, 16, 64, 256, 1024)
 _ROW_COUNTS = (32, 128, 512)
 _MARGIN = 0.95  # of the default's time is what must be undercut: more than noise explains
 
@@ -40,6 +40,10 @@ class Fastest:
 
     own_up_to: int = 0
     onednn_from: int | None = None
+
+    def without_onednn(self) -> "Fastest":
+        """Where the number of rows is another at every call: oneDNN compiles a kernel for each."""
+        return Fastest(self.own_up_to)
 
     def never(self, rows: int) -> bool:
         """Whether the default serves so many rows and any multiple of them."""

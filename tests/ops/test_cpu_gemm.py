@@ -31,6 +31,14 @@ def test_equals_torch_on_all_sides_of_the_limits(rows: int, bias: bool) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("rows", [64, 65, 256, 257])
+@pytest.mark.parametrize("inputs", [127, 512])  # of a small weight and a large one
+def test_more_rows_of_a_large_weight(rows: int, inputs: int) -> None:
+    x, weight = torch.randn(rows, inputs), torch.randn(256, inputs)
+    torch.testing.assert_close(linear(x, weight, None, 256, None), functional.linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
 @pytest.mark.parametrize("own_up_to", [0, 100])
 def test_tokens_of_a_batch_count_as_rows(own_up_to: int) -> None:
     x, weight = torch.randn(2, 20, 6), torch.randn(5, 6)
@@ -91,6 +99,7 @@ def fresh_measurement() -> Iterator[None]:
         ([4], [512], Fastest(4, 512)),
         ([4, 16], [128, 512], Fastest(16, 128)),
         ([4, 16, 64], [32, 128, 512], Fastest(64, 32)),
+        ([4, 16, 64, 256, 1024], [512], Fastest(1024, 512)),
         ([16, 64], [32], Fastest()),
     ],
 )
@@ -112,7 +121,7 @@ def test_what_is_not_there_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cpu_gemm, "has_onednn", lambda: False)
     monkeypatch.setattr(cpu_gemm.kernels, "available", lambda: True)
     monkeypatch.setattr(cpu_gemm, "_share", lambda name, *rest: pytest.fail(name) if name == "oneDNN" else 0.5)
-    assert cpu_gemm.fastest_linear() == Fastest(64, None)
+    assert cpu_gemm.fastest_linear() == Fastest(1024, None)
     cpu_gemm.fastest_linear.cache_clear()
     monkeypatch.setattr(cpu_gemm.kernels, "available", lambda: False)
     monkeypatch.setattr(cpu_gemm, "_share", lambda name, *rest: pytest.fail(name))

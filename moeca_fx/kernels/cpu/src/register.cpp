@@ -219,38 +219,37 @@ std::tuple<Tensor, Tensor> top_k(const Tensor& values_, int64_t k) {
   return {best, index};
 }
 
-// [B, tokens, heads, width] by the places of its axes.
-moeca::Heads heads_of(const Tensor& t, int64_t token_axis, int64_t head_axis) {
-  TORCH_CHECK(t.stride(3) == 1, "moeca_cpu: expected heads with a unit stride along their width");
-  return {t.data_ptr(), t.stride(0), t.stride(head_axis), t.stride(token_axis)};
-}
-
 Tensor with_unit_width(const Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
 
-float softmax_scale(optional<double> scale, int64_t width) {
-  return static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(width))));
+// What queries [.., heads, .., width] ask of keys and values, whose axes are where `token` and `head` say.
+moeca::Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& value, optional<double> scale,
+                              int64_t token, int64_t head) {
+  TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type() &&
+                  key.size(3) == query.size(-1) && query.size(1) % key.size(head) == 0 &&
+                  value.size(head) == key.size(head) && value.size(token) == key.size(token) &&
+                  value.size(0) == key.size(0),
+              "moeca_cpu: query, key and value do not fit each other");
+  moeca::Attention a{};
+  a.samples = key.size(0);
+  a.tokens = key.size(token);
+  a.heads = query.size(1);
+  a.kv_heads = key.size(head);
+  a.width = key.size(3);
+  a.value_width = value.size(3);
+  a.key = {key.data_ptr(), key.stride(0), key.stride(head), key.stride(token)};
+  a.value = {value.data_ptr(), value.stride(0), value.stride(head), value.stride(token)};
+  a.bfloat16 = is_bfloat16(query);
+  a.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(a.width))));
+  return a;
 }
 
 Tensor attention(const Tensor& query_, const Tensor& key_, const Tensor& value_, optional<double> scale) {
   const Tensor query = with_unit_width(query_), key = with_unit_width(key_), value = with_unit_width(value_);
-  TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type() &&
-                  key.size(3) == query.size(3) && query.size(1) % key.size(1) == 0 && value.size(1) == key.size(1) &&
-                  value.size(2) == key.size(2) && value.size(0) == key.size(0) && query.size(0) == key.size(0),
-              "moeca_cpu: query, key and value do not fit each other");
-  Tensor out = at::empty({query.size(0), query.size(2), query.size(1), value.size(3)}, query.options());
-  moeca::Attention a{};
-  a.samples = query.size(0);
+  TORCH_CHECK(query.size(0) == key.size(0), "moeca_cpu: queries of ", query.size(0), " samples, keys of ", key.size(0));
+  moeca::Attention a = attention_of(query, key, value, scale, 2, 1);
+  Tensor out = at::empty({a.samples, query.size(2), a.heads, a.value_width}, query.options());
   a.queries = query.size(2);
-  a.tokens = key.size(2);
-  a.heads = query.size(1);
-  a.kv_heads = key.size(1);
-  a.width = query.size(3);
-  a.value_width = value.size(3);
-  a.query = heads_of(query, 2, 1);
-  a.key = heads_of(key, 2, 1);
-  a.value = heads_of(value, 2, 1);
-  a.bfloat16 = is_bfloat16(query);
-  a.scale = softmax_scale(scale, a.width);
+  a.query = {query.data_ptr(), query.stride(0), query.stride(1), query.stride(2)};
   a.out = out.data_ptr();
   if (out.numel() > 0) moeca::attention(a, threads());
   return out.transpose(1, 2);
@@ -260,26 +259,13 @@ Tensor attention_rows(const Tensor& query_, const Tensor& key_, const Tensor& va
                       optional<double> scale) {
   const Tensor query = with_unit_width(query_), key = with_unit_width(key_), value = with_unit_width(value_);
   const Tensor row = row_.contiguous();
-  TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type() &&
-                  key.size(3) == query.size(2) && query.size(1) % key.size(2) == 0 && value.size(1) == key.size(1) &&
-                  value.size(2) == key.size(2) && value.size(0) == key.size(0) && row.numel() == query.size(0),
-              "moeca_cpu: query, key, value and rows do not fit each other");
+  moeca::Attention a = attention_of(query, key, value, scale, 1, 2);
+  TORCH_CHECK(row.numel() == query.size(0), "moeca_cpu: ", query.size(0), " queries and ", row.numel(), " rows");
   const int64_t* tokens = row.data_ptr<int64_t>();
   for (int64_t i = 0; i < row.numel(); ++i)
-    TORCH_CHECK_INDEX(tokens[i] >= 0 && tokens[i] < key.size(0) * key.size(1), "moeca_cpu: no token row ", tokens[i]);
-  Tensor out = at::empty({query.size(0), query.size(1), value.size(3)}, query.options());
-  moeca::Attention a{};
-  a.samples = key.size(0);
-  a.tokens = key.size(1);
-  a.heads = query.size(1);
-  a.kv_heads = key.size(2);
-  a.width = query.size(2);
-  a.value_width = value.size(3);
+    TORCH_CHECK_INDEX(tokens[i] >= 0 && tokens[i] < a.samples * a.tokens, "moeca_cpu: no token row ", tokens[i]);
+  Tensor out = at::empty({query.size(0), a.heads, a.value_width}, query.options());
   a.query = {query.data_ptr(), 0, query.stride(1), query.stride(0)};
-  a.key = heads_of(key, 1, 2);
-  a.value = heads_of(value, 1, 2);
-  a.bfloat16 = is_bfloat16(query);
-  a.scale = softmax_scale(scale, a.width);
   a.out = out.data_ptr();
   if (row.numel() > 0) moeca::attention_rows(a, tokens, row.numel(), threads());
   return out;
