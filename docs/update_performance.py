@@ -39,7 +39,9 @@ def uncached(found: dict[str, Any]) -> str:
     rows = []
     for part in ("fp32", "bf16"):
         numbers = found["steps"][part]
-        floor = numbers["flops"] / found["machine"]["fp32_gflops"] / 1e6
+        rates = found["machine"]  # bf16 may be widened to fp32
+        rate = rates["fp32_gflops"] if part == "fp32" else max(rates["fp32_gflops"], rates["bf16_gflops"])
+        floor = numbers["flops"] / rate / 1e6
         for name in ("original", "original compiled", "vectorised eager", "vectorised"):
             if name in numbers["ms"]:
                 ms = numbers["ms"][name]

@@ -34,7 +34,7 @@ class Fastest:
     """Which fp32 linear is fastest by the number of rows; between the two limits torch's default is.
 
     Attributes:
-        own_up_to: the own kernel up to so many rows; 0 for none.
+        own_up_to: the own kernel up to so many rows; 0 for none. Beyond 64 only of large weights, and without oneDNN.
         onednn_from: oneDNN from so many rows on; None never.
     """
 
@@ -52,7 +52,7 @@ class Fastest:
 
 @functools.cache
 def fastest_linear() -> Fastest:
-    """What is fastest on this machine; takes some tens of milliseconds."""
+    """What is fastest on this machine; takes some tenths of a second."""
     if not kernels.available():
         return Fastest()
     with torch.inference_mode():

@@ -136,6 +136,16 @@ def test_attention_that_stays(
     assert graph.graph.find_nodes(op="call_function", target=SDPA)
 
 
+def test_attention_in_bf16_stays(faster_up_to: Callable[[int], None]) -> None:
+    faster_up_to(1024)
+
+    def compute(x: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(x.unsqueeze(1), x.unsqueeze(1), x.unsqueeze(1))
+
+    result = lower_kernels(exported(Compute(compute), stream().bfloat16()))
+    assert (result.count, list(result.left)) == ({}, ["attention: it is not of fp32 heads [B, h, T, d]"])
+
+
 # -- what stays, and why ------------------------------------------------------------------------------------------
 
 
