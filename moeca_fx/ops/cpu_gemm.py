@@ -18,7 +18,7 @@ from moeca_fx.ops.measured import share_of_time
 
 log = logging.getLogger(__name__)
 _WIDTH = 384
-_FEW_ROW_COUNTS = (4, 16, 64, 256, 1024)
+_FEW_ROW_COUNTS = (4, 16, 64, 256, 512, 1024)
 _ROW_COUNTS = (32, 128, 512)
 _MARGIN = 0.95  # of the default's time is what must be undercut: more than noise explains
 
