@@ -1,6 +1,7 @@
 #include "panel.h"
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)  // torch may be told to use narrower vectors
+#define BF16_PRODUCTS
 #include <immintrin.h>
 #endif
 
@@ -27,7 +28,7 @@ struct Floats {
 // Two inputs in bf16 side by side in every 32 bits.
 struct Pairs {
   static Lanes add(const Lanes& sums, float weight, const Lanes& rows) {
-#ifdef __AVX512BF16__
+#ifdef BF16_PRODUCTS
     const __m512 spread = _mm512_set1_ps(weight);
     return _mm512_dpbf16_ps(sums, (__m512bh)spread, (__m512bh)rows);
 #else
@@ -173,7 +174,7 @@ void multiply_panel(const Weight& w, const void* bias, const float* x, int64_t l
 }
 
 bool takes_pairs(const Weight& w) {
-#ifdef __AVX512BF16__
+#ifdef BF16_PRODUCTS
   return w.bfloat16 && w.input_stride == 1 && w.inputs % 2 == 0 && w.output_stride % 2 == 0;
 #else
   return false;
