@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moeca_fx.kernels.cpu import ops as kernels
-from moeca_fx.ops.measured import share_of_time
+from moeca_fx.ops.measured import last_faster, share_of_time
 
 log = logging.getLogger(__name__)
 _WIDTH = 384
@@ -57,25 +57,11 @@ def fastest_linear() -> Fastest:
         return Fastest()
     with torch.inference_mode():
         weight = torch.randn(4 * _WIDTH, _WIDTH)  # more outputs than inputs, as modulations and projections have
-        return Fastest(_own_up_to(weight), _onednn_from(weight) if has_onednn() else None)
-
-
-def _own_up_to(weight: Tensor) -> int:
-    best = 0
-    for count in _FEW_ROW_COUNTS:
-        if _share("the own kernel", count, weight, count, None) > _MARGIN:
-            break
-        best = count
-    return best
-
-
-def _onednn_from(weight: Tensor) -> int | None:
-    best: int | None = None
-    for count in reversed(_ROW_COUNTS):
-        if _share("oneDNN", count, weight, 0, 0) > _MARGIN:
-            break
-        best = count
-    return best
+        own = last_faster(_FEW_ROW_COUNTS, lambda count: _share("the own kernel", count, weight, count, None), _MARGIN)
+        onednn = None
+        if has_onednn():
+            onednn = last_faster(reversed(_ROW_COUNTS), lambda count: _share("oneDNN", count, weight, 0, 0), _MARGIN)
+    return Fastest(own or 0, onednn)
 
 
 def _share(name: str, count: int, weight: Tensor, own_up_to: int, onednn_from: int | None) -> float:

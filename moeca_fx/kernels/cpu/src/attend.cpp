@@ -92,7 +92,7 @@ Wide widened_rows(const Strip& rows, int64_t count, int64_t width, Slot slot, Sc
   return {wide, width};
 }
 
-// scores[q, tokens] of the tokens from `first` on, a vector of them; `keys` holds them transposed, [width, kLanes].
+// A vector of scores of every query, `tokens` apart; `keys` holds those tokens' keys transposed, [width, kLanes].
 template <int Q>
 void score(const float* query, int64_t width, const float* keys, float* scores, int64_t tokens) {
   Lanes sums[Q];

@@ -14,7 +14,7 @@ const void* at(const void* data, int64_t place, bool bfloat16) {
   return static_cast<const char*>(data) + place * (bfloat16 ? 2 : 4);
 }
 
-// Some queries of one sample, one head: `begin` counts the rows of `out`, `first` those of the sample's `query`.
+// Some queries of one sample, one head, from `query` on; the first of them is row `begin` of `out`.
 void run(const Attention& a, int64_t sample, int64_t head, const void* query, int64_t begin, int64_t queries) {
   const int64_t kv = head / (a.heads / a.kv_heads), out_row = a.heads * a.value_width;
   auto of_sample = [&](const Heads& t) {
