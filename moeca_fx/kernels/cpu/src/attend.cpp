@@ -5,12 +5,12 @@
 
 #include "panel.h"
 #include "scalar.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace moeca {
 namespace {
 
-constexpr int64_t kLanes = Vector::size();
 constexpr int64_t kFewQueries = 8;  // up to here they do not fill the lanes of a vector
 
 enum Slot { kWidened, kRows, kQuery, kScores, kResult, kKeys, kValues };

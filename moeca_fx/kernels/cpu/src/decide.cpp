@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "panel.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace moeca {
@@ -133,7 +134,6 @@ void threshold(const float* activation, const int64_t* expert, int64_t samples, 
 
 namespace {
 
-constexpr int64_t kLanes = Vector::size();
 
 enum Slot { kWidened, kRows, kPanel };
 

@@ -2,12 +2,12 @@
 
 #include <algorithm>
 
+#include "transpose.h"
 #include "vec.h"
 
 namespace moeca {
 namespace {
 
-constexpr int64_t kLanes = Vector::size();
 constexpr int kSums = kLanes == 16 ? 16 : 8;  // partial sums in registers, reduced together
 
 // y[R, N] = x[R, inputs] @ w[N, inputs].T + bias

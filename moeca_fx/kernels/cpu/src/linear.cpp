@@ -3,19 +3,38 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <memory>
 
 #include "dots.h"
 #include "scalar.h"
+#include "transpose.h"
 
 namespace moeca {
 namespace {
 
-constexpr int64_t kRows = 64;      // of one panel: as many as are held in registers at once
-constexpr int64_t kOutputs = 192;  // of one task at most; fewer where there are not enough tasks
+constexpr int64_t kPanel = 64;     // rows of one panel: as many as are held in registers at once
+constexpr int64_t kOutputs = 192;  // of one product: it is still in cache when it is stored
 constexpr int64_t kStep = 12;      // outputs that panels take at once, or a multiple of them
 
-enum Slot { kWidened, kRowsIn, kProduct, kRowsOut };
+enum Slot { kWidened, kRowsIn, kInput, kProduct, kRowsOut };
+
+// How rows and outputs are divided into tasks.
+struct Tiles {
+  int64_t vectors, panels, strips, outputs;  // vectors of rows, in so many panels; strips of so many outputs
+
+  // Panels as even as whole vectors allow, as many for every thread; strips only where there are not enough panels.
+  static Tiles of(int64_t rows, int64_t outputs, int64_t threads) {
+    Tiles tiles{};
+    tiles.vectors = lanes_of(rows) / kLanes;
+    tiles.panels = (lanes_of(rows) + kPanel - 1) / kPanel;
+    if (tiles.panels > 1) tiles.panels = std::min(tiles.vectors, (tiles.panels + threads - 1) / threads * threads);
+    const int64_t wanted = tiles.panels >= threads ? 1 : 2 * threads / tiles.panels;
+    tiles.outputs = (outputs + wanted * kStep - 1) / (wanted * kStep) * kStep;
+    tiles.strips = (outputs + tiles.outputs - 1) / tiles.outputs;
+    return tiles;
+  }
+
+  int64_t first_row(int64_t panel) const { return vectors * panel / panels * kLanes; }
+};
 
 // `some` outputs of a weight, from `first` on.
 template <typename T>
@@ -73,27 +92,21 @@ void run_few(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, int
 template <typename T>
 void linear(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, int threads) {
   if (few_rows(rows, w)) return run_few(x, rows, w, bias, y, threads);
-  const int64_t lanes = lanes_of(std::min(rows, kRows));
-  const int64_t panels = (rows + lanes - 1) / lanes;
-  const int64_t wanted = std::max<int64_t>(1, 2 * threads / panels);  // tasks of a panel: work for every thread
-  const int64_t share = (w.outputs + wanted - 1) / wanted;
-  const int64_t each = std::min(kOutputs, (share + kStep - 1) / kStep * kStep), strips = (w.outputs + each - 1) / each;
-  const std::unique_ptr<float[]> inputs(new float[panels * lanes * w.inputs]);  // written before it is read
-#pragma omp parallel num_threads(threads) if (rows * w.outputs * w.inputs > 1 << 16)
-  {
+  const Tiles tiles = Tiles::of(rows, w.outputs, threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (rows * w.outputs * w.inputs > 1 << 16)
+  for (int64_t t = 0; t < tiles.panels * tiles.strips; ++t) {
     Scratch& scratch = scratch_of_thread();
-#pragma omp for schedule(static)
-    for (int64_t p = 0; p < panels; ++p)
-      load_panel(x + p * lanes * w.inputs, std::min(lanes, rows - p * lanes), lanes, w.inputs,
-                 inputs.get() + p * lanes * w.inputs, scratch);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t t = 0; t < panels * strips; ++t) {
-      const int64_t p = t / strips, first = t % strips * each, some = std::min(each, w.outputs - first);
+    const int64_t row = tiles.first_row(t / tiles.strips);
+    const int64_t count = std::min(rows, tiles.first_row(t / tiles.strips + 1)) - row, lanes = lanes_of(count);
+    float* input = scratch.take(kInput, lanes * w.inputs);
+    load_panel(x + row * w.inputs, count, lanes, w.inputs, input, scratch);
+    const int64_t begin = t % tiles.strips * tiles.outputs, end = std::min(w.outputs, begin + tiles.outputs);
+    for (int64_t first = begin; first < end; first += kOutputs) {
+      const int64_t some = std::min(kOutputs, end - first);
       float* product = scratch.take(kProduct, lanes * some);
-      multiply_panel(part_of<T>(w, first, some), bias == nullptr ? nullptr : bias + first,
-                     inputs.get() + p * lanes * w.inputs, lanes, product, scratch);
-      store_panel(product, lanes, std::min(lanes, rows - p * lanes), some, y + p * lanes * w.outputs + first,
-                  w.outputs, scratch);
+      multiply_panel(part_of<T>(w, first, some), bias == nullptr ? nullptr : bias + first, input, lanes, product,
+                     scratch);
+      store_panel(product, lanes, count, some, y + row * w.outputs + first, w.outputs, scratch);
     }
   }
 }

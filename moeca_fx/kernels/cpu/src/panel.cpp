@@ -8,12 +8,12 @@
 #include <algorithm>
 
 #include "scalar.h"
+#include "transpose.h"
 #include "vec.h"
 
 namespace moeca {
 namespace {
 
-constexpr int64_t kLanes = Vector::size();
 constexpr bool kManyRegisters = kLanes == 16;  // 32 vector registers with AVX-512, 16 without
 constexpr int kMostVectors = kManyRegisters ? 4 : 2;
 constexpr int64_t kInputs = 512;  // at a time: a few vectors of rows of so many stay in the first cache
@@ -106,19 +106,6 @@ void strip(const Strided& w, int64_t outputs, int64_t inputs, const float* x, in
 }
 
 }  // namespace
-
-void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
-  for (int64_t r = 0; r < rows; r += kLanes)
-    for (int64_t c = 0; c < columns; c += kLanes) {
-      const float* source = from + r * from_stride + c;
-      float* target = to + c * to_stride + r;
-      const int64_t m = std::min(kLanes, rows - r), n = std::min(kLanes, columns - c);
-      if (m == kLanes && n == kLanes)
-        at::vec::transpose_mxn<float, kLanes, kLanes>(source, from_stride, target, to_stride);
-      else
-        at::vec::transpose_mxn<float>(source, from_stride, target, to_stride, static_cast<int>(m), static_cast<int>(n));
-    }
-}
 
 Strided widened(const Weight& w, const void* bias, int64_t first, int64_t count, Scratch& scratch) {
   const int64_t place = first * w.output_stride;

@@ -38,9 +38,6 @@ Strided widened(const Weight& weight, const void* bias, int64_t first, int64_t c
 // Lanes that `rows` rows take: whole vectors.
 int64_t lanes_of(int64_t rows);
 
-// to[columns, rows] = from[rows, columns].T, a stride apart each.
-void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
-
 // panel[width, lanes] = rows[lanes, width].T; the rows from `count` up to `lanes` are overwritten with zeros first.
 void to_panel(float* rows, int64_t count, int64_t lanes, int64_t width, float* panel);
 

@@ -29,20 +29,4 @@ inline float total(const Vector& lanes) {
   return at::vec::vec_reduce_all<float>([](Vector& a, Vector& b) { return a + b; }, lanes);
 }
 
-// out[i] = the sum of lanes of sums[i], all together: lanes are added after a transposition.
-template <int N>
-inline void add_lanes(const Lanes* sums, float* out) {
-  constexpr int64_t kLanes = Vector::size();
-  float rows[kLanes * kLanes], columns[kLanes * kLanes];
-  for (int first = 0; first < N; first += kLanes) {
-    const int count = N - first < kLanes ? N - first : kLanes;
-    for (int i = 0; i < count; ++i) store(sums[first + i], rows + i * kLanes);
-    for (int i = count; i < kLanes; ++i) store(Lanes{}, rows + i * kLanes);
-    at::vec::transpose_mxn<float, kLanes, kLanes>(rows, kLanes, columns, kLanes);
-    Vector result = Vector::loadu(columns);
-    for (int lane = 1; lane < kLanes; ++lane) result = result + Vector::loadu(columns + lane * kLanes);
-    result.store(out + first, count);
-  }
-}
-
 }  // namespace moeca

@@ -1,0 +1,55 @@
+#include "transpose.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace moeca {
+namespace {
+
+Lanes load_some(const float* from, int64_t count) {
+  alignas(64) float all[kLanes] = {};
+  std::memcpy(all, from, count * sizeof(float));
+  return load(all);
+}
+
+// A square of which `rows` rows and `columns` columns are there.
+void square_of_some(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                    int64_t to_stride) {
+  Lanes square[kLanes];
+  UNROLLED for (int r = 0; r < kLanes; ++r) {
+    square[r] = Lanes{};
+    if (r < rows) square[r] = columns == kLanes ? load(from + r * from_stride) : load_some(from + r * from_stride, columns);
+  }
+  transpose_square(square);
+  UNROLLED for (int c = 0; c < kLanes; ++c)
+    if (c < columns) {
+      if (rows == kLanes)
+        store(square[c], to + c * to_stride);
+      else
+        std::memcpy(to + c * to_stride, &square[c], rows * sizeof(float));
+    }
+}
+
+void whole_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  Lanes square[kLanes];
+  UNROLLED for (int r = 0; r < kLanes; ++r) square[r] = load(from + r * from_stride);
+  transpose_square(square);
+  UNROLLED for (int c = 0; c < kLanes; ++c) store(square[c], to + c * to_stride);
+}
+
+}  // namespace
+
+void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  for (int64_t r = 0; r < rows; r += kLanes)
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      const float* source = from + r * from_stride + c;
+      float* target = to + c * to_stride + r;
+      const int64_t m = std::min(kLanes, rows - r), n = std::min(kLanes, columns - c);
+      if (m == kLanes && n == kLanes)
+        whole_square(source, from_stride, target, to_stride);
+      else
+        square_of_some(source, from_stride, m, n, target, to_stride);
+    }
+}
+
+}  // namespace moeca
