@@ -7,7 +7,9 @@ of rows on, by a tenth or several times. Vendor names tell nothing, so all are t
 
 import functools
 import logging
+import sys
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,10 +19,11 @@ from moeca_fx.kernels.cpu import ops as kernels
 from moeca_fx.ops.measured import last_faster, share_of_time
 
 log = logging.getLogger(__name__)
-_WIDTH = 384
-_FEW_ROW_COUNTS = (4, 16, 64, 256, 512, 1024)
-_ROW_COUNTS = (32, 128, 512)
-_MARGIN = 0.95  # of the default's time is what must be undercut: more than noise explains
+_SMALL_WEIGHT, _LARGE_WEIGHT = (384, 128), (1536, 384)
+_FEW_VALUES = 1 << 17  # of a weight that a library has packed before many rows are gathered
+_ROW_COUNTS = (4, 16, 64, 256, 1024)
+_MARGIN = 0.95  # of the default's time is what oneDNN must undercut: it compiles a kernel for every shape
+_NO_SLOWER = 1.0  # the own kernel: nothing is copied and nothing compiled
 
 
 def has_onednn() -> bool:
@@ -34,43 +37,58 @@ class Fastest:
     """Which fp32 linear is fastest by the number of rows; between the two limits torch's default is.
 
     Attributes:
-        own_up_to: the own kernel up to so many rows; 0 for none. Beyond 64 only of large weights, and without oneDNN.
-        onednn_from: oneDNN from so many rows on; None never.
+        own_up_to: the own kernel up to so many rows; 0 for none.
+        onednn_from: oneDNN from so many rows on, where the own kernel does not go first; None never.
     """
 
     own_up_to: int = 0
     onednn_from: int | None = None
-
-    def without_onednn(self) -> "Fastest":
-        """Where the number of rows is another at every call: oneDNN compiles a kernel for each."""
-        return Fastest(self.own_up_to)
 
     def never(self, rows: int) -> bool:
         """Whether the default serves so many rows and any multiple of them."""
         return self.onednn_from is None and rows > self.own_up_to
 
 
+def fastest_linear(weight_values: int, *, rows_vary: bool) -> Fastest:
+    """What is fastest on this machine for weights of about that size; measured once, in some tenths of a second.
+
+    Args:
+        weight_values: outputs times inputs.
+        rows_vary: whether the number of rows is another at every call; oneDNN, which compiles a kernel for each, is
+            then left out.
+    """
+    return _fastest(weight_values < _FEW_VALUES, rows_vary or not has_onednn())
+
+
 @functools.cache
-def fastest_linear() -> Fastest:
-    """What is fastest on this machine; takes some tenths of a second."""
+def _fastest(small: bool, without_onednn: bool) -> Fastest:
     if not kernels.available():
         return Fastest()
     with torch.inference_mode():
-        weight = torch.randn(4 * _WIDTH, _WIDTH)  # more outputs than inputs, as modulations and projections have
-        own = last_faster(_FEW_ROW_COUNTS, lambda count: _share("the own kernel", count, weight, count, None), _MARGIN)
+        weight = torch.randn(_SMALL_WEIGHT if small else _LARGE_WEIGHT)
+
+        def own(count: int) -> float:
+            share = _share("the own kernel", count, weight)
+            return share if without_onednn else max(share, _share("the own kernel", count, weight, "oneDNN"))
+
+        last = last_faster(_ROW_COUNTS, own, _NO_SLOWER)
         onednn = None
-        if has_onednn():
-            onednn = last_faster(reversed(_ROW_COUNTS), lambda count: _share("oneDNN", count, weight, 0, 0), _MARGIN)
-    return Fastest(own or 0, onednn)
+        if not without_onednn:
+            onednn = last_faster(reversed(_ROW_COUNTS), lambda count: _share("oneDNN", count, weight), _MARGIN)
+    return Fastest(sys.maxsize if last == _ROW_COUNTS[-1] else last or 0, onednn)
 
 
-def _share(name: str, count: int, weight: Tensor, own_up_to: int, onednn_from: int | None) -> float:
+_LIMITS = {"the own kernel": (sys.maxsize, None), "oneDNN": (0, 0), "the default": (0, None)}
+
+
+def _share(name: str, count: int, weight: Tensor, other: str = "the default") -> float:
     x = torch.randn(count, weight.shape[1])
-    share = share_of_time(
-        lambda: torch.ops.moeca_cpu.chosen_linear(x, weight, None, own_up_to, onednn_from),
-        lambda: functional.linear(x, weight),
-    )
-    log.debug("fp32 linear, %d rows: %s takes %.2f of the default's time", count, name, share)
+
+    def run(limits: tuple[int, int | None]) -> Tensor:
+        return cast(Tensor, torch.ops.moeca_cpu.chosen_linear(x, weight, None, *limits))
+
+    share = share_of_time(lambda: run(_LIMITS[name]), lambda: run(_LIMITS[other]))
+    log.debug("fp32 linear, %d rows of %s: %s takes %.2f of %s's time", count, list(weight.shape), name, share, other)
     return share
 
 
@@ -83,8 +101,8 @@ def widening_is_faster() -> bool:
     if not kernels.available():
         return False
     with torch.inference_mode():
-        rows = _ROW_COUNTS[-1]
-        x, weight = torch.randn(rows, _WIDTH).bfloat16(), torch.randn(_WIDTH, _WIDTH).bfloat16()
+        rows = 512
+        x, weight = torch.randn(rows, 384).bfloat16(), torch.randn(384, 384).bfloat16()
         share = share_of_time(lambda: torch.ops.moeca_cpu.linear(x, weight, None), lambda: functional.linear(x, weight))
     log.debug("bf16 linear, %d rows: widened products take %.2f of the default's time", rows, share)
     return share < _MARGIN

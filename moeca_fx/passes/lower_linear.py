@@ -6,10 +6,11 @@
                                -->   y = moeca_cpu.linear(x, W, b)                     bf16: fp32 products of widened
                                                                                        panels
 
+The limits depend on whether the weight is small: libraries have packed such a weight before many rows are gathered.
 The default library would write the bias to every row before it multiplies; as a sum of its own, + b, it fuses with what
 follows: so it goes with fp32 tokens [B, T, K] and rows [R, K]. Nothing is changed on other devices and in other dtypes,
 nor in bf16 where the default is as fast. Row programs do without oneDNN: their row count differs at every call, and
-oneDNN compiles a kernel for every new shape; the own kernel then serves more rows.
+oneDNN compiles a kernel for every new shape.
 """
 
 from typing import Any
@@ -17,9 +18,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeca_fx.graph.rewrite import call, example_value, is_on_cpu, programs_of
+from moeca_fx.graph.rewrite import call, evaluate, example_value, is_on_cpu, programs_of
 from moeca_fx.graph.slicing import LINEAR
-from moeca_fx.ops.cpu_gemm import Fastest, fastest_linear, widening_is_faster
+from moeca_fx.ops.cpu_gemm import fastest_linear, widening_is_faster
 
 aten = torch.ops.aten
 
@@ -29,9 +30,7 @@ def lower_linear(module: fx.GraphModule) -> int:
     programs = programs_of(module)
     count = 0
     for part in (module, *programs):
-        found = _linears(part, torch.float32)
-        if found:
-            count += _lower_fp32(part, found, fastest_linear(), rows_vary=part is not module)
+        count += _lower_fp32(part, _linears(part, torch.float32), rows_vary=part is not module)
         count += _lower_widened(part, _linears(part, torch.bfloat16))
     return count
 
@@ -40,13 +39,23 @@ def _linears(module: fx.GraphModule, dtype: torch.dtype) -> list[fx.Node]:
     return [node for node in module.graph.nodes if node.target in LINEAR and is_on_cpu(node, dtype)]
 
 
-def _lower_fp32(module: fx.GraphModule, linears: list[fx.Node], fastest: Fastest, *, rows_vary: bool) -> int:
-    """The fastest by the number of rows, and biases apart."""
-    own = fastest.without_onednn() if rows_vary else fastest
+def _lower_fp32(module: fx.GraphModule, linears: list[fx.Node], *, rows_vary: bool) -> int:
+    """The fastest by the size of the weight and the number of rows, and biases apart."""
     split = _split_biases(module, [node for node in linears if rows_vary or example_value(node).dim() == 3])
-    chosen = [node for node in linears if not own.never(_fewest_rows(node))]
+    chosen = {}
+    for node in linears:
+        fastest = fastest_linear(_weight_values(module, node), rows_vary=rows_vary)
+        if not fastest.never(_fewest_rows(node)):
+            chosen[node] = (fastest.own_up_to, fastest.onednn_from)
     target = torch.ops.moeca_cpu.chosen_linear.default if chosen else None
-    return max(split, _retarget(module, chosen, target, own.own_up_to, own.onednn_from))
+    return max(split, _retarget(module, target, chosen))
+
+
+def _weight_values(module: fx.GraphModule, node: fx.Node) -> int:
+    """Outputs times inputs of a linear."""
+    weight = node.all_input_nodes[1]
+    value = example_value(weight)
+    return int((evaluate(module, weight) if value is None else value).numel())
 
 
 def _fewest_rows(node: fx.Node) -> int:
@@ -59,11 +68,12 @@ def _lower_widened(module: fx.GraphModule, linears: list[fx.Node]) -> int:
     """bf16: fp32 products where there are no fast ones."""
     if not linears or not widening_is_faster():
         return 0
-    return _retarget(module, linears, torch.ops.moeca_cpu.linear.default)
+    return _retarget(module, torch.ops.moeca_cpu.linear.default, dict.fromkeys(linears, ()))
 
 
-def _retarget(module: fx.GraphModule, linears: list[fx.Node], target: Any, *extra: Any) -> int:
-    for node in linears:
+def _retarget(module: fx.GraphModule, target: Any, linears: dict[fx.Node, tuple[Any, ...]]) -> int:
+    """Have `target` compute each linear, with further arguments of its own."""
+    for node, extra in linears.items():
         x, weight, *rest = node.args
         node.target = target
         node.args = (x, weight, rest[0] if rest else None, *extra)

@@ -1,5 +1,6 @@
 """The linear that the own kernel and two libraries share, and the measurement that chooses between them."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -31,11 +32,18 @@ def test_equals_torch_on_all_sides_of_the_limits(rows: int, bias: bool) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("rows", [64, 65, 256, 257])
-@pytest.mark.parametrize("inputs", [127, 512])  # of a small weight and a large one
-def test_more_rows_of_a_large_weight(rows: int, inputs: int) -> None:
-    x, weight = torch.randn(rows, inputs), torch.randn(256, inputs)
-    torch.testing.assert_close(linear(x, weight, None, 256, None), functional.linear(x, weight), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("rows", [5, 16, 64, 65, 129, 256, 257, 600])
+@pytest.mark.parametrize(("outputs", "inputs"), [(256, 127), (16, 512), (130, 64)])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_rows_in_panels(rows: int, outputs: int, inputs: int, threads: int) -> None:
+    x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = linear(x, weight, None, 1000, None)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, functional.linear(x, weight), rtol=1e-4, atol=1e-4)
 
 
 @needs_kernels
@@ -85,10 +93,15 @@ def test_flops_are_counted_once(rows: int) -> None:
 
 
 @pytest.fixture
-def fresh_measurement() -> Iterator[None]:
-    cpu_gemm.fastest_linear.cache_clear()
+def fresh_measurement(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(cpu_gemm.kernels, "available", lambda: True)
+    monkeypatch.setattr(cpu_gemm, "has_onednn", lambda: True)
+    cpu_gemm._fastest.cache_clear()
     yield
-    cpu_gemm.fastest_linear.cache_clear()
+    cpu_gemm._fastest.cache_clear()
+
+
+SMALL, LARGE = 128 * 128, 384 * 384
 
 
 @pytest.mark.usefixtures("fresh_measurement")
@@ -96,36 +109,67 @@ def fresh_measurement() -> Iterator[None]:
     ("own_at", "onednn_at", "expected"),
     [
         ([], [], Fastest()),
-        ([4], [512], Fastest(4, 512)),
-        ([4, 16], [128, 512], Fastest(16, 128)),
-        ([4, 16, 64], [32, 128, 512], Fastest(64, 32)),
-        ([4, 16, 64, 256, 512, 1024], [512], Fastest(1024, 512)),
-        ([16, 64], [32], Fastest()),
+        ([4], [1024], Fastest(4, 1024)),
+        ([4, 16], [256, 1024], Fastest(16, 256)),
+        ([4, 16, 64], [16, 64, 256, 1024], Fastest(64, 16)),
+        ([4, 16, 64, 256, 1024], [1024], Fastest(sys.maxsize, 1024)),
+        ([16, 64], [64], Fastest()),
     ],
 )
 def test_each_is_used_where_it_is_faster_without_a_gap(
     own_at: list[int], onednn_at: list[int], expected: Fastest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def share(name: str, count: int, *rest: object) -> float:
-        return 0.5 if count in (onednn_at if name == "oneDNN" else own_at) else 0.97  # the latter may be noise
+    def share(name: str, count: int, weight: Tensor, other: str = "") -> float:
+        if other:
+            return 0.9  # of oneDNN's time
+        return 0.5 if count in (onednn_at if name == "oneDNN" else own_at) else 1.01
 
-    monkeypatch.setattr(cpu_gemm.kernels, "available", lambda: True)
-    monkeypatch.setattr(cpu_gemm, "has_onednn", lambda: True)
     monkeypatch.setattr(cpu_gemm, "_share", share)
-    assert cpu_gemm.fastest_linear() == expected
-    assert cpu_gemm.fastest_linear() == expected  # measured once
+    for values in (SMALL, LARGE):
+        assert cpu_gemm.fastest_linear(values, rows_vary=False) == expected
+    monkeypatch.setattr(cpu_gemm, "_share", lambda *rest: pytest.fail("measured again"))
+    assert cpu_gemm.fastest_linear(LARGE + 1, rows_vary=False) == expected
+
+
+@pytest.mark.usefixtures("fresh_measurement")
+def test_the_own_kernel_must_be_no_slower_than_either_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def share(name: str, count: int, weight: Tensor, other: str = "") -> float:
+        return 1.1 if other and count > 64 else 0.9
+
+    monkeypatch.setattr(cpu_gemm, "_share", share)
+    assert cpu_gemm.fastest_linear(LARGE, rows_vary=False) == Fastest(64, 4)
+    assert cpu_gemm.fastest_linear(LARGE, rows_vary=True) == Fastest(sys.maxsize, None)  # beside the default alone
+
+
+@pytest.mark.usefixtures("fresh_measurement")
+def test_small_weights_have_limits_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        cpu_gemm, "_share", lambda name, count, weight, *rest: 0.9 if count * weight.numel() < 8e5 else 2
+    )
+    assert cpu_gemm.fastest_linear(SMALL, rows_vary=True) == Fastest(16)
+    assert cpu_gemm.fastest_linear(LARGE, rows_vary=True) == Fastest(0)
 
 
 @pytest.mark.usefixtures("fresh_measurement")
 def test_what_is_not_there_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_gemm, "has_onednn", lambda: False)
-    monkeypatch.setattr(cpu_gemm.kernels, "available", lambda: True)
-    monkeypatch.setattr(cpu_gemm, "_share", lambda name, *rest: pytest.fail(name) if name == "oneDNN" else 0.5)
-    assert cpu_gemm.fastest_linear() == Fastest(1024, None)
-    cpu_gemm.fastest_linear.cache_clear()
+    monkeypatch.setattr(cpu_gemm, "_share", lambda *names: pytest.fail(str(names)) if "oneDNN" in names else 0.5)
+    assert cpu_gemm.fastest_linear(LARGE, rows_vary=False) == Fastest(sys.maxsize, None)
+    cpu_gemm._fastest.cache_clear()
     monkeypatch.setattr(cpu_gemm.kernels, "available", lambda: False)
-    monkeypatch.setattr(cpu_gemm, "_share", lambda name, *rest: pytest.fail(name))
-    assert cpu_gemm.fastest_linear() == Fastest()
+    monkeypatch.setattr(cpu_gemm, "_share", lambda *names: pytest.fail(str(names)))
+    assert cpu_gemm.fastest_linear(LARGE, rows_vary=False) == Fastest()
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["the own kernel", "oneDNN"])
+def test_the_measurement_times_what_it_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "oneDNN" and not cpu_gemm.has_onednn():
+        pytest.skip("this torch has no oneDNN linear")
+    outputs = []
+    monkeypatch.setattr(cpu_gemm, "share_of_time", lambda run, default: outputs.extend((run(), default())) or 0.25)
+    assert cpu_gemm._share(name, 20, torch.randn(48, 32)) == 0.25
+    torch.testing.assert_close(outputs[0], outputs[1])
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ Measured = Callable[[Fastest], None]
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
     """Set what the measurement finds."""
-    return lambda found: monkeypatch.setattr(LOWER_LINEAR, "fastest_linear", lambda: found)
+    return lambda found: monkeypatch.setattr(LOWER_LINEAR, "fastest_linear", lambda *_, **__: found)
 
 
 @needs_kernels
@@ -73,7 +73,7 @@ def test_tokens_are_always_too_many_for_the_own_kernel(measured: Measured) -> No
 
 
 def test_other_dtypes_are_left_and_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LOWER_LINEAR, "fastest_linear", lambda: pytest.fail("must not be measured"))
+    monkeypatch.setattr(LOWER_LINEAR, "fastest_linear", lambda *_, **__: pytest.fail("must not be measured"))
     weight = torch.randn(4, 8, dtype=torch.float64)
     graph = exported(Compute(lambda x: torch.nn.functional.linear(x, weight)), stream().double())
     check_pass(graph, lower_linear, [(stream(seed=1).double(),)], {dense: (1, 1), lowered: (0, 0)})
@@ -96,9 +96,24 @@ def test_biases_of_tokens_are_added_apart(measured: Measured, found: Fastest) ->
     assert [len(node.args) > 2 and node.args[2] is not None for node in linears] == [False, True]
 
 
-@pytest.mark.parametrize("found", [Fastest(), pytest.param(Fastest(64, 128), marks=needs_kernels)], ids=str)
-def test_refreshed_rows_have_biases_apart_and_no_onednn(measured: Measured, found: Fastest) -> None:
-    measured(found)
+@needs_kernels
+def test_each_weight_has_the_limits_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LOWER_LINEAR, "fastest_linear", lambda values, *, rows_vary: Fastest(values))
+    weight, other = torch.randn(40, 8), torch.randn(4, 40)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(functional.linear(x, weight), other)
+
+    after = check_pass(exported(Compute(compute), stream()), lower_linear, [(stream(seed=1),)], {}, tolerance=1e-4)
+    limits = [node.args[3] for node in after.graph.find_nodes(op="call_function", target=lowered)]
+    assert limits == [320, 160]
+
+
+@pytest.mark.parametrize("found", [Fastest(), pytest.param(Fastest(64), marks=needs_kernels)], ids=str)
+def test_refreshed_rows_have_biases_apart_and_no_onednn(monkeypatch: pytest.MonkeyPatch, found: Fastest) -> None:
+    monkeypatch.setattr(
+        LOWER_LINEAR, "fastest_linear", lambda values, *, rows_vary: found if rows_vary else Fastest(8, 18)
+    )
     fast = zoo_pair("dsmoe", None)[1].with_policy(MoECa(tau0=0.6))  # lowered anew
     graphs = fast._moeca.prepare(fast, zoo_models.inputs(), {}).graphs
     assert graphs is not None

@@ -51,15 +51,11 @@ Tensor onednn(const Tensor& x, const Tensor& weight, MaybeTensor bias) {
   return op.call(x, weight, bias, "none", c10::List<c10::optional<at::Scalar>>(), "");
 }
 
-constexpr int64_t kFewRows = 64;           // above, oneDNN goes first where it is there
-constexpr int64_t kSmallWeight = 1 << 17;  // a library has packed such a weight before many rows are gathered
-
 Tensor chosen_linear(const Tensor& x, const Tensor& weight, MaybeTensor bias, int64_t own_up_to,
                      c10::optional<int64_t> onednn_from) {
   const int64_t rows = x.size(-1) == 0 ? 0 : x.numel() / x.size(-1);
   if (rows == 0) return at::linear(x, weight, bias);
-  const bool many = !onednn_from.has_value() && weight.numel() >= kSmallWeight;
-  if (rows <= own_up_to && (rows <= kFewRows || many)) return own_linear(x, weight, bias);
+  if (rows <= own_up_to) return own_linear(x, weight, bias);
   if (onednn_from.has_value() && rows >= *onednn_from) return onednn(x.contiguous(), weight, bias);
   return at::linear(x, weight, bias);
 }
