@@ -32,7 +32,12 @@ void square_of_some(const float* from, int64_t from_stride, int64_t rows, int64_
 
 void whole_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
   Lanes square[kLanes];
-  UNROLLED for (int r = 0; r < kLanes; ++r) square[r] = load(from + r * from_stride);
+  UNROLLED for (int r = 0; r < kLanes; ++r) {
+    // As many streams as rows are too many for the processor to foresee: what is read, and written, soon.
+    __builtin_prefetch(from + r * from_stride + 2 * kLanes, 0, 3);
+    __builtin_prefetch(to + r * to_stride + kLanes, 1, 3);
+    square[r] = load(from + r * from_stride);
+  }
   transpose_square(square);
   UNROLLED for (int c = 0; c < kLanes; ++c) store(square[c], to + c * to_stride);
 }
