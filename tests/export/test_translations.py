@@ -213,6 +213,14 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[int], list[tuple[Tensor, ..
         lambda f, w: dispatch.combine_slots(f, w),
         lambda b: [(_random(1, b, TOKENS, TOP_K, WIDTH), _random(2, b, TOKENS, TOP_K))],
     ),
+    "feature_norm": (
+        lambda f: dispatch.feature_norm(f),
+        lambda b: [(_random(1, b, TOKENS, TOP_K, WIDTH),), (torch.zeros(b, TOKENS, TOP_K, WIDTH),)],
+    ),
+    "feature_norm of fp16 features": (
+        lambda f: dispatch.feature_norm(f),
+        lambda b: [((500 * _random(1, b, TOKENS, WIDTH)).half(),)],  # whose squares are beyond fp16
+    ),
     "combine_slots of fp16 features": (
         lambda f, w: dispatch.combine_slots(f, w),
         lambda b: [(_random(1, b, TOKENS, TOP_K, WIDTH).half(), _random(2, b, TOKENS, TOP_K))],

@@ -141,6 +141,11 @@ def _(feature: Tensor, weight: Tensor) -> Any:
     return feature.new_empty(*feature.shape[:2], feature.shape[-1])
 
 
+@_whole(dispatch.feature_norm, "(Tensor feature) -> Tensor")
+def _(feature: Tensor) -> Any:
+    return feature.new_empty(feature.shape[:-1], dtype=torch.promote_types(feature.dtype, torch.float32))
+
+
 @_whole(rows.gather_rows, "(Tensor x, Tensor row, int batch_axis, int token_axis) -> Tensor")
 def _(x: Tensor, row: Tensor, batch_axis: int, token_axis: int) -> Any:
     return x.new_empty(row.shape[0], 1, *x.shape[2:])
