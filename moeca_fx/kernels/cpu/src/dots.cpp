@@ -52,6 +52,8 @@ void multiply_dots(const Weight& w, const void* bias, const float* x, int64_t ro
     const Strided strip = widened(w, bias, first, count, scratch);
     float* to = y + first;
     switch (rows) {
+      case 6: blocks<6>(strip, count, w.inputs, x, to, w.outputs); break;
+      case 5: blocks<5>(strip, count, w.inputs, x, to, w.outputs); break;
       case 4: blocks<4>(strip, count, w.inputs, x, to, w.outputs); break;
       case 3: blocks<3>(strip, count, w.inputs, x, to, w.outputs); break;
       case 2: blocks<2>(strip, count, w.inputs, x, to, w.outputs); break;

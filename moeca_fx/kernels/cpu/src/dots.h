@@ -4,13 +4,17 @@
 #include <cstdint>
 
 #include "panel.h"
+#include "vec.h"
 
 namespace moeca {
 
-constexpr int64_t kFewRows = 4;  // up to here the processor waits for weights, and dots read them fastest
+// Up to here the processor waits for weights, and dots read them fastest; bf16 must be widened for them.
+constexpr int64_t kFewNarrowRows = 4, kFewRows = Vector::size() == 16 ? 6 : 4;
 
 // Whether dots are the faster product for so many rows of a weight.
-inline bool few_rows(int64_t rows, const Weight& weight) { return rows <= kFewRows && weight.input_stride == 1; }
+inline bool few_rows(int64_t rows, const Weight& weight) {
+  return rows <= (weight.bfloat16 ? kFewNarrowRows : kFewRows) && weight.input_stride == 1;
+}
 
 // y[rows, outputs] = x[rows, inputs] @ weight.T + bias; for up to kFewRows rows.
 void multiply_dots(const Weight& weight, const void* bias, const float* x, int64_t rows, float* y, Scratch& scratch);
