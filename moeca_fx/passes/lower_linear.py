@@ -53,7 +53,8 @@ def _lower_fp32(module: fx.GraphModule, linears: list[fx.Node], *, rows_vary: bo
 
 def _weight_values(module: fx.GraphModule, node: fx.Node) -> int:
     """Outputs times inputs of a linear."""
-    weight = node.all_input_nodes[1]
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node), "a linear's weight is a node"
     value = example_value(weight)
     return int((evaluate(module, weight) if value is None else value).numel())
 

@@ -134,7 +134,6 @@ void threshold(const float* activation, const int64_t* expert, int64_t samples, 
 
 namespace {
 
-
 enum Slot { kWidened, kRows, kPanel };
 
 // Insertion, one value at a time: right for every value, NaN and infinities too.

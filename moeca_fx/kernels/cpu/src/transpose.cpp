@@ -17,8 +17,8 @@ void square_of_some(const float* from, int64_t from_stride, int64_t rows, int64_
                     int64_t to_stride) {
   Lanes square[kLanes];
   UNROLLED for (int r = 0; r < kLanes; ++r) {
-    square[r] = Lanes{};
-    if (r < rows) square[r] = columns == kLanes ? load(from + r * from_stride) : load_some(from + r * from_stride, columns);
+    const float* row = from + r * from_stride;
+    square[r] = r >= rows ? Lanes{} : columns == kLanes ? load(row) : load_some(row, columns);
   }
   transpose_square(square);
   UNROLLED for (int c = 0; c < kLanes; ++c)

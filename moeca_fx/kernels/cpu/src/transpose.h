@@ -46,10 +46,7 @@ inline void add_lanes(const Lanes* sums, float* out) {
     transpose_square(square);
     Lanes total = square[0];
     UNROLLED for (int i = 1; i < kLanes; ++i) total += square[i];
-    if (count == kLanes)
-      store(total, out + first);
-    else
-      Vector(reinterpret_cast<const Vector&>(total)).store(out + first, count);
+    std::memcpy(out + first, &total, count * sizeof(float));
   }
 }
 
