@@ -50,8 +50,8 @@ def layers(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
 
 def trajectories(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """Every policy on the trained models."""
-    yield "digits", bench_trajectories("digits", 32, 3, () if options.all else USUAL)
-    yield "glyphs", bench_trajectories("glyphs", 8, 3, () if options.all else ON_GLYPHS)
+    yield "digits", bench_trajectories("digits", 32, options.rounds, () if options.all else USUAL)
+    yield "glyphs", bench_trajectories("glyphs", 8, options.rounds, () if options.all else ON_GLYPHS)
 
 
 def transform(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
