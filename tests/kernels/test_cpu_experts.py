@@ -110,7 +110,7 @@ def test_bf16_is_added_up_in_fp32(hidden: int) -> None:
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("rows", [4, 6, 7, 17, 130])
+@pytest.mark.parametrize("rows", [4, 5, 6, 7, 17, 130])
 def test_every_number_of_rows_in_bf16(rows: int, gated: bool) -> None:
     weights = _weights(gated, bias=True, hidden=22, dtype=torch.bfloat16)
     x, expert = torch.randn(rows, WIDTH).bfloat16(), torch.full((rows, 1), 2)

@@ -58,7 +58,7 @@ def test_tokens_of_a_batch_count_as_rows(own_up_to: int) -> None:
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("rows", "outputs", "inputs"), [(1, 1, 1), (3, 130, 17), (5, 700, 40), (6, 131, 40), (300, 50, 33)]
+    ("rows", "outputs", "inputs"), [(1, 1, 1), (3, 130, 17), (5, 700, 40), (6, 131, 40), (7, 131, 40), (300, 50, 33)]
 )
 def test_the_own_kernel(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
     x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((rows, inputs), (outputs, inputs), (outputs,)))

@@ -64,7 +64,7 @@ void attend_many(const Head& h, Scratch& scratch) {
   load_rows(own, h.query, 0, h.queries, h.width);
   float* query = scratch.take(kQuery, lanes * (h.width + 1));
   float* share = query + lanes * h.width;
-  to_panel(own, h.queries, lanes, h.width, query);
+  to_panel(own, h.queries, h.width, query);
   const Weight key{h.key.data, h.tokens, h.width, h.key.stride, 1, h.key.bfloat16};
   float* scores = scratch.take(kScores, lanes * h.tokens);
   multiply_panel(key, nullptr, query, lanes, scores, scratch);

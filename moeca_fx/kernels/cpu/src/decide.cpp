@@ -134,7 +134,7 @@ void threshold(const float* activation, const int64_t* expert, int64_t samples, 
 
 namespace {
 
-enum Slot { kWidened, kRows, kPanel };
+enum Slot { kWidened, kPanel };
 
 // Insertion, one value at a time: right for every value, NaN and infinities too.
 void top_k_any(const float* row, int64_t columns, int64_t k, float* top, int64_t* where) {
@@ -194,10 +194,8 @@ void top_k(const float* values, int64_t rows, int64_t columns, int64_t k, float*
   for (int64_t first = 0; first < rows; first += kLanes) {
     const int64_t some = std::min(kLanes, rows - first);
     const float* block = values + first * columns;
-    float* own = scratch_of_thread().take(kRows, kLanes * columns);
     float* panel = scratch_of_thread().take(kPanel, kLanes * columns);
-    std::copy(block, block + some * columns, own);
-    to_panel(own, some, kLanes, columns, panel);
+    to_panel(block, some, columns, panel);
     if (all_finite(panel, columns)) {
       top_k_panel(panel, columns, k, some, best + first * k, index + first * k);
     } else {

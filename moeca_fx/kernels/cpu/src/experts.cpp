@@ -72,7 +72,7 @@ const float* through(const Experts& experts, int64_t expert, float* x, int64_t r
   }
   const int64_t lanes = lanes_of(rows);
   float* input = scratch.take(kInput, lanes * up.inputs);
-  to_panel(x, rows, lanes, up.inputs, input);
+  to_panel(x, rows, up.inputs, input);
   const float* hidden = hidden_of(experts, lanes * up.outputs, scratch, [&](const Stack& stack, float* y) {
     multiply_panel(stack.of(expert), stack.bias_of(expert), input, lanes, y, scratch);
   });
@@ -106,7 +106,7 @@ const float* through_pairs(const Experts& experts, int64_t expert, float* x, int
   const Weight up = experts.up.of(expert), down = experts.down.of(expert);
   const int64_t lanes = lanes_of(rows);
   float* input = scratch.take(kInput, lanes * std::max(up.inputs, up.outputs) / 2);
-  to_panel(x, rows, lanes, up.inputs / 2, input);  // transposes pairs
+  to_panel(x, rows, up.inputs / 2, input);  // transposes pairs
   float* hidden = hidden_of(experts, lanes * up.outputs, scratch, [&](const Stack& stack, float* y) {
     multiply_pairs(stack.of(expert), stack.bias_of(expert), input, lanes, y, scratch);
   });

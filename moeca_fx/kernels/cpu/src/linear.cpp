@@ -45,17 +45,15 @@ Weight part_of(const Weight& w, int64_t first, int64_t some) {
   return part;
 }
 
-// panel[width, lanes] = x[count, width].T, zeros beyond.
-void load_panel(const float* x, int64_t count, int64_t lanes, int64_t width, float* panel, Scratch&) {
-  if (count < lanes)
-    for (int64_t i = 0; i < width; ++i) std::fill(panel + i * lanes + count, panel + (i + 1) * lanes, 0.0f);
-  transpose(x, width, count, width, panel, lanes);
+// panel[width, lanes of count] = x[count, width].T, zeros beyond.
+void load_panel(const float* x, int64_t count, int64_t width, float* panel, Scratch&) {
+  to_panel(x, count, width, panel);
 }
 
-void load_panel(const uint16_t* x, int64_t count, int64_t lanes, int64_t width, float* panel, Scratch& scratch) {
-  float* wide = scratch.take(kRowsIn, lanes * width);
+void load_panel(const uint16_t* x, int64_t count, int64_t width, float* panel, Scratch& scratch) {
+  float* wide = scratch.take(kRowsIn, count * width);
   load_row(wide, x, count * width);
-  to_panel(wide, count, lanes, width, panel);
+  to_panel(wide, count, width, panel);
 }
 
 // y[count, some], `stride` apart, from panel[some, lanes].
@@ -99,7 +97,7 @@ void linear(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, int 
     const int64_t row = tiles.first_row(t / tiles.strips);
     const int64_t count = std::min(rows, tiles.first_row(t / tiles.strips + 1)) - row, lanes = lanes_of(count);
     float* input = scratch.take(kInput, lanes * w.inputs);
-    load_panel(x + row * w.inputs, count, lanes, w.inputs, input, scratch);
+    load_panel(x + row * w.inputs, count, w.inputs, input, scratch);
     const int64_t begin = t % tiles.strips * tiles.outputs, end = std::min(w.outputs, begin + tiles.outputs);
     for (int64_t first = begin; first < end; first += kOutputs) {
       const int64_t some = std::min(kOutputs, end - first);

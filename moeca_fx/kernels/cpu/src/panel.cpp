@@ -128,9 +128,8 @@ Strided widened(const Weight& w, const void* bias, int64_t first, int64_t count,
 
 int64_t lanes_of(int64_t rows) { return (rows + kLanes - 1) / kLanes * kLanes; }
 
-void to_panel(float* rows, int64_t count, int64_t lanes, int64_t width, float* panel) {
-  std::fill(rows + count * width, rows + lanes * width, 0.0f);
-  transpose(rows, width, lanes, width, panel, lanes);
+void to_panel(const float* rows, int64_t count, int64_t width, float* panel) {
+  transpose_padded(rows, width, count, width, panel, lanes_of(count));
 }
 
 void from_panel(const float* panel, int64_t lanes, int64_t count, int64_t width, float* rows) {

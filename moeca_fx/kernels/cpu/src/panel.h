@@ -38,8 +38,8 @@ Strided widened(const Weight& weight, const void* bias, int64_t first, int64_t c
 // Lanes that `rows` rows take: whole vectors.
 int64_t lanes_of(int64_t rows);
 
-// panel[width, lanes] = rows[lanes, width].T; the rows from `count` up to `lanes` are overwritten with zeros first.
-void to_panel(float* rows, int64_t count, int64_t lanes, int64_t width, float* panel);
+// panel[width, lanes of count] = rows[count, width].T, zeros beyond.
+void to_panel(const float* rows, int64_t count, int64_t width, float* panel);
 
 // rows[count, width] = panel[width, lanes].T
 void from_panel(const float* panel, int64_t lanes, int64_t count, int64_t width, float* rows);

@@ -12,9 +12,9 @@ Lanes load_some(const float* from, int64_t count) {
   return load(all);
 }
 
-// A square of which `rows` rows and `columns` columns are there.
+// A square of which `rows` rows and `columns` columns are there; `wide` of their values are written, zeros beyond.
 void square_of_some(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
-                    int64_t to_stride) {
+                    int64_t to_stride, int64_t wide) {
   Lanes square[kLanes];
   UNROLLED for (int r = 0; r < kLanes; ++r) {
     const float* row = from + r * from_stride;
@@ -23,10 +23,10 @@ void square_of_some(const float* from, int64_t from_stride, int64_t rows, int64_
   transpose_square(square);
   UNROLLED for (int c = 0; c < kLanes; ++c)
     if (c < columns) {
-      if (rows == kLanes)
+      if (wide == kLanes)
         store(square[c], to + c * to_stride);
       else
-        std::memcpy(to + c * to_stride, &square[c], rows * sizeof(float));
+        std::memcpy(to + c * to_stride, &square[c], wide * sizeof(float));
     }
 }
 
@@ -42,9 +42,9 @@ void whole_square(const float* from, int64_t from_stride, float* to, int64_t to_
   UNROLLED for (int c = 0; c < kLanes; ++c) store(square[c], to + c * to_stride);
 }
 
-}  // namespace
-
-void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+// All squares; of the last rows' either what is there or, with `Padded`, whole vectors.
+template <bool Padded>
+void squares(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
   for (int64_t r = 0; r < rows; r += kLanes)
     for (int64_t c = 0; c < columns; c += kLanes) {
       const float* source = from + r * from_stride + c;
@@ -53,8 +53,19 @@ void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t col
       if (m == kLanes && n == kLanes)
         whole_square(source, from_stride, target, to_stride);
       else
-        square_of_some(source, from_stride, m, n, target, to_stride);
+        square_of_some(source, from_stride, m, n, target, to_stride, Padded ? kLanes : m);
     }
+}
+
+}  // namespace
+
+void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  squares<false>(from, from_stride, rows, columns, to, to_stride);
+}
+
+void transpose_padded(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                      int64_t to_stride) {
+  squares<true>(from, from_stride, rows, columns, to, to_stride);
 }
 
 }  // namespace moeca

@@ -53,4 +53,8 @@ inline void add_lanes(const Lanes* sums, float* out) {
 // to[columns, rows] = from[rows, columns].T, a stride apart each.
 void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
 
+// The same, each row of `to` filled up to whole vectors with zeros.
+void transpose_padded(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                      int64_t to_stride);
+
 }  // namespace moeca
