@@ -1,7 +1,7 @@
 """Which linear is fastest on this CPU: torch's default, oneDNN's or the own; found by measuring, once a process.
 
 Default libraries copy a weight into an order of their own at every call, which few rows do not pay for; the own kernel
-reads it where it lies. On CPUs where the default runs below the vector units' rate, oneDNN is faster from some number
+reads it where it lies, or copies it where that is less than what it would copy of the rows. On CPUs where the default runs below the vector units' rate, oneDNN is faster from some number
 of rows on, by a tenth or several times. Vendor names tell nothing, so all are timed.
 """
 
@@ -19,11 +19,10 @@ from moeca_fx.kernels.cpu import ops as kernels
 from moeca_fx.ops.measured import last_faster, share_of_time
 
 log = logging.getLogger(__name__)
-_SMALL_WEIGHT, _LARGE_WEIGHT = (384, 128), (1536, 384)
-_FEW_VALUES = 1 << 17  # of a weight that a library has packed before many rows are gathered
+_WEIGHTS = {1 << 15: (16, 128), 1 << 17: (384, 128), sys.maxsize: (1536, 384)}  # by values, measured in their stead
 _ROW_COUNTS = (4, 16, 64, 256, 1024)
 _MARGIN = 0.95  # of the default's time is what oneDNN must undercut: it compiles a kernel for every shape
-_NO_SLOWER = 1.0  # the own kernel: nothing is copied and nothing compiled
+_NO_SLOWER = 1.02  # within the noise of the measurement: the own kernel copies and compiles nothing
 
 
 def has_onednn() -> bool:
@@ -57,15 +56,16 @@ def fastest_linear(weight_values: int, *, rows_vary: bool) -> Fastest:
         rows_vary: whether the number of rows is another at every call; oneDNN, which compiles a kernel for each, is
             then left out.
     """
-    return _fastest(weight_values < _FEW_VALUES, rows_vary or not has_onednn())
+    shape = next(shape for most, shape in _WEIGHTS.items() if weight_values < most)
+    return _fastest(shape, rows_vary or not has_onednn())
 
 
 @functools.cache
-def _fastest(small: bool, without_onednn: bool) -> Fastest:
+def _fastest(shape: tuple[int, int], without_onednn: bool) -> Fastest:
     if not kernels.available():
         return Fastest()
     with torch.inference_mode():
-        weight = torch.randn(_SMALL_WEIGHT if small else _LARGE_WEIGHT)
+        weight = torch.randn(shape)
 
         def own(count: int) -> float:
             share = _share("the own kernel", count, weight)

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kFewQueries = 8;  // up to here they do not fill the lanes of a vector
 
+
 enum Slot { kWidened, kRows, kQuery, kScores, kResult, kKeys, kValues };
 
 void load_rows(float* to, const Strip& from, int64_t first, int64_t count, int64_t width) {
@@ -104,11 +105,19 @@ void score(const float* query, int64_t width, const float* keys, float* scores, 
   UNROLLED for (int q = 0; q < Q; ++q) store(sums[q], scores + q * tokens);
 }
 
+float highest_of(const float* scores, int64_t tokens) {
+  Vector lanes(scores[0]);
+  int64_t t = 0;
+  for (; t + kLanes <= tokens; t += kLanes) lanes = at::vec::maximum(lanes, Vector::loadu(scores + t));
+  float highest = at::vec::vec_reduce_all<float>([](Vector& a, Vector& b) { return at::vec::maximum(a, b); }, lanes);
+  for (; t < tokens; ++t) highest = std::max(highest, scores[t]);
+  return highest;
+}
+
 // One row of scores becomes exp(scale * (score - highest)) / their sum.
 void softmax_row(float* scores, int64_t tokens, float scale) {
   const Vector factor(scale);
-  float highest = scores[0];
-  for (int64_t t = 1; t < tokens; ++t) highest = std::max(highest, scores[t]);
+  const float highest = highest_of(scores, tokens);
   const Vector shift(highest * scale);
   Vector sum(0.0f);
   int64_t t = 0;

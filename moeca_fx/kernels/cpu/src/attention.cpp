@@ -47,7 +47,8 @@ void attention_rows(const Attention& a, const int64_t* row, int64_t rows, int th
       starts.push_back(r);
   const int64_t blocks = static_cast<int64_t>(starts.size()), tasks = blocks * a.heads;
   starts.push_back(rows);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (tasks > 4)
+  const int64_t each = blocks < 4 * threads ? 1 : a.heads;  // heads of a token are neighbours in memory
+#pragma omp parallel for schedule(dynamic, each) num_threads(threads) if (tasks > 4)
   for (int64_t t = 0; t < tasks; ++t) {
     const int64_t head = t % a.heads, begin = starts[t / a.heads], end = starts[t / a.heads + 1];
     const void* query = at(a.query.data, begin * a.query.token + head * a.query.head, a.bfloat16);

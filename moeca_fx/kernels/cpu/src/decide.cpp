@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "panel.h"
 #include "transpose.h"
@@ -13,6 +12,8 @@
 
 namespace moeca {
 namespace {
+
+enum Slot { kWidened, kPanel, kActivation };
 
 // The slot of each branch: its own where its expert is kept, else the next slot whose expert left.
 void match(const int64_t* expert, const int64_t* cached, int64_t k, int64_t* slot, bool* matched) {
@@ -91,6 +92,13 @@ float entropy(const float* activation, int64_t tokens) {
   return total(lanes);
 }
 
+// One sample's activation [experts, tokens] after `chosen` [tokens, top_k].
+void add_choices(float* activation, const int64_t* chosen, int64_t experts, int64_t tokens, int64_t top_k, float beta) {
+  for (int64_t i = 0; i < experts * tokens; ++i) activation[i] *= beta;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t p = 0; p < top_k; ++p) activation[chosen[t * top_k + p] * tokens + t] += 1.0f - beta;
+}
+
 }  // namespace
 
 void decide(const Decision& d, int threads) {
@@ -101,12 +109,8 @@ void decide(const Decision& d, int threads) {
 void update_activation(float* activation, const int64_t* expert, int64_t samples, int64_t experts, int64_t tokens,
                        int64_t top_k, float beta, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (samples > 1)
-  for (int64_t b = 0; b < samples; ++b) {
-    float* own = activation + b * experts * tokens;
-    for (int64_t i = 0; i < experts * tokens; ++i) own[i] *= beta;
-    const int64_t* chosen = expert + b * tokens * top_k;
-    for (int64_t i = 0; i < tokens * top_k; ++i) own[chosen[i] * tokens + i / top_k] += 1.0f - beta;
-  }
+  for (int64_t b = 0; b < samples; ++b)
+    add_choices(activation + b * experts * tokens, expert + b * tokens * top_k, experts, tokens, top_k, beta);
 }
 
 void threshold(const float* activation, const int64_t* expert, int64_t samples, int64_t experts, int64_t tokens,
@@ -115,10 +119,11 @@ void threshold(const float* activation, const int64_t* expert, int64_t samples, 
   const int64_t size = experts * tokens;
 #pragma omp parallel for schedule(static) num_threads(threads) if (samples > 1)
   for (int64_t b = 0; b < samples; ++b) {
-    std::vector<float> now(activation + b * size, activation + (b + 1) * size);
-    update_activation(now.data(), expert + b * tokens * top_k, 1, experts, tokens, top_k, beta, 1);
+    float* now = scratch_of_thread().take(kActivation, size);
+    std::copy_n(activation + b * size, size, now);
+    add_choices(now, expert + b * tokens * top_k, experts, tokens, top_k, beta);
     float* own = out + b * experts;
-    for (int64_t e = 0; e < experts; ++e) own[e] = entropy(now.data() + e * tokens, tokens);
+    for (int64_t e = 0; e < experts; ++e) own[e] = entropy(now + e * tokens, tokens);
     const float low = *std::min_element(own, own + experts), high = *std::max_element(own, own + experts);
     const float span = high - low, most = std::log(static_cast<float>(tokens));
     for (int64_t e = 0; e < experts; ++e) {
@@ -133,8 +138,6 @@ void threshold(const float* activation, const int64_t* expert, int64_t samples, 
 }
 
 namespace {
-
-enum Slot { kWidened, kPanel };
 
 // Insertion, one value at a time: right for every value, NaN and infinities too.
 void top_k_any(const float* row, int64_t columns, int64_t k, float* top, int64_t* where) {

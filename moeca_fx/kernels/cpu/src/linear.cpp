@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "dots.h"
+#include "packed.h"
 #include "scalar.h"
 #include "transpose.h"
 
@@ -15,7 +16,10 @@ constexpr int64_t kPanel = 64;     // rows of one panel: as many as are held in 
 constexpr int64_t kOutputs = 192;  // of one product: it is still in cache when it is stored
 constexpr int64_t kStep = 12;      // outputs that panels take at once, or a multiple of them
 
-enum Slot { kWidened, kRowsIn, kInput, kProduct, kRowsOut };
+constexpr int64_t kBlock = 48;     // rows that all outputs of a task are made of before the next rows
+constexpr int64_t kSmallWeight = 1 << 14;  // values: rows of results are then written as a whole
+
+enum Slot { kWidened, kRowsIn, kInput, kProduct, kRowsOut, kTables };
 
 // How rows and outputs are divided into tasks.
 struct Tiles {
@@ -85,11 +89,87 @@ void run_few(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, int
   }
 }
 
+// Rows as they lie in fp32, widened otherwise.
+const float* wide_rows(const float* x, int64_t, Scratch&) { return x; }
+
+const float* wide_rows(const uint16_t* x, int64_t values, Scratch& scratch) {
+  float* wide = scratch.take(kRowsIn, values);
+  load_row(wide, x, values);
+  return wide;
+}
+
+// Stores what `product(y, stride)` makes: `count` rows of `some` outputs, `stride` apart in y.
+template <typename Product>
+void make_rows(float* y, int64_t stride, int64_t, int64_t, Scratch&, const Product& product) {
+  product(y, stride);
+}
+
+template <typename Product>
+void make_rows(uint16_t* y, int64_t stride, int64_t count, int64_t some, Scratch& scratch, const Product& product) {
+  float* wide = scratch.take(kRowsOut, count * some);
+  product(wide, some);
+  for (int64_t r = 0; r < count; ++r) store_row(y + r * stride, wide + r * some, some);
+}
+
+// One output or a handful: dot products along the rows.
+template <typename T>
+void run_few_outputs(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * w.outputs * w.inputs > 1 << 16)
+  for (int64_t row = 0; row < rows; row += kPanel) {
+    Scratch& scratch = scratch_of_thread();
+    const int64_t count = std::min(kPanel, rows - row);
+    const Strided all = widened(w, bias, 0, w.outputs, scratch);
+    const float* from = wide_rows(x + row * w.inputs, count * w.inputs, scratch);
+    make_rows(y + row * w.outputs, w.outputs, count, w.outputs, scratch,
+              [&](float* to, int64_t) { multiply_rows(all, w.outputs, w.inputs, from, count, to); });
+  }
+}
+
+// Whether transposing the weight moves fewer values than transposing rows and results.
+bool packs(int64_t rows, const Weight& w) {
+  return w.input_stride == 1 && w.outputs * w.inputs <= rows * (w.outputs + w.inputs);
+}
+
+// Many rows: a task transposes the weights of its outputs, a strip of them or, of a small weight, all.
+template <typename T>
+void run_packed(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, int threads) {
+  const int64_t part = w.outputs * w.inputs <= kSmallWeight ? w.outputs : kTableOutputs;
+  const int64_t parts = (w.outputs + part - 1) / part, wanted = std::max<int64_t>(4 * threads / parts, 1);
+  const int64_t each = std::max(kPanel, (rows + wanted - 1) / wanted), chunks = (rows + each - 1) / each;
+  const int64_t size = table_size(kTableOutputs, w.inputs);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (rows * w.outputs * w.inputs > 1 << 16)
+  for (int64_t t = 0; t < parts * chunks; ++t) {
+    Scratch& scratch = scratch_of_thread();
+    const int64_t begin = t / chunks * part, end = std::min(w.outputs, begin + part);
+    const int64_t top = t % chunks * each, bottom = std::min(rows, top + each);
+    float* tables = scratch.take(kTables, (part + kTableOutputs - 1) / kTableOutputs * size);
+    auto for_strips = [&](const auto& strip) {
+      float* table = tables;
+      for (int64_t first = begin; first < end; first += kTableOutputs, table += size)
+        strip(first, std::min(kTableOutputs, end - first), table);
+    };
+    for_strips([&](int64_t first, int64_t some, float* table) {
+      to_table(widened(w, bias, first, some, scratch), some, w.inputs, table);
+    });
+    for (int64_t row = top; row < bottom; row += kBlock) {
+      const int64_t count = std::min(kBlock, bottom - row);
+      const float* from = wide_rows(x + row * w.inputs, count * w.inputs, scratch);
+      for_strips([&](int64_t first, int64_t some, const float* table) {
+        make_rows(y + row * w.outputs + first, w.outputs, count, some, scratch, [&](float* to, int64_t stride) {
+          multiply_table(table, some, w.inputs, from, count, to, stride);
+        });
+      });
+    }
+  }
+}
+
 }  // namespace
 
 template <typename T>
 void linear(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, int threads) {
   if (few_rows(rows, w)) return run_few(x, rows, w, bias, y, threads);
+  if (w.outputs <= kFewOutputs && w.input_stride == 1) return run_few_outputs(x, rows, w, bias, y, threads);
+  if (packs(rows, w)) return run_packed(x, rows, w, bias, y, threads);
   const Tiles tiles = Tiles::of(rows, w.outputs, threads);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (rows * w.outputs * w.inputs > 1 << 16)
   for (int64_t t = 0; t < tiles.panels * tiles.strips; ++t) {

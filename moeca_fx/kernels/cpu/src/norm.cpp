@@ -3,7 +3,6 @@
 #include <omp.h>
 
 #include <cmath>
-#include <vector>
 
 #include "scalar.h"
 #include "scratch.h"
@@ -12,63 +11,97 @@
 namespace moeca {
 namespace {
 
-enum Slot { kPanel, kStream, kOther, kGate, kFactor, kShift };
+enum Slot { kWidened, kStream, kOther, kGate, kFactor, kShift };
 
-template <typename T>
-const float* row_of(const void* data, int64_t offset, int64_t width, float* room) {
-  const T* row = static_cast<const T*>(data) + offset;
-  if constexpr (sizeof(T) == sizeof(float)) return row;
-  load_row(room, row, width);
+constexpr int64_t kStep = Vector::size();
+
+// What a thread keeps rows in: fp32 ones that must be widened, and a stream that is not stored.
+struct Room {
+  float *stream, *other, *gate, *factor, *shift;
+
+  explicit Room(int64_t width) {
+    Scratch& scratch = scratch_of_thread();
+    auto take = [&](Slot slot) { return scratch.take(slot, width); };
+    stream = take(kStream), other = take(kOther), gate = take(kGate), factor = take(kFactor), shift = take(kShift);
+  }
+};
+
+const float* row_of(const float* data, int64_t offset, int64_t, float*) { return data + offset; }
+
+const float* row_of(const uint16_t* data, int64_t offset, int64_t width, float* room) {
+  load_row(room, data + offset, width);
   return room;
 }
 
 template <typename T>
 const float* modulation_of(const Modulation& m, int64_t sample, int64_t token, int64_t width, float* room) {
-  return row_of<T>(m.data, sample * m.sample_stride + token * m.token_stride, width, room);
+  return row_of(static_cast<const T*>(m.data), sample * m.sample_stride + token * m.token_stride, width, room);
+}
+
+// each(i, n) for every vector of a row: n values from i on, kStep but for the last.
+template <typename Each>
+void for_vectors(int64_t width, const Each& each) {
+  int64_t i = 0;
+  for (; i + kStep <= width; i += kStep) each(i, kStep);
+  if (i < width) each(i, width - i);
+}
+
+// to = x + gate * y
+void add_gated(const float* x, const float* gate, const float* y, int64_t width, float* to) {
+  for_vectors(width, [&](int64_t i, int64_t n) {
+    const Vector sum = at::vec::fmadd(Vector::loadu(gate + i, n), Vector::loadu(y + i, n), Vector::loadu(x + i, n));
+    sum.store(to + i, static_cast<int>(n));
+  });
+}
+
+// to = (row - mean) / sqrt(variance + eps) * factor + shift
+void normalize(const float* row, const float* factor, const float* shift, double eps, int64_t width, float* to) {
+  Vector sum(0.0f), squares(0.0f);
+  for_vectors(width, [&](int64_t i, int64_t n) { sum = sum + Vector::loadu(row + i, n); });
+  const float mean = total(sum) / static_cast<float>(width);
+  const Vector centre(mean), zero(0.0f);
+  for_vectors(width, [&](int64_t i, int64_t n) {
+    const Vector off = Vector::set(zero, Vector::loadu(row + i, n) - centre, n);
+    squares = at::vec::fmadd(off, off, squares);
+  });
+  const Vector scale(1.0f / std::sqrt(total(squares) / static_cast<float>(width) + static_cast<float>(eps)));
+  for_vectors(width, [&](int64_t i, int64_t n) {
+    const Vector value = (Vector::loadu(row + i, n) - centre) * scale;
+    at::vec::fmadd(value, Vector::loadu(factor + i, n), Vector::loadu(shift + i, n)).store(to + i, static_cast<int>(n));
+  });
 }
 
 template <typename T>
-void one_row(const AdaNorm& a, int64_t sample, int64_t token, Scratch& scratch) {
+void one_row(const AdaNorm& a, int64_t sample, int64_t token, const Room& room) {
+  constexpr bool wide = sizeof(T) == sizeof(float);  // rows are read and written where they lie
   const int64_t width = a.width, place = (sample * a.tokens + token) * width;
-  float* room = scratch.take(kStream, width);
-  const float* stream = row_of<T>(a.x, place, width, room);
+  const float* row = row_of(static_cast<const T*>(a.x), place, width, room.stream);
   if (a.y != nullptr) {
-    const float* y = row_of<T>(a.y, place, width, scratch.take(kOther, width));
-    const float* gate = modulation_of<T>(a.gate, sample, token, width, scratch.take(kGate, width));
-    for (int64_t i = 0; i < width; ++i) room[i] = stream[i] + gate[i] * y[i];
-    store_row(static_cast<T*>(a.stream) + place, room, width);
-    stream = room;
+    const float* y = row_of(static_cast<const T*>(a.y), place, width, room.other);
+    T* stream = static_cast<T*>(a.stream) + place;
+    float* sum = room.stream;
+    if constexpr (wide) sum = stream;
+    add_gated(row, modulation_of<T>(a.gate, sample, token, width, room.gate), y, width, sum);
+    if constexpr (!wide) store_row(stream, sum, width);
+    row = sum;
   }
-  float mean = 0.0f, spread = 0.0f;
-  int64_t i = 0;
-  Vector lanes(0.0f);
-  for (; i + Vector::size() <= width; i += Vector::size()) lanes = lanes + Vector::loadu(stream + i);
-  mean = total(lanes);
-  for (; i < width; ++i) mean += stream[i];
-  mean /= static_cast<float>(width);
-  const Vector centre(mean);
-  lanes = Vector(0.0f);
-  for (i = 0; i + Vector::size() <= width; i += Vector::size()) {
-    const Vector off = Vector::loadu(stream + i) - centre;
-    lanes = at::vec::fmadd(off, off, lanes);
-  }
-  spread = total(lanes);
-  for (; i < width; ++i) spread += (stream[i] - mean) * (stream[i] - mean);
-  const float scale = 1.0f / std::sqrt(spread / static_cast<float>(width) + static_cast<float>(a.eps));
-  const float* factor = modulation_of<T>(a.factor, sample, token, width, scratch.take(kFactor, width));
-  const float* shift = modulation_of<T>(a.shift, sample, token, width, scratch.take(kShift, width));
   T* out = static_cast<T*>(a.out) + place;
-  float* result = scratch.take(kOther, width);
-  if constexpr (sizeof(T) == sizeof(float)) result = reinterpret_cast<float*>(out);
-  for (i = 0; i < width; ++i) result[i] = (stream[i] - mean) * scale * factor[i] + shift[i];
-  if constexpr (sizeof(T) != sizeof(float)) store_row(out, result, width);
+  float* result = room.other;
+  if constexpr (wide) result = out;
+  normalize(row, modulation_of<T>(a.factor, sample, token, width, room.factor),
+            modulation_of<T>(a.shift, sample, token, width, room.shift), a.eps, width, result);
+  if constexpr (!wide) store_row(out, result, width);
 }
 
 template <typename T>
 void all_rows(const AdaNorm& a, int threads) {
   const int64_t rows = a.samples * a.tokens;
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * a.width > 32768)
-  for (int64_t r = 0; r < rows; ++r) one_row<T>(a, r / a.tokens, r % a.tokens, scratch_of_thread());
+#pragma omp parallel num_threads(threads) if (rows * a.width > 32768)
+  {
+    const Room room(a.width);
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) one_row<T>(a, r / a.tokens, r % a.tokens, room);
+  }
 }
 
 }  // namespace
