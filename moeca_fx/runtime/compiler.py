@@ -20,6 +20,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
 from moeca_fx.passes.insert_cache import share_copy
+from moeca_fx.runtime.direct import DirectCall
 
 log = logging.getLogger("moeca_fx.compile")
 OFF = "MOECA_FX_COMPILE"
@@ -95,10 +96,17 @@ class CompiledStep:
         """Code of its own; what cannot be compiled runs eagerly from then on."""
         # Dynamo keeps code by code object, and code without guards would serve every later call: each has its own.
         module = share_copy(self.module)
-        options: dict[str, Any] = {} if open_batch else {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        options: dict[str, Any] = {}
         if self.device.type == "cpu" and _CALLS_OPERATORS_FROM_CPP:
             options["cpp_wrapper"] = True  # some three hundred calls a step cost less from C++ than from Python
-        compiled: Step = torch.compile(module.forward, fullgraph=True, dynamic=open_batch, options=options)
+        direct = DirectCall(module, options)
+        if open_batch:
+            compiled: Step = torch.compile(module.forward, fullgraph=True, dynamic=True, options=options)
+        else:
+            unguarded: Any = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+            compiled = torch.compile(
+                module.forward, fullgraph=True, dynamic=False, backend=direct.backend, options=unguarded
+            )
         made = False
         failed = False
 
@@ -106,6 +114,8 @@ class CompiledStep:
             nonlocal made, failed
             if failed:
                 return module.forward(*inputs)
+            if direct.ready:
+                return direct(*inputs)
             if made and not open_batch:  # without guards nothing is compiled again
                 return compiled(*inputs)
             try:
@@ -117,6 +127,7 @@ class CompiledStep:
                 failed = True
                 return module.forward(*inputs)
             made = True
+            direct.learn(inputs, result)
             return result
 
         return run
