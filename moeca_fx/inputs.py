@@ -8,12 +8,14 @@ again and again; so tensors that are not contiguous are copied at the door. Resu
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from moeca_fx.autocast import OFF, Autocast
 
 Inputs = TypeVar("Inputs")
 
@@ -24,13 +26,17 @@ def ordinary(inputs: Inputs) -> Inputs:
     Call it inside of `ordinary_mode`, else an inference tensor's copy is one again.
     """
 
-    def one(leaf: object) -> object:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.detach().clone(memory_format=torch.contiguous_format) if _is_odd(leaf) else leaf.detach()
-
-    made: Inputs = pytree.tree_map(one, inputs)
+    made: Inputs = pytree.tree_map(ordinary_leaf, inputs)
     return made
+
+
+def ordinary_leaf(leaf: Any) -> Any:
+    """One leaf of a structure, as `ordinary` has it."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if _is_odd(leaf):
+        return leaf.detach().clone(memory_format=torch.contiguous_format)
+    return leaf.detach() if leaf.requires_grad else leaf
 
 
 def _is_odd(tensor: Tensor) -> bool:
@@ -41,4 +47,17 @@ def _is_odd(tensor: Tensor) -> bool:
 def ordinary_mode() -> Iterator[None]:
     """Neither inference mode, whose tensors cannot be written to outside of it, nor gradients."""
     with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def no_modes() -> AbstractContextManager[None]:
+    """`ordinary_mode` without autocast; enters nothing where none of them is on, as in most sampling loops."""
+    if torch.is_inference_mode_enabled() or torch.is_grad_enabled() or Autocast.now() != OFF:
+        return _all_left()
+    return nullcontext()
+
+
+@contextmanager
+def _all_left() -> Iterator[None]:
+    with ordinary_mode(), OFF.around():
         yield

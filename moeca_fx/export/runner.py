@@ -28,8 +28,9 @@ from moeca_fx.passes import Compilation
 from moeca_fx.runtime.flops import StepFlops
 from moeca_fx.runtime.memory import MemoryReport
 from moeca_fx.runtime.options import MemoryOptions
-from moeca_fx.runtime.program import Program, Signature
+from moeca_fx.runtime.program import Program
 from moeca_fx.runtime.runtime import DEFAULT_CONTEXT, Runtime
+from moeca_fx.runtime.signature import Signature
 from moeca_fx.runtime.statistics import Statistics
 
 

@@ -1,8 +1,9 @@
 """Which linear is fastest on this CPU: torch's default, oneDNN's or the own; found by measuring, once a process.
 
 Default libraries copy a weight into an order of their own at every call, which few rows do not pay for; the own kernel
-reads it where it lies, or copies it where that is less than what it would copy of the rows. On CPUs where the default runs below the vector units' rate, oneDNN is faster from some number
-of rows on, by a tenth or several times. Vendor names tell nothing, so all are timed.
+reads it where it lies, or copies it where that is less than what it would copy of the rows. On CPUs where the default
+runs below the vector units' rate, oneDNN is faster from some number of rows on, by a tenth or several times. Vendor
+names tell nothing, so all are timed.
 """
 
 import functools

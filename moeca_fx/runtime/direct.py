@@ -84,7 +84,7 @@ def _route(
     result: tuple[Any, ...],
     own: set[int],
 ) -> _Route | None:
-    """None where something comes from elsewhere, or one call does not tell: a tensor as two inputs, sizes as results."""
+    """None where something is from elsewhere, or one call does not tell: a tensor as two inputs, sizes as results."""
     given = {id(leaf): number for number, leaf in enumerate(inputs) if isinstance(leaf, Tensor)}
     if len(given) < sum(isinstance(leaf, Tensor) for leaf in inputs):
         return None

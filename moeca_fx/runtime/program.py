@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from moeca_fx.autocast import Autocast
-from moeca_fx.batch import batch_axis, batch_size
 from moeca_fx.discover import MoERegion
 from moeca_fx.errors import InputError
 from moeca_fx.graph.sites import Sites
@@ -22,8 +20,6 @@ from moeca_fx.runtime.compiler import CompiledStep, say_once, why_not_compiled
 from moeca_fx.runtime.flops import StepFlops, filled_branches, measure_step_flops
 from moeca_fx.runtime.lock import one_at_a_time
 from moeca_fx.runtime.timestep import ANNOUNCED, Announced, find_timestep
-
-Signature = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -169,26 +165,6 @@ def _compiled_steps(work: Compilation) -> dict[str, CompiledStep]:
         say_once(f"graphs run eagerly, more slowly: {reason}")
         return {}
     return {name: CompiledStep(module, f"{name} step" if name else "model", device) for name, module in modules.items()}
-
-
-def signature_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Signature, list[Any], int]:
-    """What a call must share with another to run the same program, autocast too; its flat inputs and batch size.
-
-    Raises:
-        InputError: no tensor with a batch dimension.
-    """
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    batch = batch_size(args, kwargs)
-    return (spec, tuple(_describe(leaf, batch) for leaf in leaves), Autocast.now()), leaves, batch
-
-
-def _describe(leaf: Any, batch: int) -> Any:
-    if not isinstance(leaf, Tensor):
-        plain = isinstance(leaf, (int, float, str, bool, type(None), torch.dtype))
-        return (type(leaf), leaf if plain else repr(leaf))  # the type too: True == 1 == 1.0
-    axis = batch_axis(leaf, batch)
-    shape = tuple("batch" if index == axis else size for index, size in enumerate(leaf.shape))
-    return (shape, leaf.dtype, leaf.device)
 
 
 def check_finite(leaves: list[Any]) -> None:

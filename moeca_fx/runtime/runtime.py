@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from moeca_fx.autocast import OFF, Autocast
+from moeca_fx.autocast import Autocast
 from moeca_fx.discover import MoERegion
 from moeca_fx.errors import ConfigError, InputError, UnprovenRegionError, UnsupportedModelError
-from moeca_fx.inputs import ordinary, ordinary_mode
+from moeca_fx.inputs import no_modes, ordinary_leaf
 from moeca_fx.offloading import whole_model_hook, without_hook
 from moeca_fx.passes.insert_cache import detached_copy
 from moeca_fx.policies.policy import Policy
@@ -28,10 +28,11 @@ from moeca_fx.runtime.advice import Advice
 from moeca_fx.runtime.chunks import Chunk, join, split_batch
 from moeca_fx.runtime.memory import MemoryReport, report
 from moeca_fx.runtime.options import MemoryOptions
-from moeca_fx.runtime.program import Program, Signature, build_program, check_finite, finish_program, signature_of
+from moeca_fx.runtime.program import Program, build_program, check_finite, finish_program
 from moeca_fx.runtime.sample_axes import Axes, cut, find_axes
 from moeca_fx.runtime.session import Ended, Session
 from moeca_fx.runtime.shortage import is_out_of_memory, out_of_memory
+from moeca_fx.runtime.signature import Signature, Signatures
 from moeca_fx.runtime.statistics import Statistics
 from moeca_fx.runtime.timestep import ANNOUNCED, Announced, timestep_value
 from moeca_fx.runtime.trajectory import STOOD_STILL, Trajectory
@@ -71,9 +72,10 @@ class Runtime:
         self.timestep = timestep
         self.options = options
         self.compile = compile
-        self.programs: dict[Signature, Program] = {}
+        self.programs: dict[tuple[Any, ...], Program] = {}
         self.fixed: dict[Signature, str] = {}
-        self._axes: dict[Signature, Axes] = {}
+        self._axes: dict[Any, Axes] = {}
+        self._signatures = Signatures()
         self.trajectories: dict[Key, Trajectory] = {}
         self._active: ContextVar[str] = ContextVar("moeca_fx_context", default=DEFAULT_CONTEXT)
         self._session: ContextVar[Session | None] = ContextVar("moeca_fx_session", default=None)
@@ -104,7 +106,7 @@ class Runtime:
 
     def prepare(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
         """The program for such a call, compiled when it is the first of its kind."""
-        signature, leaves, batch = signature_of(args, kwargs)
+        signature, leaves, batch = self._signatures.of(args, kwargs)
         return self._program_of(model, signature, leaves, batch, self._first_chunk(batch))
 
     def _first_chunk(self, batch: int) -> Chunk:
@@ -115,6 +117,9 @@ class Runtime:
         self, model: nn.Module, signature: Signature, leaves: list[Any], batch: int, chunk: Chunk
     ) -> Program:
         """The program for a chunk of a call; that of the whole call unless the model's code fixes the batch size."""
+        known = self.programs.get(self._key_of(signature, chunk.size))
+        if known is not None:
+            return known
         args, kwargs = pytree.tree_unflatten(self._taken(model, signature, leaves, batch, chunk), signature[0])
         return self._program(model, args, kwargs, signature, chunk.size)
 
@@ -131,26 +136,24 @@ class Runtime:
     def _program(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], signature: Signature, batch: int
     ) -> Program:
-        key = self._key_of(signature, batch)
-        if key not in self.programs:
-            if len({kind[:2] for kind in self.programs}) == _MANY_PROGRAMS:
-                log.warning(
-                    "%s was compiled for %d kinds of inputs; a Python number that changes at every call is the usual "
-                    "cause: pass it as a tensor",
-                    type(model).__name__,
-                    _MANY_PROGRAMS,
-                )
-            plain_args, plain_kwargs = _detached(args), _detached(dict(kwargs))
-            view, storage, fixed = original_view(model), self.options.storage, self.fixed.get(signature)
-            with _autocast_of(signature).around():
-                regions = self._regions_of(view, plain_args, plain_kwargs)
-                program = build_program(
-                    view, regions, plain_args, plain_kwargs, self.policy, self.timestep, storage, self.compile, fixed
-                )
-            if program.why_fixed is not None:
-                self.fixed.setdefault(signature, program.why_fixed)
-            self._add(self._key_of(signature, batch), program)
-        return self.programs[self._key_of(signature, batch)]
+        if len({kind[:2] for kind in self.programs}) == _MANY_PROGRAMS:
+            log.warning(
+                "%s was compiled for %d kinds of inputs; a Python number that changes at every call is the usual "
+                "cause: pass it as a tensor",
+                type(model).__name__,
+                _MANY_PROGRAMS,
+            )
+        plain_args, plain_kwargs = _detached(args), _detached(dict(kwargs))
+        view, storage, fixed = original_view(model), self.options.storage, self.fixed.get(signature)
+        with _autocast_of(signature).around():
+            regions = self._regions_of(view, plain_args, plain_kwargs)
+            program = build_program(
+                view, regions, plain_args, plain_kwargs, self.policy, self.timestep, storage, self.compile, fixed
+            )
+        if program.why_fixed is not None:
+            self.fixed.setdefault(signature, program.why_fixed)
+        self._add(self._key_of(signature, batch), program)
+        return program
 
     def _regions_of(self, view: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[MoERegion, ...]:
         """The regions as they are proven under the autocast of now: other dtypes are another proof.
@@ -172,11 +175,11 @@ class Runtime:
             self._proven[now] = found
         return self._proven[now]
 
-    def _key_of(self, signature: Signature, batch: int) -> Signature:
+    def _key_of(self, signature: Signature, batch: int) -> tuple[Any, ...]:
         """Under which a call's program is kept."""
         return (*signature, batch) if signature in self.fixed else signature
 
-    def _add(self, key: Signature, program: Program) -> None:
+    def _add(self, key: tuple[Any, ...], program: Program) -> None:
         self._most_cached(program)
         self.programs[key] = program
 
@@ -203,10 +206,10 @@ class Runtime:
                 f"{type(model).__name__} is in training mode; caching is for inference: call .eval() first"
             )
         name = self._context_of(args, kwargs)
-        signature, _, batch = signature_of(args, kwargs)
+        signature, found, batch = self._signatures.of(args, kwargs)
         # Caches outlive the call, so they must not become inference tensors, which cannot be written to outside.
-        with ordinary_mode(), OFF.around():
-            leaves = ordinary(pytree.tree_leaves((args, dict(kwargs))))
+        with no_modes():
+            leaves = [ordinary_leaf(leaf) for leaf in found]
             program = self._program_of(model, signature, leaves, batch, self._first_chunk(batch))
             try:
                 return self._run(model, signature, program, leaves, batch, name)

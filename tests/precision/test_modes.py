@@ -3,7 +3,10 @@
 import copy
 import io
 import pickle
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 
 import moeca_fx
 from moeca_fx.errors import UnsupportedModelError
-from moeca_fx.inputs import ordinary, ordinary_mode
+from moeca_fx.inputs import no_modes, ordinary, ordinary_mode
 from moeca_fx.runtime.module import TransformedModel
 from tests.precision.models import KINDS, Kind, inputs_of, model_of
 from tests.precision.test_dtypes import EVERYTHING, difference
@@ -84,6 +87,21 @@ def test_inputs_that_are_not_contiguous(kind: Kind) -> None:
     for given in (grid, turned, grid[:1].expand(3, -1, -1), grid.repeat(2, 1, 1)[::2]):
         assert difference(fast(given, clock), model(given, clock)) <= 1e-5
     assert len(fast._moeca.programs) == 1
+
+
+@pytest.mark.parametrize(
+    "outside",
+    [torch.no_grad, torch.enable_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "grad", "inference", "autocast"],
+)
+def test_steps_run_without_the_modes_of_the_caller(outside: Callable[[], AbstractContextManager[Any]]) -> None:
+    with outside():
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+        with no_modes():
+            assert not torch.is_grad_enabled()
+            assert not torch.is_inference_mode_enabled()
+            assert not torch.is_autocast_enabled("cpu")
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")) == before
 
 
 def test_ordinary_inputs_are_not_copied() -> None:
