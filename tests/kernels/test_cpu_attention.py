@@ -1,5 +1,7 @@
 """Attention on a CPU, of all tokens and of some rows, against torch's and the reference."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -96,13 +98,26 @@ def test_attention_of_no_rows() -> None:
     assert empty.shape == (0, 2, 6)
 
 
+@pytest.fixture(params=[1, 2, 5])
+def some_threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With few threads there are samples enough for one to take all heads of a row."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [64, 37, 3])
-def test_few_rows_of_every_sample(dtype: torch.dtype, tokens: int) -> None:
+@pytest.mark.parametrize("heads_first", [False, True], ids=["tokens first", "heads first"])
+@pytest.mark.usefixtures("some_threads")
+def test_few_rows_of_every_sample(dtype: torch.dtype, tokens: int, heads_first: bool) -> None:
     counts = [min(count, tokens) for count in range(10)]  # one sample each
     row = torch.cat([torch.arange(count) + sample * tokens for sample, count in enumerate(counts)])
     query = torch.randn(len(row), 2, 20).to(dtype)
     key, value = torch.randn(10, tokens, 2, 20).to(dtype), torch.randn(10, tokens, 2, 48).to(dtype)
+    if heads_first:
+        key, value = (each.transpose(1, 2).contiguous().transpose(1, 2) for each in (key, value))
     expected = attention_rows(query.double(), key.double(), value.double(), row, None)
     found = ops.attention_rows(query, key, value, row, None)
     torch.testing.assert_close(found.double(), expected, rtol=_tolerance(dtype), atol=_tolerance(dtype))

@@ -95,14 +95,17 @@ Wide widened_rows(const Strip& rows, int64_t count, int64_t width, Slot slot, Sc
 
 // A vector of scores of every query, `tokens` apart; `keys` holds those tokens' keys transposed, [width, kLanes].
 template <int Q>
-void score(const float* query, int64_t width, const float* keys, float* scores, int64_t tokens) {
+void score(const float* query, int64_t width, const float* keys, float* scores, int64_t tokens, Ahead& ahead) {
+  Ahead own = ahead;  // in registers
   Lanes sums[Q];
   UNROLLED for (int q = 0; q < Q; ++q) sums[q] = Lanes{};
   for (int64_t i = 0; i < width; ++i) {
+    own.fetch();
     const Lanes key = load(keys + i * kLanes);
     UNROLLED for (int q = 0; q < Q; ++q) sums[q] += query[q * width + i] * key;
   }
   UNROLLED for (int q = 0; q < Q; ++q) store(sums[q], scores + q * tokens);
+  ahead = own;
 }
 
 float highest_of(const float* scores, int64_t tokens) {
@@ -134,11 +137,14 @@ void softmax_row(float* scores, int64_t tokens, float scale) {
 
 // result[q, V vectors] = scores[q, tokens] @ value[tokens, V vectors]
 template <int Q, int V>
-void mix(const float* scores, int64_t room, int64_t tokens, const Wide& value, float* result, int64_t width) {
+void mix(const float* scores, int64_t room, int64_t tokens, const Wide& value, float* result, int64_t width,
+         Ahead& ahead) {
+  Ahead own = ahead;
   Lanes sums[Q][V];
   UNROLLED for (int q = 0; q < Q; ++q)
     UNROLLED for (int v = 0; v < V; ++v) sums[q][v] = Lanes{};
   for (int64_t t = 0; t < tokens; ++t) {
+    UNROLLED for (int v = 0; v < V; ++v) own.fetch();
     Lanes row[V];
     UNROLLED for (int v = 0; v < V; ++v) row[v] = load(value.data + t * value.stride + v * kLanes);
     UNROLLED for (int q = 0; q < Q; ++q)
@@ -146,10 +152,11 @@ void mix(const float* scores, int64_t room, int64_t tokens, const Wide& value, f
   }
   UNROLLED for (int q = 0; q < Q; ++q)
     UNROLLED for (int v = 0; v < V; ++v) store(sums[q][v], result + q * width + v * kLanes);
+  ahead = own;
 }
 
 template <int Q>
-void attend_few(const Head& h, Scratch& scratch) {
+void attend_few(const Head& h, Ahead& ahead, Scratch& scratch) {
   constexpr int kVectors = kLanes == 16 ? 2 : 1;  // sums of eight queries fit into the registers
   float* query = scratch.take(kQuery, Q * h.width);
   load_rows(query, h.query, 0, Q, h.width);
@@ -160,31 +167,31 @@ void attend_few(const Head& h, Scratch& scratch) {
   float* keys = scratch.take(kRows, kLanes * h.width);
   for (int64_t t = 0; t < h.tokens; t += kLanes) {
     transpose(key.data + t * key.stride, key.stride, std::min(kLanes, h.tokens - t), h.width, keys, kLanes);
-    score<Q>(query, h.width, keys, scores + t, room);
+    score<Q>(query, h.width, keys, scores + t, room, ahead);
   }
   float* result = scratch.take(kResult, Q * h.value_width);
   for (int q = 0; q < Q; ++q) softmax_row(scores + q * room, h.tokens, h.scale);
   int64_t i = 0;
   for (; i + kVectors * kLanes <= h.value_width; i += kVectors * kLanes)
-    mix<Q, kVectors>(scores, room, h.tokens, {value.data + i, value.stride}, result + i, h.value_width);
+    mix<Q, kVectors>(scores, room, h.tokens, {value.data + i, value.stride}, result + i, h.value_width, ahead);
   for (; i < h.value_width; i += kLanes)
-    mix<Q, 1>(scores, room, h.tokens, {value.data + i, value.stride}, result + i, h.value_width);
+    mix<Q, 1>(scores, room, h.tokens, {value.data + i, value.stride}, result + i, h.value_width, ahead);
   for (int q = 0; q < Q; ++q) store_result(h, q, result + q * h.value_width);
 }
 
 }  // namespace
 
-void attend(const Head& h, Scratch& scratch) {
+void attend(const Head& h, Ahead& ahead, Scratch& scratch) {
   if (h.queries > kFewQueries || h.value_width % kLanes != 0) return attend_many(h, scratch);
   switch (h.queries) {
-    case 1: return attend_few<1>(h, scratch);
-    case 2: return attend_few<2>(h, scratch);
-    case 3: return attend_few<3>(h, scratch);
-    case 4: return attend_few<4>(h, scratch);
-    case 5: return attend_few<5>(h, scratch);
-    case 6: return attend_few<6>(h, scratch);
-    case 7: return attend_few<7>(h, scratch);
-    default: return attend_few<8>(h, scratch);
+    case 1: return attend_few<1>(h, ahead, scratch);
+    case 2: return attend_few<2>(h, ahead, scratch);
+    case 3: return attend_few<3>(h, ahead, scratch);
+    case 4: return attend_few<4>(h, ahead, scratch);
+    case 5: return attend_few<5>(h, ahead, scratch);
+    case 6: return attend_few<6>(h, ahead, scratch);
+    case 7: return attend_few<7>(h, ahead, scratch);
+    default: return attend_few<8>(h, ahead, scratch);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "ahead.h"
 #include "scratch.h"
 
 namespace moeca {
@@ -24,7 +25,7 @@ struct Head {
 
 constexpr int64_t kMostQueries = 64;  // of a head at a time: their scores stay in cache
 
-// out = softmax(scale * query @ key.T) @ value
-void attend(const Head& head, Scratch& scratch);
+// out = softmax(scale * query @ key.T) @ value; few queries fetch some lines of `ahead` meanwhile.
+void attend(const Head& head, Ahead& ahead, Scratch& scratch);
 
 }  // namespace moeca

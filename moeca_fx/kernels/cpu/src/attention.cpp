@@ -15,7 +15,8 @@ const void* at(const void* data, int64_t place, bool bfloat16) {
 }
 
 // Some queries of one sample, one head, from `query` on; the first of them is row `begin` of `out`.
-void run(const Attention& a, int64_t sample, int64_t head, const void* query, int64_t begin, int64_t queries) {
+void run(const Attention& a, int64_t sample, int64_t head, const void* query, int64_t begin, int64_t queries,
+         Ahead& ahead) {
   const int64_t kv = head / (a.heads / a.kv_heads), out_row = a.heads * a.value_width;
   auto of_sample = [&](const Heads& t) {
     return Strip{at(t.data, sample * t.sample + kv * t.head, a.bfloat16), t.token, a.bfloat16};
@@ -23,7 +24,17 @@ void run(const Attention& a, int64_t sample, int64_t head, const void* query, in
   void* out = const_cast<void*>(at(a.out, begin * out_row + head * a.value_width, a.bfloat16));
   attend({queries, a.tokens, a.width, a.value_width, {query, a.query.token, a.bfloat16}, of_sample(a.key),
           of_sample(a.value), a.scale, out, out_row},
-         scratch_of_thread());
+         ahead, scratch_of_thread());
+}
+
+// Keys and values of a sample, where each lie together.
+Ahead sample_of(const Attention& a, int64_t sample) {
+  auto bytes = [&](const Heads& t, int64_t width) {
+    const int64_t values = a.tokens * a.kv_heads * width;
+    return t.sample == values ? values * (a.bfloat16 ? 2 : 4) : 0;
+  };
+  return {at(a.key.data, sample * a.key.sample, a.bfloat16), bytes(a.key, a.width),
+          at(a.value.data, sample * a.value.sample, a.bfloat16), bytes(a.value, a.value_width)};
 }
 
 }  // namespace
@@ -33,9 +44,10 @@ void attention(const Attention& a, int threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (a.samples * each > 1)
   for (int64_t t = 0; t < a.samples * each; ++t) {
     const int64_t sample = t / each, head = t % each / blocks, first = t % blocks * kMostQueries;
+    Ahead nothing;
     const int64_t place = sample * a.query.sample + head * a.query.head + first * a.query.token;
     run(a, sample, head, at(a.query.data, place, a.bfloat16), sample * a.queries + first,
-        std::min(kMostQueries, a.queries - first));
+        std::min(kMostQueries, a.queries - first), nothing);
   }
 }
 
@@ -47,12 +59,20 @@ void attention_rows(const Attention& a, const int64_t* row, int64_t rows, int th
       starts.push_back(r);
   const int64_t blocks = static_cast<int64_t>(starts.size()), tasks = blocks * a.heads;
   starts.push_back(rows);
-  const int64_t each = blocks < 4 * threads ? 1 : a.heads;  // heads of a token are neighbours in memory
-#pragma omp parallel for schedule(dynamic, each) num_threads(threads) if (tasks > 4)
-  for (int64_t t = 0; t < tasks; ++t) {
-    const int64_t head = t % a.heads, begin = starts[t / a.heads], end = starts[t / a.heads + 1];
-    const void* query = at(a.query.data, begin * a.query.token + head * a.query.head, a.bfloat16);
-    run(a, row[begin] / a.tokens, head, query, begin, end - begin);
+  const bool together = blocks >= 4 * threads;  // heads of a token are neighbours in memory
+#pragma omp parallel num_threads(threads) if (tasks > 4)
+  {
+    Ahead ahead;
+#pragma omp for schedule(dynamic, together ? a.heads : 1)
+    for (int64_t t = 0; t < tasks; ++t) {
+      const int64_t head = t % a.heads, block = t / a.heads, begin = starts[block], end = starts[block + 1];
+      if (together && head == 0) {
+        const int64_t next = block + threads;  // most likely this thread's
+        ahead = next < blocks ? sample_of(a, row[starts[next]] / a.tokens) : Ahead();
+      }
+      const void* query = at(a.query.data, begin * a.query.token + head * a.query.head, a.bfloat16);
+      run(a, row[begin] / a.tokens, head, query, begin, end - begin, ahead);
+    }
   }
 }
 
