@@ -67,15 +67,15 @@ def _fastest(shape: tuple[int, int], without_onednn: bool) -> Fastest:
         return Fastest()
     with torch.inference_mode():
         weight = torch.randn(shape)
-
-        def own(count: int) -> float:
-            share = _share("the own kernel", count, weight)
-            return share if without_onednn else max(share, _share("the own kernel", count, weight, "oneDNN"))
-
-        last = last_faster(_ROW_COUNTS, own, _NO_SLOWER)
         onednn = None
         if not without_onednn:
             onednn = last_faster(reversed(_ROW_COUNTS), lambda count: _share("oneDNN", count, weight), _MARGIN)
+
+        def own(count: int) -> float:
+            beside_onednn = onednn is not None and count >= onednn
+            return _share("the own kernel", count, weight, "oneDNN" if beside_onednn else "the default")
+
+        last = last_faster(_ROW_COUNTS, own, _NO_SLOWER)
     return Fastest(sys.maxsize if last == _ROW_COUNTS[-1] else last or 0, onednn)
 
 
