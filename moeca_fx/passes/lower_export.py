@@ -23,6 +23,7 @@ from moeca_fx.graph.rewrite import call, finish
 from moeca_fx.ops import bounded, dispatch, forecast, rows, slots
 from moeca_fx.ops.attention_rows import attention_rows
 from moeca_fx.ops.grouped_linear import grouped_linear
+from moeca_fx.passes.slot_decisions import rewrite_decisions
 from moeca_fx.policies import branch
 
 Experts = Literal["padded", "unrolled", "dense"]
@@ -35,6 +36,8 @@ def lower_export(module: fx.GraphModule, experts: Experts = "padded") -> fx.Grap
     Raises:
         ExportError: an operation with a length that depends on data has no form for export.
     """
+    rewrite_decisions(module)
+    finish(module, "slot_decisions")
     lowering = _Lowering(module, experts)
     for node in list(module.graph.nodes):
         lowering.lower(node)

@@ -18,7 +18,7 @@ from moeca_fx.export.lengths import LENGTHS
 from moeca_fx.export.onnx.file import make_onnx, save_onnx
 from moeca_fx.export.onnx.translations import translations
 from moeca_fx.export.onnx.whole import NAMESPACE, WHOLE, Lengths
-from moeca_fx.ops import bounded, dispatch, rows, slots
+from moeca_fx.ops import bounded, dispatch, rows, slot_decisions, slots
 from moeca_fx.policies import branch
 from tests.helpers.grids import slow
 
@@ -108,6 +108,37 @@ def _decide(kind: Any) -> Callable[..., Any]:
     return decide
 
 
+def _decide_slots(kind: Any) -> Callable[..., Any]:
+    def decide(expert: Tensor, weight: Tensor, held: Tensor, then: Tensor, norm: Tensor, limit: Tensor) -> Any:
+        part = slot_decisions.part_of_norms(norm, 0.25)
+        by_slot, slot_expert, slot_weight, code = slot_decisions.decide_slots(
+            expert, weight, held, then, part, limit, 0.5, kind
+        )
+        return part, by_slot, slot_expert, slot_weight, code
+
+    return decide
+
+
+def _refresh(
+    expert: Tensor, weight: Tensor, held: Tensor, then: Tensor, norm: Tensor, limit: Tensor, force: Tensor
+) -> Any:
+    """The mask, and the weights of tokens that it leaves out."""
+    part = slot_decisions.part_of_norms(norm, 0.25)
+    mask, by_slot = slot_decisions.refreshed_tokens(expert, weight, held, then, part, limit, 0.5, "share")
+    forced = slot_decisions.forced_tokens(mask, force)
+    return mask, forced, torch.where(mask.unsqueeze(-1), 0.0, by_slot)
+
+
+def _refreshes(batch: int) -> list[tuple[Tensor, ...]]:
+    """Decisions in which some tokens match: those held what they are routed to, in another order."""
+    made = []
+    for expert, weight, held, then, norm, limit in _decisions(batch):
+        stays = torch.arange(TOKENS) > 1
+        held = torch.where(stays[:, None], expert.flip(-1), held)
+        made += [(expert, weight, held, then, norm, limit + 1, torch.tensor(force)) for force in (False, True)]
+    return made
+
+
 def _decisions(batch: int) -> list[tuple[Tensor, ...]]:
     made = []
     for seed in range(3):
@@ -194,6 +225,10 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[int], list[tuple[Tensor, ..
     "decide by raw weight": (_decide("raw"), _decisions),
     "decide by share of fp16 weights": (_decide("share"), _narrow_decisions),
     "decide by raw weight in fp16": (_decide("raw"), _narrow_decisions),
+    "decide_slots by share": (_decide_slots("share"), _decisions),
+    "decide_slots by raw weight": (_decide_slots("raw"), _decisions),
+    "decide_slots by share of fp16 weights": (_decide_slots("share"), _narrow_decisions),
+    "refreshed_tokens": (_refresh, _refreshes),
     "expert_threshold": (lambda a: branch.expert_threshold(a, 0.6, 0.5, "minmax"), _histories),
     "expert_threshold by tokens": (lambda a: branch.expert_threshold(a, 0.6, 0.5, "log"), _histories),
     "update_activation": (
@@ -285,7 +320,7 @@ def _run(session: onnxruntime.InferenceSession, case: tuple[Tensor, ...]) -> Ite
 
 
 # Another form of a case beside it.
-SLOW = ("grouped queries", "decide by raw weight", "expert_threshold by tokens")
+SLOW = ("grouped queries", "decide by raw weight", "decide_slots by raw weight", "expert_threshold by tokens")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy
+import onnx_ir
+
 from moeca_fx.export.onnx.values import (
+    FLOAT,
     INT64,
     Value,
     as_dtype,
@@ -28,6 +32,7 @@ from moeca_fx.ops.slots import RECOMPUTED, REUSED, UNMATCHED
 from moeca_fx.policies.branch import ALIKE_ENTROPIES
 
 _TINY = 1e-37  # its logarithm times zero is zero
+_HUGE = 1e38  # infinity over it is infinity
 
 
 def decide(
@@ -74,6 +79,112 @@ def decide(
     return slot, slot_expert, slot_weight_back, _back(code, expert)
 
 
+def part_of_norms(norm: Value, lambda2: float) -> Value:
+    """See `ops.slot_decisions.part_of_norms`; norms are never negative."""
+    total = op.Max(op.ReduceSum(norm, numbers(len(norm.shape) - 1), keepdims=1), real(_TINY, norm.dtype))
+    return op.Mul(op.Div(norm, total), real(lambda2, norm.dtype))
+
+
+def refreshed_tokens(
+    expert: Value,
+    weight: Value,
+    cached_expert: Value,
+    cached_weight: Value,
+    part: Value,
+    threshold: Value,
+    lambda1: float,
+    kind: str,
+) -> tuple[Value, Value]:
+    """See `ops.slot_decisions.refreshed_tokens`; weights are infinite where nothing matches, and so is the score."""
+    tokens, top_k = _fixed(expert)
+    same = op.Equal(_branches(expert), _slots(cached_expert))
+    offered = op.Where(same, _branches(weight), real(math.inf, weight.dtype))
+    by_slot = _back(op.ReduceMin(offered, numbers(0), keepdims=0), expert)
+    held = op.Max(cached_expert, with_axes(3, 0))  # an empty slot matches nothing
+    score = _score(_read_weight(by_slot, weight, kind), cached_weight, part, lambda1)
+    limit = _limit(threshold, held, tokens, top_k)
+    over = op.ReduceMax(op.Sub(score, limit), numbers(2), keepdims=0)
+    return op.Greater(over, op.Constant(value=onnx_ir.tensor([[0.0]], dtype=wide(weight.dtype)))), by_slot
+
+
+def decide_slots(
+    expert: Value,
+    weight: Value,
+    cached_expert: Value,
+    cached_weight: Value,
+    part: Value,
+    threshold: Value,
+    lambda1: float,
+    kind: str,
+) -> tuple[Value, Value, Value, Value]:
+    """See `ops.slot_decisions.decide_slots`."""
+    tokens, top_k = _fixed(expert)
+    ids = _branches(expert)
+    takes = _pair(op.Equal(ids, _slots(cached_expert)), top_k)
+    front = numbers(0)
+    slot_expert = _back(op.ReduceMax(op.Where(takes, ids, number(-1)), front, keepdims=0), expert)
+    taken = op.Where(takes, _branches(weight), real(0.0, weight.dtype))
+    by_slot = _back(op.ReduceSum(taken, front, keepdims=0), expert)
+    slot_weight = _read_weight(by_slot, weight, kind)
+    score = _score(slot_weight, cached_weight, part, lambda1)
+    above = op.Cast(op.Greater(score, _limit(threshold, slot_expert, tokens, top_k)), to=INT64)
+    code = op.Where(op.Equal(slot_expert, cached_expert), above, with_axes(3, UNMATCHED))
+    return by_slot, slot_expert, slot_weight, code
+
+
+def _branches(value: Value) -> Value:
+    """[B, T, k] -> [k, 1, R]."""
+    return op.Transpose(op.Reshape(value, numbers(-1, 1, _fixed(value)[1])), perm=[2, 1, 0])
+
+
+def _slots(value: Value) -> Value:
+    """[B, T, k] -> [1, k, R]."""
+    return op.Transpose(op.Reshape(value, numbers(1, -1, _fixed(value)[1])), perm=[0, 2, 1])
+
+
+def _pair(same: Value, top_k: int) -> Value:
+    """[k branch, k slot, R]: the slot of the same expert, or the i-th free slot for the i-th unmatched branch.
+
+    Ranks of both are sums over what is the same, so one product gives how far they differ; k**4 numbers a token are few
+    beside an expert's. Matched branches and taken slots are shifted by so much that they equal nothing. All are small
+    integers, exact in TF32 too.
+    """
+    lower, unit = numpy.tri(top_k), numpy.eye(top_k)
+    shift, ones = top_k + 1, numpy.ones((1, top_k))
+    branch, slot = shift * unit - lower, 3 * shift * unit - lower
+    weights = numpy.kron(branch, ones).repeat(top_k, 0) - numpy.tile(numpy.kron(ones, slot), (top_k, 1))
+    places = numpy.subtract.outer(numpy.arange(top_k), numpy.arange(top_k)).reshape(-1, 1)
+    constants = (op.Constant(value=onnx_ir.tensor(part.astype(numpy.float32))) for part in (weights, places))
+    weights, places = constants
+    flat = op.Reshape(op.Cast(same, to=FLOAT), numbers(top_k * top_k, -1))
+    apart = op.Gemm(weights, flat, places)
+    return op.Or(same, op.Reshape(op.Equal(apart, real(0.0, FLOAT)), numbers(top_k, top_k, -1)))
+
+
+def _read_weight(by_slot: Value, weight: Value, kind: str) -> Value:
+    """Weights [B, T, k] in slots as the score reads them."""
+    dtype = wide(weight.dtype)
+    by_slot = op.Cast(by_slot, to=dtype) if dtype != weight.dtype else by_slot
+    if kind != "share":
+        return by_slot
+    total = op.ReduceSum(as_dtype(weight, dtype), numbers(2), keepdims=1)
+    return op.Div(by_slot, op.Where(op.Equal(total, real(0.0, dtype)), real(_HUGE, dtype), total))
+
+
+def _score(weight_now: Value, weight_then: Value, part: Value, lambda1: float) -> Value:
+    """Eq. 9; a weight of now may be infinite."""
+    if not lambda1:
+        return op.Add(weight_now, part)
+    change = op.Abs(op.Sub(weight_now, weight_then))
+    return op.Add(op.Add(weight_now, op.Mul(change, real(lambda1, weight_then.dtype))), part)
+
+
+def _limit(threshold: Value, expert: Value, tokens: int, top_k: int) -> Value:
+    """Thresholds [B, E] of experts [B, T, k]."""
+    found = op.GatherElements(threshold, op.Reshape(expert, numbers(-1, tokens * top_k)), axis=1)
+    return op.Reshape(found, numbers(-1, tokens, top_k))
+
+
 def to_slots(value: Value, slot: Value) -> Value:
     """Slots are a permutation, so nothing of the scattered-into value is left."""
     return op.ScatterElements(value, slot, value, axis=-1)
@@ -108,9 +219,8 @@ def update_activation(activation: Value, expert: Value, beta: float) -> Value:
 
 def forced_code(code: Value, force: Value) -> Value:
     """See `ops.slots.forced_code`."""
-    rank = len(code.shape)
-    flag, none = op.Reshape(force, numbers(*[1] * rank)), op.Equal(code, with_axes(rank, REUSED))
-    return op.Where(op.And(flag, none), with_axes(rank, RECOMPUTED), code)
+    flag = op.Cast(op.Reshape(force, numbers(*[1] * len(code.shape))), to=code.dtype)
+    return op.Max(code, flag)  # RECOMPUTED is one more than REUSED
 
 
 def token_mask(code: Value) -> Value:

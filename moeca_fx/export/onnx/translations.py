@@ -27,7 +27,7 @@ from moeca_fx.export.onnx.values import (
     tokens_of,
 )
 from moeca_fx.export.onnx.whole import WHOLE, Lengths
-from moeca_fx.ops import bounded, dispatch, rows, slots
+from moeca_fx.ops import bounded, dispatch, rows, slot_decisions, slots
 from moeca_fx.ops.grouped_linear import grouped_linear
 from moeca_fx.policies import branch
 
@@ -105,6 +105,9 @@ _OF_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     branch.expert_threshold: decisions.expert_threshold,
     branch.decide: decisions.decide,
     branch.to_slots: decisions.to_slots,
+    slot_decisions.part_of_norms: decisions.part_of_norms,
+    slot_decisions.refreshed_tokens: decisions.refreshed_tokens,
+    slot_decisions.decide_slots: decisions.decide_slots,
     slots.forced_code: decisions.forced_code,
     slots.token_mask: decisions.token_mask,
     dispatch.combine_slots: _combine_slots,

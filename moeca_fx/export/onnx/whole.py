@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from moeca_fx.ops import bounded, dispatch, rows, slots
+from moeca_fx.ops import bounded, dispatch, rows, slot_decisions, slots
 from moeca_fx.passes.insert_cache import share_copy
 from moeca_fx.policies import branch
 
@@ -123,6 +123,29 @@ def _(value: Tensor, slot: Tensor) -> Any:
 def _(expert: Tensor, weight: Tensor, *rest: Any) -> Any:
     wide = torch.promote_types(weight.dtype, torch.float32)
     dtypes = (torch.int64, expert.dtype, wide, rest[-1])
+    return tuple(expert.new_empty(expert.shape, dtype=dtype) for dtype in dtypes)
+
+
+_DECISION = (
+    "(Tensor expert, Tensor weight, Tensor cached_expert, Tensor cached_weight, Tensor part, Tensor threshold, "
+    "float lambda1, str kind)"
+)
+
+
+@_whole(slot_decisions.part_of_norms, "(Tensor norm, float lambda2) -> Tensor")
+def _(norm: Tensor, lambda2: float) -> Any:
+    return torch.empty_like(norm)
+
+
+@_whole(slot_decisions.refreshed_tokens, f"{_DECISION} -> (Tensor, Tensor)")
+def _(expert: Tensor, weight: Tensor, *_: Any) -> Any:
+    return expert.new_empty(expert.shape[:2], dtype=torch.bool), torch.empty_like(weight)
+
+
+@_whole(slot_decisions.decide_slots, f"{_DECISION} -> (Tensor, Tensor, Tensor, Tensor)")
+def _(expert: Tensor, weight: Tensor, *_: Any) -> Any:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    dtypes = (weight.dtype, expert.dtype, wide, torch.int64)
     return tuple(expert.new_empty(expert.shape, dtype=dtype) for dtype in dtypes)
 
 
