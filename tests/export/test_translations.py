@@ -59,6 +59,12 @@ def _write(cache: Tensor, mask: Tensor, values: Tensor) -> Tensor:
     return bounded.write_rows(cache, row, rows.gather_rows(values, row, 0, 1).squeeze(1), valid)
 
 
+def _count(mask: Tensor) -> Any:
+    row, valid = bounded.select_rows(mask)
+    written = bounded.write_rows(mask.to(torch.int64), row, torch.zeros_like(row), valid)
+    return bounded.count_valid(valid), slots.count_padded(mask), written
+
+
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     row, valid = bounded.select_rows(mask)
     attended = bounded.attention_rows(rows.gather_rows(query, row, 0, 1).squeeze(1), key, value, row, mask, None)
@@ -243,6 +249,11 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[int], list[tuple[Tensor, ..
         lambda c, f: slots.forced_code(c, f),
         lambda b: [(c, torch.tensor(f)) for c in _codes(b) for f in (True, False)],
     ),
+    "padded experts": (
+        lambda x, w, b: (bounded.grouped_linear(x, w, None), bounded.grouped_linear(x, w, b)),
+        lambda _: [(_random(1, EXPERTS * 2, WIDTH), WEIGHT, _random(5, EXPERTS, WIDTH))],
+    ),
+    "rows counted": (_count, lambda b: [(mask,) for mask in _masks(b)]),
     "token_mask": (lambda c: slots.token_mask(c), lambda b: [(code,) for code in _codes(b)]),
     "combine_slots": (
         lambda f, w: dispatch.combine_slots(f, w),

@@ -65,10 +65,11 @@ def _attention_rows(query: Value, key: Value, value: Value, row: Value, mask: Va
     tokens = tokens_of(mask)
     count, first = rows_by_sample(mask)
     index = _count(number(tokens), op.ReduceMax(count, keepdims=0), "queries")
-    out = attend(query, key, value, row, first, index, scale)
+    local = op.Min(op.Add(first, index), op.Sub(op.Size(row), number(1)))  # [B, S]
+    out = attend(query, key, value, local, scale)
     sample = op.Div(row, number(tokens))
     entry = op.Range(number(0), op.Size(row), number(1))
-    column = op.Sub(entry, op.Gather(first, sample))
+    column = op.Sub(entry, op.Gather(op.Reshape(first, numbers(-1)), sample))
     column = op.Min(op.Max(column, number(0)), op.Sub(op.Size(index), number(1)))
     end = numbers(-1)
     place = op.Concat(op.Unsqueeze(sample, end), op.Unsqueeze(column, end), axis=-1)
@@ -121,12 +122,17 @@ def plan_padded(
     return op.Div(table, top_k_of(code)), owner, place
 
 
+def _count_valid(valid: Value) -> Value:
+    return op.ReduceSum(op.Cast(valid, to=INT64), keepdims=0)
+
+
 def _write_computed(cache: Value, values: Value, place: Value, code: Value, row: Value | None) -> Value:
     return write_branches(cache, take_branches(values, code, place), code, row)
 
 
 BOUNDED_LISTS: dict[Callable[..., Any], Callable[..., Any]] = {
     bounded.select_rows: _select_rows,
+    bounded.count_valid: _count_valid,
     bounded.valid_code: _valid_code,
     bounded.write_rows: _write_rows,
     bounded.attention_rows: _attention_rows,

@@ -7,7 +7,6 @@ give a runtime on a CPU R short loops for one long one.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -81,8 +80,7 @@ def decide(
 
 def part_of_norms(norm: Value, lambda2: float) -> Value:
     """See `ops.slot_decisions.part_of_norms`; norms are never negative."""
-    total = op.Max(op.ReduceSum(norm, numbers(len(norm.shape) - 1), keepdims=1), real(_TINY, norm.dtype))
-    return op.Mul(op.Div(norm, total), real(lambda2, norm.dtype))
+    return op.Mul(_part_of_sum(norm, norm.dtype), real(lambda2, norm.dtype))
 
 
 def refreshed_tokens(
@@ -99,7 +97,7 @@ def refreshed_tokens(
     tokens, top_k = _fixed(expert)
     same = op.Equal(_branches(expert), _slots(cached_expert))
     offered = op.Where(same, _branches(weight), real(math.inf, weight.dtype))
-    by_slot = _back(op.ReduceMin(offered, numbers(0), keepdims=0), expert)
+    by_slot = _in_slots(op.ReduceMin(offered, numbers(0), keepdims=0), weight)
     held = op.Max(cached_expert, with_axes(3, 0))  # an empty slot matches nothing
     score = _score(_read_weight(by_slot, weight, kind), cached_weight, part, lambda1)
     limit = _limit(threshold, held, tokens, top_k)
@@ -122,9 +120,9 @@ def decide_slots(
     ids = _branches(expert)
     takes = _pair(op.Equal(ids, _slots(cached_expert)), top_k)
     front = numbers(0)
-    slot_expert = _back(op.ReduceMax(op.Where(takes, ids, number(-1)), front, keepdims=0), expert)
+    slot_expert = _in_slots(op.ReduceMax(op.Where(takes, ids, number(-1)), front, keepdims=0), expert)
     taken = op.Where(takes, _branches(weight), real(0.0, weight.dtype))
-    by_slot = _back(op.ReduceSum(taken, front, keepdims=0), expert)
+    by_slot = _in_slots(op.ReduceSum(taken, front, keepdims=0), weight)
     slot_weight = _read_weight(by_slot, weight, kind)
     score = _score(slot_weight, cached_weight, part, lambda1)
     above = op.Cast(op.Greater(score, _limit(threshold, slot_expert, tokens, top_k)), to=INT64)
@@ -194,16 +192,19 @@ def expert_threshold(activation: Value, tau0: float, alpha: float, entropy_norm:
     """See `policies.branch.expert_threshold`."""
     dtype = activation.dtype
     of = partial(real, dtype=dtype)
-    share = _share(activation, dtype, axis=2)
+    tokens = _tokens(activation)
+    if entropy_norm == "log" and tokens == 1:
+        return op.Expand(of(tau0), op.Shape(activation, start=0, end=2))
+    share = _part_of_sum(activation, dtype)
     terms = op.Mul(share, op.Log(op.Max(share, of(_TINY))))
-    entropy = op.Neg(op.ReduceSum(terms, numbers(2), keepdims=0))  # [B, E]
+    total = op.ReduceSum(terms, numbers(2), keepdims=0)  # minus the entropy, [B, E]
     if entropy_norm == "log":
-        scaled = _of_tokens(entropy, _tokens(activation), of)
-    else:
-        low, high = (reduce(entropy, numbers(1), keepdims=1) for reduce in (op.ReduceMin, op.ReduceMax))
-        span = op.Sub(high, low)
-        alike = op.LessOrEqual(span, of(ALIKE_ENTROPIES))
-        scaled = op.Where(alike, of(0.5), op.Div(op.Sub(entropy, low), op.Where(alike, of(1.0), span)))
+        return op.Add(op.Mul(total, of(-2 * alpha * tau0 / math.log(tokens))), of((1 - alpha) * tau0))
+    entropy = op.Neg(total)
+    low, high = (reduce(entropy, numbers(1), keepdims=1) for reduce in (op.ReduceMin, op.ReduceMax))
+    span = op.Sub(high, low)
+    alike = op.LessOrEqual(span, of(ALIKE_ENTROPIES))
+    scaled = op.Where(alike, of(0.5), op.Div(op.Sub(entropy, low), op.Where(alike, of(1.0), span)))
     centred = op.Sub(op.Mul(scaled, of(2.0)), of(1.0))
     return op.Mul(op.Add(op.Mul(centred, of(alpha)), of(1.0)), of(tau0))
 
@@ -212,9 +213,9 @@ def update_activation(activation: Value, expert: Value, beta: float) -> Value:
     """See `ops.bounded.update_activation`."""
     experts, dtype = sizes(activation)[1], activation.dtype
     assert experts is not None, "the number of experts is fixed"
-    mine = op.Gather(one_hot(experts, dtype), expert, axis=0)  # [B, T, k, E]
+    mine = op.Gather(one_hot(experts, dtype, value=1.0 - beta), expert, axis=0)  # [B, T, k, E]
     chosen = op.Transpose(op.ReduceMax(mine, numbers(2), keepdims=0), perm=[0, 2, 1])
-    return op.Add(op.Mul(activation, real(beta, dtype)), op.Mul(chosen, real(1.0 - beta, dtype)))
+    return op.Add(op.Mul(activation, real(beta, dtype)), chosen)
 
 
 def forced_code(code: Value, force: Value) -> Value:
@@ -246,17 +247,17 @@ def _back(value: Value, like: Value) -> Value:
     return op.Reshape(op.Transpose(value, perm=[1, 0]), numbers(-1, *_fixed(like)))
 
 
+def _in_slots(value: Value, like: Value) -> Value:
+    """`_back` for a value of the dtype of `like`; its rows are known to be rows, so that views of them merge."""
+    rows = op.Transpose(value, perm=[1, 0])
+    rows.dtype, rows.shape = like.dtype, onnx_ir.Shape([None, _fixed(like)[1]])
+    return op.Reshape(rows, numbers(-1, *_fixed(like)))
+
+
 def _tokens(activation: Value) -> int:
     tokens = sizes(activation)[-1]
     assert tokens is not None, "the number of tokens is fixed"
     return tokens
-
-
-def _of_tokens(entropy: Value, tokens: int, of: Callable[[float], Value]) -> Value:
-    """Entropy over its largest, ``log T``."""
-    if tokens > 1:
-        return op.Div(entropy, of(math.log(tokens)))
-    return op.Expand(of(0.5), op.Shape(entropy))
 
 
 def _share(value: Value, dtype: Any, axis: int) -> Value:
@@ -264,6 +265,12 @@ def _share(value: Value, dtype: Any, axis: int) -> Value:
     total = op.ReduceSum(value, numbers(axis), keepdims=0)
     total = op.Where(op.Equal(total, real(0.0, dtype)), real(math.inf, dtype), total)
     return op.Div(value, op.Unsqueeze(total, numbers(axis)))
+
+
+def _part_of_sum(value: Value, dtype: Any) -> Value:
+    """What is never negative over its sum over the last axis, 0 where that is 0."""
+    total = op.ReduceSum(value, numbers(len(value.shape) - 1), keepdims=1)
+    return op.Div(value, op.Max(total, real(_TINY, dtype)))
 
 
 def _share_of_norms(value: Value, dtype: Any) -> Value:

@@ -30,6 +30,9 @@ from moeca_fx.export.onnx.values import (
 from moeca_fx.ops import bounded
 from moeca_fx.ops.slots import REUSED
 
+_ROW = "row"
+"""Under this what says which rows of a list are valid has in memory that list."""
+
 _BRANCHES = "branches"
 """Under this the places of a plan without gaps have in memory which branch each of its entries is."""
 
@@ -38,7 +41,14 @@ _END = 2**62
 
 def _select_rows(mask: Value) -> tuple[Value, Value]:
     row = op.Squeeze(op.NonZero(op.Reshape(mask, numbers(-1))), numbers(0))
-    return row, op.GreaterOrEqual(row, number(0))
+    valid = op.GreaterOrEqual(row, number(0))
+    valid.meta[_ROW] = row
+    return row, valid
+
+
+def _count_valid(valid: Value) -> Value:
+    """As many as the list has rows."""
+    return op.Squeeze(op.Shape(valid.meta[_ROW]), numbers(0))
 
 
 def _valid_code(code: Value, valid: Value) -> Value:
@@ -53,8 +63,9 @@ def _attention_rows(query: Value, key: Value, value: Value, row: Value, mask: Va
     """Padded to the fullest sample; the padded queries that are real are those of the list, in its order."""
     count, first = rows_by_sample(mask)
     column = op.Range(number(0), op.ReduceMax(count, keepdims=0), number(1))  # [S]
-    out = attend(query, key, value, row, first, column, scale)
-    is_real = op.Reshape(op.Less(column, op.Unsqueeze(count, numbers(1))), numbers(-1))
+    local = op.Add(first, op.Min(column, op.Sub(count, number(1))))  # -1, the last, where there are none before
+    out = attend(query, key, value, local, scale)
+    is_real = op.Reshape(op.Less(column, count), numbers(-1))
     heads, width = sizes(query)[1], sizes(value)[-1]
     assert heads is not None and width is not None, "heads and their width are fixed"
     flat = op.Reshape(out, numbers(-1, heads, width))
@@ -109,14 +120,15 @@ def _write_computed(cache: Value, values: Value, place: Value, code: Value, row:
         picked = op.NonZero(op.Greater(op.Reshape(code, flat), number(REUSED)))
         branch = op.Squeeze(picked, numbers(0))
         values = op.Gather(values, op.Gather(place, branch))
-    token = op.Div(branch, top_k)
-    token = token if row is None else op.Gather(row, token)
-    slot = op.Concat(places(token, tokens_of(cache)), op.Unsqueeze(op.Mod(branch, top_k), end), axis=-1)
+    token, tokens = op.Div(branch, top_k), tokens_of(cache)
+    place_of = places(token, tokens) if row is None else op.Gather(places(row, tokens), token)
+    slot = op.Concat(place_of, op.Unsqueeze(op.Mod(branch, top_k), end), axis=-1)
     return op.ScatterND(cache, slot, as_dtype(values, cache.dtype))
 
 
 EXACT_LISTS: dict[Callable[..., Any], Callable[..., Any]] = {
     bounded.select_rows: _select_rows,
+    bounded.count_valid: _count_valid,
     bounded.valid_code: _valid_code,
     bounded.write_rows: _write_rows,
     bounded.attention_rows: _attention_rows,

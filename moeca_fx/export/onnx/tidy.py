@@ -8,6 +8,7 @@ import torch
 from moeca_fx.errors import ExportError
 from moeca_fx.export.onnx.broadcasts import lengthen_loops
 from moeca_fx.export.onnx.edits import put
+from moeca_fx.export.onnx.matrices import rows_as_matrices
 from moeca_fx.export.onnx.transposes import drop_transposes
 from moeca_fx.export.onnx.views import merge_views
 
@@ -57,6 +58,7 @@ def tidy(model: Any, exact: bool = True) -> None:
 
     names = [value.name for value in model.graph.outputs]
     onnxscript.optimizer.fold_constants(model, onnx_shape_inference=False)
+    common.RemoveUnusedNodesPass()(model)  # readers that nothing reads would count
     lengthen_loops(model)
     drop_transposes(model)
     _weights_of_their_own(model)
@@ -64,6 +66,7 @@ def tidy(model: Any, exact: bool = True) -> None:
         _axes_from_the_front(model)
     _sizes_of_splits(model)
     _gather_into_outputs(model)
+    rows_as_matrices(model)
     merge_views(model)
     for part in (
         common.RemoveUnusedNodesPass(),

@@ -7,12 +7,14 @@ is in `bounded_lists` and `exact_lists`. Shapes are those of the functions that 
 from collections.abc import Callable
 from typing import Any
 
+import onnx_ir
 import torch
 
 from moeca_fx.export.onnx import decisions
 from moeca_fx.export.onnx.bounded_lists import BOUNDED_LISTS
 from moeca_fx.export.onnx.exact_lists import EXACT_LISTS
 from moeca_fx.export.onnx.given_lengths import GIVEN_LISTS
+from moeca_fx.export.onnx.padded_attention import count_padded
 from moeca_fx.export.onnx.tables import take_branches, write_branches
 from moeca_fx.export.onnx.values import (
     FLOAT,
@@ -59,6 +61,17 @@ def _grouped_linear(x: Value, weight: Value, bias: Value | None, offsets: Value)
     return op.Concat(*parts, axis=0)
 
 
+def _padded_linear(x: Value, weight: Value, bias: Value | None) -> Value:
+    """See `ops.bounded.grouped_linear`; no size of the table is computed."""
+    experts, width, depth = sizes(weight)
+    assert experts is not None and width is not None and depth is not None, "weights are of fixed sizes"
+    grouped = op.Reshape(x, numbers(experts, -1, depth))
+    out = op.MatMul(grouped, op.Transpose(weight, perm=[0, 2, 1]))
+    out = out if bias is None else op.Add(out, op.Unsqueeze(bias, numbers(1)))
+    out.dtype, out.shape = x.dtype, onnx_ir.Shape([experts, f"({x.shape[0]})//{experts}", width])
+    return op.Reshape(out, numbers(-1, width))
+
+
 def _combine_slots(feature: Value, weight: Value) -> Value:
     dtype = feature.dtype if feature.dtype == weight.dtype else FLOAT
     rows_of_weights = op.Unsqueeze(as_dtype(weight, dtype), numbers(2))
@@ -101,6 +114,7 @@ _OF_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     bounded.write_branches: write_branches,
     bounded.take_branches: take_branches,
     bounded.plan_dense: _plan_dense,
+    bounded.grouped_linear: _padded_linear,
     bounded.update_activation: decisions.update_activation,
     branch.expert_threshold: decisions.expert_threshold,
     branch.decide: decisions.decide,
@@ -109,6 +123,7 @@ _OF_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     slot_decisions.refreshed_tokens: decisions.refreshed_tokens,
     slot_decisions.decide_slots: decisions.decide_slots,
     slots.forced_code: decisions.forced_code,
+    slots.count_padded: count_padded,
     slots.token_mask: decisions.token_mask,
     dispatch.combine_slots: _combine_slots,
     dispatch.feature_norm: _feature_norm,

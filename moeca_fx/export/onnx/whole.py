@@ -100,6 +100,21 @@ def _(code: Tensor, slot_expert: Tensor, num_experts: int) -> Any:
     return tuple(code.new_empty(size, dtype=torch.int64) for size in sizes)
 
 
+@_whole(bounded.grouped_linear, "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+@_whole(bounded.count_valid, "(Tensor valid) -> Tensor")
+def _(valid: Tensor) -> Any:
+    return valid.new_empty((), dtype=torch.int64)
+
+
+@_whole(slots.count_padded, "(Tensor mask) -> Tensor")
+def _(mask: Tensor) -> Any:
+    return mask.new_empty((), dtype=torch.int64)
+
+
 @_whole(bounded.update_activation, "(Tensor activation, Tensor expert, float beta) -> Tensor")
 def _(activation: Tensor, *_: Any) -> Any:
     return activation.new_empty(activation.shape)

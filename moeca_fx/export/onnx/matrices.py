@@ -1,0 +1,90 @@
+"""Rows [M, 1, K] as the matrices that they are, so that a linear is one node with its bias.
+
+    Add(MatMul(x [M, 1, K], W), b)                     -->  Reshape(Gemm(Reshape(x, [-1, K]), W, b), [-1, 1, N])
+    Mul(Reshape(x, [-1, 1, N]), Reshape(y, [-1, 1, N]))  -->  Reshape(Mul(x, y), [-1, 1, N])
+
+What is computed entry by entry needs no view before it; the views that are left merge with others (`views`).
+"""
+
+from typing import Any
+
+from moeca_fx.export.onnx.edits import put
+
+_ENTRY_BY_ENTRY = ("Add", "Div", "Erf", "Gelu", "Mul", "Neg", "Relu", "Sigmoid", "Sub", "Tanh")
+
+
+def rows_as_matrices(model: Any) -> None:
+    """Both, wherever sizes are known; `model` is an `onnx_ir.Model`."""
+    for node in list(model.graph):
+        if node.op_type == "Add":
+            _add_in_product(model, node)
+    for node in list(model.graph):
+        if node.op_type in _ENTRY_BY_ENTRY:
+            _view_afterwards(model, node)
+
+
+def _add_in_product(model: Any, node: Any) -> None:
+    import onnx_ir
+
+    product, bias = node.inputs[0].producer(), node.inputs[1]
+    if product is None or product.op_type != "MatMul" or len(list(product.outputs[0].consumers())) != 1:
+        return
+    x, weight = product.inputs
+    made, sizes = node.outputs[0], [None if value.shape is None else list(value.shape) for value in (x, weight, bias)]
+    if None in sizes or made.is_graph_output() or product.outputs[0].is_graph_output():
+        return
+    of_x, of_weight, of_bias = sizes
+    if len(of_x) != 3 or of_x[1] != 1 or len(of_weight) != 2 or of_bias != of_weight[1:]:
+        return
+    if not all(isinstance(size, int) for size in of_weight):
+        return
+    rows = onnx_ir.Shape([of_x[0], of_weight[0]]), onnx_ir.Shape([of_x[0], of_weight[1]])
+    flat = _reshaped(model, node, x, [-1, of_weight[0]], rows[0])
+    gemm = onnx_ir.node("Gemm", [flat, weight, bias])
+    put(model, node, (gemm,))
+    gemm.outputs[0].type, gemm.outputs[0].shape = x.type, rows[1]
+    _stand_for(made, _reshaped(model, node, gemm.outputs[0], [-1, 1, of_weight[1]], made.shape))
+
+
+def _view_afterwards(model: Any, node: Any) -> None:
+    """Where all that a node reads are views of values of the same sizes."""
+    import onnx_ir
+
+    views, made = [value.producer() for value in node.inputs], node.outputs[0]
+    if any(view is None or view.op_type != "Reshape" for view in views) or made.is_graph_output():
+        return
+    roots = [view.inputs[0] for view in views]
+    if made.shape is None or any(not _of_one_shape(a, b) for a, b in zip(roots, roots[-1:] + roots, strict=False)):
+        return
+    if any(not _of_one_shape(value, made) for value in node.inputs):
+        return
+    first = onnx_ir.node(node.op_type, roots, node.attributes)
+    put(model, node, (first,))
+    first.outputs[0].type, first.outputs[0].shape = made.type, roots[0].shape
+    view = onnx_ir.node("Reshape", [first.outputs[0], views[0].inputs[1]])
+    put(model, node, (view,))
+    view.outputs[0].type, view.outputs[0].shape = made.type, made.shape
+    _stand_for(made, view.outputs[0])
+
+
+def _of_one_shape(a: Any, b: Any) -> bool:
+    """Whether both are known to be of the same sizes; an open size is known by its name."""
+    if a.shape is None or b.shape is None:
+        return False
+    return list(a.shape) == list(b.shape) and all(isinstance(size, int) or size.value is not None for size in a.shape)
+
+
+def _reshaped(model: Any, before: Any, value: Any, sizes: list[int], shape: Any) -> Any:
+    import onnx_ir
+
+    wanted = onnx_ir.node("Constant", [], {"value_ints": sizes})
+    view = onnx_ir.node("Reshape", [value, wanted.outputs[0]])
+    put(model, before, (wanted, view))
+    view.outputs[0].type, view.outputs[0].shape = value.type, shape
+    return view.outputs[0]
+
+
+def _stand_for(old: Any, new: Any) -> None:
+    from onnx_ir.convenience import replace_all_uses_with
+
+    replace_all_uses_with(old, new)
