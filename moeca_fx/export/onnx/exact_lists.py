@@ -10,6 +10,8 @@ their axes from the front: onnxruntime 1.31 gives an empty tensor a wrong shape 
 from collections.abc import Callable
 from typing import Any
 
+import onnx_ir
+
 from moeca_fx.export.onnx.padded_attention import attend, rows_by_sample
 from moeca_fx.export.onnx.tables import table_of, top_k_and_widths
 from moeca_fx.export.onnx.values import (
@@ -48,7 +50,9 @@ def _select_rows(mask: Value) -> tuple[Value, Value]:
 
 def _count_valid(valid: Value) -> Value:
     """As many as the list has rows."""
-    return op.Squeeze(op.Shape(valid.meta[_ROW]), numbers(0))
+    count = op.Shape(valid.meta[_ROW])
+    count.dtype, count.shape = INT64, onnx_ir.Shape([1])
+    return op.Squeeze(count, numbers(0))
 
 
 def _valid_code(code: Value, valid: Value) -> Value:

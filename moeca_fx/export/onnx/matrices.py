@@ -3,24 +3,36 @@
     Add(MatMul(x [M, 1, K], W), b)                     -->  Reshape(Gemm(Reshape(x, [-1, K]), W, b), [-1, 1, N])
     Mul(Reshape(x, [-1, 1, N]), Reshape(y, [-1, 1, N]))  -->  Reshape(Mul(x, y), [-1, 1, N])
 
+    Slice(Reshape(x [M, 3 * N], [-1, 1, 3, N]), 1, 2, 2)  -->  Reshape(Slice(x, N, 2 * N, 1), [-1, 1, 1, N])
+
 What is computed entry by entry needs no view before it; the views that are left merge with others (`views`).
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from moeca_fx.export.onnx.edits import put
+from moeca_fx.export.onnx.transposes import picked_entry
 
 _ENTRY_BY_ENTRY = ("Add", "Div", "Erf", "Gelu", "Mul", "Neg", "Relu", "Sigmoid", "Sub", "Tanh")
 
 
 def rows_as_matrices(model: Any) -> None:
-    """Both, wherever sizes are known; `model` is an `onnx_ir.Model`."""
+    """Linears, and what follows them entry by entry, wherever sizes are known; `model` is an `onnx_ir.Model`."""
     for node in list(model.graph):
         if node.op_type == "Add":
             _add_in_product(model, node)
     for node in list(model.graph):
         if node.op_type in _ENTRY_BY_ENTRY:
             _view_afterwards(model, node)
+
+
+def slice_matrices(model: Any) -> None:
+    """Slice matrices themselves, not views of them, wherever sizes are known."""
+    for node in list(model.graph):
+        if node.op_type == "Slice" and not node.outputs[0].is_graph_output():
+            _slice_matrix(model, node)
 
 
 def _add_in_product(model: Any, node: Any) -> None:
@@ -54,24 +66,50 @@ def _view_afterwards(model: Any, node: Any) -> None:
     if any(view is None or view.op_type != "Reshape" for view in views) or made.is_graph_output():
         return
     roots = [view.inputs[0] for view in views]
-    if made.shape is None or any(not _of_one_shape(a, b) for a, b in zip(roots, roots[-1:] + roots, strict=False)):
-        return
-    if any(not _of_one_shape(value, made) for value in node.inputs):
+    if not _of_one_shape(roots) or not _of_one_shape(node.inputs):
         return
     first = onnx_ir.node(node.op_type, roots, node.attributes)
     put(model, node, (first,))
-    first.outputs[0].type, first.outputs[0].shape = made.type, roots[0].shape
+    first.outputs[0].type, first.outputs[0].shape = roots[0].type, roots[0].shape
     view = onnx_ir.node("Reshape", [first.outputs[0], views[0].inputs[1]])
     put(model, node, (view,))
-    view.outputs[0].type, view.outputs[0].shape = made.type, made.shape
+    view.outputs[0].type, view.outputs[0].shape = node.inputs[0].type, node.inputs[0].shape
     _stand_for(made, view.outputs[0])
 
 
-def _of_one_shape(a: Any, b: Any) -> bool:
-    """Whether both are known to be of the same sizes; an open size is known by its name."""
-    if a.shape is None or b.shape is None:
-        return False
-    return list(a.shape) == list(b.shape) and all(isinstance(size, int) or size.value is not None for size in a.shape)
+def _slice_matrix(model: Any, node: Any) -> None:
+    """A slice of a matrix [M, N] seen as [M, 1, n, ..], of which it picks one of n: of N / n columns."""
+    import onnx_ir
+
+    picked, view = picked_entry(node, node.inputs[0]), node.inputs[0].producer()
+    if picked is None or view is None or view.op_type != "Reshape" or node.outputs[0].shape is None:
+        return
+    axis, start = picked
+    root, seen = view.inputs[0], node.inputs[0].shape
+    if root.shape is None or len(root.shape) != 2 or seen is None or list(seen)[0] != root.shape[0]:
+        return
+    sizes = list(seen)[1:]
+    if not all(isinstance(size, int) for size in sizes) or any(size != 1 for size in sizes[: axis - 1]) or not axis:
+        return
+    width = math.prod(sizes[axis:])
+    numbers = [onnx_ir.node("Constant", [], {"value_ints": [n]}) for n in (start * width, (start + 1) * width, 1)]
+    part = onnx_ir.node("Slice", [root, *(number.outputs[0] for number in numbers)])
+    put(model, node, (*numbers, part))
+    part.outputs[0].type, part.outputs[0].shape = root.type, onnx_ir.Shape([root.shape[0], width])
+    made = node.outputs[0]
+    rest = [-1, *(size for size in list(made.shape)[1:])]
+    _stand_for(made, _reshaped(model, node, part.outputs[0], rest, made.shape))
+
+
+def _of_one_shape(values: Sequence[Any]) -> bool:
+    """Whether all are known to be of the same sizes; an open size is known by its name."""
+    shapes = [None if value.shape is None else list(value.shape) for value in values]
+    first = shapes[0]
+    return (
+        first is not None
+        and all(shape == first for shape in shapes)
+        and all(isinstance(size, int) or size.value is not None for size in first)
+    )
 
 
 def _reshaped(model: Any, before: Any, value: Any, sizes: list[int], shape: Any) -> Any:

@@ -8,7 +8,8 @@ import torch
 from moeca_fx.errors import ExportError
 from moeca_fx.export.onnx.broadcasts import lengthen_loops
 from moeca_fx.export.onnx.edits import put
-from moeca_fx.export.onnx.matrices import rows_as_matrices
+from moeca_fx.export.onnx.matrices import rows_as_matrices, slice_matrices
+from moeca_fx.export.onnx.signs import fold_signs
 from moeca_fx.export.onnx.transposes import drop_transposes
 from moeca_fx.export.onnx.views import merge_views
 
@@ -60,6 +61,7 @@ def tidy(model: Any, exact: bool = True) -> None:
     onnxscript.optimizer.fold_constants(model, onnx_shape_inference=False)
     common.RemoveUnusedNodesPass()(model)  # readers that nothing reads would count
     lengthen_loops(model)
+    fold_signs(model)
     drop_transposes(model)
     _weights_of_their_own(model)
     if exact:
@@ -67,6 +69,8 @@ def tidy(model: Any, exact: bool = True) -> None:
     _sizes_of_splits(model)
     _gather_into_outputs(model)
     rows_as_matrices(model)
+    merge_views(model)
+    slice_matrices(model)
     merge_views(model)
     for part in (
         common.RemoveUnusedNodesPass(),

@@ -91,7 +91,7 @@ def _gather_rows(x: Value, row: Value, batch_axis: int, token_axis: int) -> Valu
     if None in rest:
         return op.Unsqueeze(op.GatherND(x, places(row, tokens_of(x))), numbers(1))
     flat = op.Reshape(x, numbers(-1, *(size or 0 for size in rest)))
-    return op.Unsqueeze(op.Gather(flat, row, axis=0), numbers(1))
+    return op.Gather(flat, op.Unsqueeze(row, numbers(1)), axis=0)
 
 
 def _gather_samples(x: Value, row: Value, tokens: int, batch_axis: int) -> Value:

@@ -36,7 +36,7 @@ def _drop(model: Any, node: Any) -> None:
     order, given = _order(node), node.inputs[0]
     if order == sorted(order):  # torch writes one before and after every indexed write of a cache
         replace_all_uses_with(node.outputs[0], given)
-        model.graph.remove(node)
+        model.graph.remove(node, safe=True)
         return
     sizes = [] if given.shape is None else [size if isinstance(size, int) else -1 for size in given.shape]
     if not sizes or sizes.count(-1) > 1 or 0 in sizes or not _moves_nothing(order, sizes):
@@ -46,7 +46,7 @@ def _drop(model: Any, node: Any) -> None:
     put(model, node, [wanted, view])
     _same(view.outputs[0], node.outputs[0])
     replace_all_uses_with(node.outputs[0], view.outputs[0])
-    model.graph.remove(node)
+    model.graph.remove(node, safe=True)
 
 
 def _slice_first(model: Any, node: Any) -> None:
@@ -67,6 +67,7 @@ def _slice_first(model: Any, node: Any) -> None:
         return
     for reader, pick, shape in zip(readers, picks, shapes, strict=True):
         axis = onnx_ir.node("Constant", [], {"value_ints": [order[pick]]})  # type: ignore[index]  # as above
+        axis.outputs[0].const_value = onnx_ir.tensor([order[pick]])
         part = onnx_ir.node("Slice", [given, *reader.inputs[1:3], axis.outputs[0]])
         turned = onnx_ir.node("Transpose", [part.outputs[0]], {"perm": order})
         put(model, reader, [axis, part, turned])
@@ -78,14 +79,19 @@ def _slice_first(model: Any, node: Any) -> None:
 
 
 def _picked(reader: Any, of: Any) -> int | None:
-    """The axis of which a node picks one entry by numbers that are known."""
+    picked = picked_entry(reader, of)
+    return None if picked is None else picked[0]
+
+
+def picked_entry(reader: Any, of: Any) -> tuple[int, int] | None:
+    """The axis of which a node picks one entry, and which, by numbers that are known."""
     if reader.op_type != "Slice" or reader.inputs[0] is not of or reader.outputs[0].is_graph_output():
         return None
     numbers = [None if value is None or value.const_value is None else value.const_value for value in reader.inputs[1:]]
     if len(numbers) not in (3, 4) or any(number is None or number.size != 1 for number in numbers):
         return None
     start, end, axis, *step = (int(number.numpy().item()) for number in numbers if number is not None)
-    return axis if axis >= 0 and start >= 0 and end == start + 1 and step in ([], [1]) else None
+    return (axis, start) if axis >= 0 and start >= 0 and end == start + 1 and step in ([], [1]) else None
 
 
 def _same(value: Any, old: Any) -> None:
