@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir
 
 from moeca_fx.export.onnx.padded_attention import attend, rows_by_sample
-from moeca_fx.export.onnx.tables import table_of, top_k_and_widths
+from moeca_fx.export.onnx.tables import NORM_OF, feature_norm, table_of, top_k_and_widths
 from moeca_fx.export.onnx.values import (
     FLOAT,
     INT64,
@@ -123,11 +123,20 @@ def _write_computed(cache: Value, values: Value, place: Value, code: Value, row:
     if branch is None:  # a table with gaps: pick from it
         picked = op.NonZero(op.Greater(op.Reshape(code, flat), number(REUSED)))
         branch = op.Squeeze(picked, numbers(0))
-        values = op.Gather(values, op.Gather(place, branch))
+        values = _taken(values, op.Gather(place, branch))
     token, tokens = op.Div(branch, top_k), tokens_of(cache)
     place_of = places(token, tokens) if row is None else op.Gather(places(row, tokens), token)
     slot = op.Concat(place_of, op.Unsqueeze(op.Mod(branch, top_k), end), axis=-1)
     return op.ScatterND(cache, slot, as_dtype(values, cache.dtype))
+
+
+def _taken(values: Value, place: Value) -> Value:
+    """Entries of a table; norms of those alone, whose features are taken anyway."""
+    feature = values.meta.get(NORM_OF)
+    source = values if feature is None else feature
+    taken = op.Gather(source, place)
+    taken.dtype, taken.shape = source.dtype, onnx_ir.Shape([None, *list(source.shape)[1:]])
+    return taken if feature is None else feature_norm(taken)
 
 
 EXACT_LISTS: dict[Callable[..., Any], Callable[..., Any]] = {
