@@ -1,8 +1,9 @@
 """`policies.branch.decide` for graphs of many small operations: what readers need of it and no more.
 
-    slot, slot_expert, slot_weight, code = decide(expert, weight, held, then, norm, ...)    by_slot = to_slots(weight, slot)
+    slot, slot_expert, slot_weight, code = decide(expert, weight, held, then, norm, ...)
+    by_slot = to_slots(weight, slot)
 -->
-    slot_weights, slot_expert, slot_weight, code = decide_slots(expert, weight, held, then, part_of_norms(norm), ...)
+    by_slot, slot_expert, slot_weight, code = decide_slots(expert, weight, held, then, part_of_norms(norm), ...)
 
 A decision that only says which tokens are refreshed pairs nothing: every branch of the other tokens has matched.
 """
@@ -36,8 +37,8 @@ def refreshed_tokens(
         part: [B, T, k] from `part_of_norms`.
 
     Returns:
-        mask [B, T] bool; weight [B, T, k] by slot, of any value where the slot's expert is not routed to any more. Where
-        the mask is false all branches have matched, so that their slots hold the experts that they held.
+        mask [B, T] bool; weight [B, T, k] by slot, of any value where the slot's expert is not routed to any more.
+        Where the mask is false all branches have matched, so that their slots hold the experts that they held.
     """
     same = expert.unsqueeze(-1) == cached_expert.unsqueeze(-2)  # [B, T, k branch, k slot]
     matched = same.any(-2)

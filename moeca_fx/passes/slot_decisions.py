@@ -50,9 +50,9 @@ class _Rewriting:
             part = self._part(node.args[4], node.args[7])
         expert, weight, held, then, _, threshold, lambda1, _, kind = node.args
         operands = (expert, weight, held, then, part, threshold, lambda1, kind)
-        with self.graph.inserting_after(node):
-            if not self._rewrite_provisional(node, results, readers, operands):
-                self._rewrite_final(node, results, readers, operands)
+        if not self._rewrite_provisional(node, results, readers, operands):
+            node.target, node.args = slot_decisions.decide_slots, operands
+            _replace(readers, slot)
         return True
 
     def _rewrite_provisional(
@@ -66,28 +66,25 @@ class _Rewriting:
         mask, force = masking
         if not all(_is_written_over(value, mask) for value in (slot_expert, *by_slot)):
             return False
+        node.target, node.args = slot_decisions.refreshed_tokens, operands
         with self.graph.inserting_before(mask):
-            made = call(self.graph, slot_decisions.refreshed_tokens, *operands, name=node.name)
-            refreshed = call(self.graph, operator.getitem, made, 0, name=f"{mask.name}_unforced" if force else mask.name)
-            weights = call(self.graph, operator.getitem, made, 1, name=f"{node.name}_weight")
-            if force is not None:
-                refreshed = call(self.graph, slot_decisions.forced_tokens, refreshed, force, name=mask.name)
-        held = operands[2]
-        _replace([mask], refreshed)
-        _replace([slot_expert], held)
+            refreshed = call(self.graph, operator.getitem, node, 0, name=f"{mask.name}_unforced")
+            weights = call(self.graph, operator.getitem, node, 1, name=f"{node.name}_weight")
+        if force is None:
+            _replace([mask], refreshed)
+        else:
+            mask.target, mask.args = slot_decisions.forced_tokens, (refreshed, force)
+        _replace([slot_expert], operands[2])
         _replace(by_slot, weights)
+        for result in results.values():
+            self._erase(result)
         return True
 
-    def _rewrite_final(
-        self, node: fx.Node, results: dict[Any, fx.Node], by_slot: list[fx.Node], operands: tuple[Any, ...]
-    ) -> None:
-        made = call(self.graph, slot_decisions.decide_slots, *operands, name=node.name)
-        with self.graph.inserting_after(made):
-            weights = call(self.graph, operator.getitem, made, 0, name=f"{node.name}_weight")
-        _replace(by_slot, weights)
-        for index, result in results.items():
-            if index != _SLOT:
-                result.args = (made, index)
+    def _erase(self, node: fx.Node) -> None:
+        """Erase a node and its readers, of which no output needs any."""
+        for reader in list(node.users):
+            self._erase(reader)
+        self.graph.erase_node(node)
 
     def _part(self, norm: Any, lambda2: Any) -> fx.Node:
         """The part of the score that norms are, computed before rows of them are gathered."""
@@ -129,6 +126,6 @@ def _is_written_over(value: fx.Node, mask: fx.Node) -> bool:
     )
 
 
-def _replace(old: Iterable[fx.Node], new: fx.Node) -> None:
+def _replace(old: Iterable[fx.Node], new: Any) -> None:
     for node in old:
-        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        node.replace_all_uses_with(new)

@@ -27,7 +27,7 @@ from moeca_fx.export.onnx.values import (
     wide,
     with_axes,
 )
-from moeca_fx.ops.slots import RECOMPUTED, REUSED, UNMATCHED
+from moeca_fx.ops.slots import REUSED, UNMATCHED
 from moeca_fx.policies.branch import ALIKE_ENTROPIES
 
 _TINY = 1e-37  # its logarithm times zero is zero

@@ -42,10 +42,12 @@ def _add_in_product(model: Any, node: Any) -> None:
     if product is None or product.op_type != "MatMul" or len(list(product.outputs[0].consumers())) != 1:
         return
     x, weight = product.inputs
-    made, sizes = node.outputs[0], [None if value.shape is None else list(value.shape) for value in (x, weight, bias)]
-    if None in sizes or made.is_graph_output() or product.outputs[0].is_graph_output():
+    made = node.outputs[0]
+    if any(value.shape is None for value in (x, weight, bias)):
         return
-    of_x, of_weight, of_bias = sizes
+    if made.is_graph_output() or product.outputs[0].is_graph_output():
+        return
+    of_x, of_weight, of_bias = (list(value.shape) for value in (x, weight, bias))
     if len(of_x) != 3 or of_x[1] != 1 or len(of_weight) != 2 or of_bias != of_weight[1:]:
         return
     if not all(isinstance(size, int) for size in of_weight):
@@ -86,7 +88,7 @@ def _slice_matrix(model: Any, node: Any) -> None:
         return
     axis, start = picked
     root, seen = view.inputs[0], node.inputs[0].shape
-    if root.shape is None or len(root.shape) != 2 or seen is None or list(seen)[0] != root.shape[0]:
+    if root.shape is None or len(root.shape) != 2 or seen is None or seen[0] != root.shape[0]:
         return
     sizes = list(seen)[1:]
     if not all(isinstance(size, int) for size in sizes) or any(size != 1 for size in sizes[: axis - 1]) or not axis:

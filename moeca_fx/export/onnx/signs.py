@@ -1,6 +1,6 @@
 """Signs that a constant table can carry: rotary positions turn half of what they read by a sign.
 
-    Mul(Concat(Neg(b), a), Gather(table, rows))  -->  Mul(Concat(b, a), Gather(table with those columns negated, rows))
+Mul(Concat(Neg(b), a), Gather(table, rows))  -->  Mul(Concat(b, a), Gather(table with those columns negated, rows))
 """
 
 from typing import Any
@@ -26,11 +26,9 @@ def _fold(model: Any, node: Any, place: int, tables: dict[Any, Any]) -> None:
 
     joined, factor = node.inputs[place].producer(), node.inputs[1 - place]
     signs = _signs(joined)
-    gather = factor.producer()
-    source = gather.inputs[0] if gather is not None and gather.op_type == "Gather" else factor
-    if signs is None or source.const_value is None or source is not factor and gather.attributes.get("axis") is None:
-        return
-    if source is not factor and gather.attributes["axis"].as_int() != 0:
+    gather = _gather_of_rows(factor)
+    source = factor if gather is None else gather.inputs[0]
+    if signs is None or source.const_value is None:
         return
     table = source.const_value.numpy()
     if table.ndim < 2 or table.shape[-1] != len(signs):
@@ -43,13 +41,21 @@ def _fold(model: Any, node: Any, place: int, tables: dict[Any, Any]) -> None:
     put(model, node, (concat,))
     concat.outputs[0].type, concat.outputs[0].shape = joined.outputs[0].type, joined.outputs[0].shape
     node.replace_input_with(place, concat.outputs[0])
-    if source is factor:
-        node.replace_input_with(1 - place, tables[key])
-        return
-    rows = onnx_ir.node("Gather", [tables[key], gather.inputs[1]], {"axis": 0})
-    put(model, node, (rows,))
-    rows.outputs[0].type, rows.outputs[0].shape = factor.type, factor.shape
-    node.replace_input_with(1 - place, rows.outputs[0])
+    signed = tables[key]
+    if gather is not None:
+        rows = onnx_ir.node("Gather", [signed, gather.inputs[1]], {"axis": 0})
+        put(model, node, (rows,))
+        signed = rows.outputs[0]
+        signed.type, signed.shape = factor.type, factor.shape
+    node.replace_input_with(1 - place, signed)
+
+
+def _gather_of_rows(value: Any) -> Any:
+    """What gathers a value along the first axis, if anything does."""
+    node = value.producer()
+    if node is None or node.op_type != "Gather":
+        return None
+    return node if "axis" not in node.attributes or node.attributes["axis"].as_int() == 0 else None
 
 
 def _signs(joined: Any) -> list[int] | None:

@@ -67,7 +67,7 @@ def _slice_first(model: Any, node: Any) -> None:
         return
     for reader, pick, shape in zip(readers, picks, shapes, strict=True):
         axis = onnx_ir.node("Constant", [], {"value_ints": [order[pick]]})  # type: ignore[index]  # as above
-        axis.outputs[0].const_value = onnx_ir.tensor([order[pick]])
+        axis.outputs[0].const_value = onnx_ir.tensor([order[pick]])  # type: ignore[index]  # as above
         part = onnx_ir.node("Slice", [given, *reader.inputs[1:3], axis.outputs[0]])
         turned = onnx_ir.node("Transpose", [part.outputs[0]], {"perm": order})
         put(model, reader, [axis, part, turned])

@@ -38,8 +38,12 @@ def with_axes(rank: int, value: int) -> Value:
 
 
 def one_hot(size: int, dtype: onnx_ir.DataType, rest: int = 0, value: float = 1.0) -> Value:
-    """`value` times the unit matrix [size + rest, size]; its rows cost less than comparisons with all numbers, those behind are 0."""
-    return op.Constant(value=onnx_ir.tensor(numpy.eye(size + rest, size, dtype=dtype.numpy()) * dtype.numpy().type(value), dtype=dtype))
+    """`value` times the unit matrix [size + rest, size].
+
+    Its rows cost less than comparisons with all numbers, those behind are 0."""
+    return op.Constant(
+        value=onnx_ir.tensor(numpy.eye(size + rest, size, dtype=dtype.numpy()) * dtype.numpy().type(value), dtype=dtype)
+    )
 
 
 def as_dtype(value: Value, dtype: onnx_ir.DataType) -> Value:
