@@ -51,7 +51,7 @@ class _Rewriting:
         expert, weight, held, then, _, threshold, lambda1, _, kind = node.args
         operands = (expert, weight, held, then, part, threshold, lambda1, kind)
         if not self._rewrite_provisional(node, results, readers, operands):
-            node.target, node.args = slot_decisions.decide_slots, operands
+            node.target, node.args, node.kwargs = slot_decisions.decide_slots, operands, {}
             _replace(readers, slot)
         return True
 
@@ -66,7 +66,7 @@ class _Rewriting:
         mask, force = masking
         if not all(_is_written_over(value, mask) for value in (slot_expert, *by_slot)):
             return False
-        node.target, node.args = slot_decisions.refreshed_tokens, operands
+        node.target, node.args, node.kwargs = slot_decisions.refreshed_tokens, operands, {}
         with self.graph.inserting_before(mask):
             refreshed = call(self.graph, operator.getitem, node, 0, name=f"{mask.name}_unforced")
             weights = call(self.graph, operator.getitem, node, 1, name=f"{node.name}_weight")

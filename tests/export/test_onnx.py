@@ -154,6 +154,12 @@ def test_nodes_say_where_in_the_model_they_come_from(folder: Path) -> None:
     assert str(DOCS.parent).encode() not in content and b"site-packages" not in content
 
 
+def test_every_node_is_read(folder: Path) -> None:
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    assert [node.name for node in graph.node if not read & set(node.output)] == []
+
+
 REFUSED_CALLS = {
     "batch": (lambda: (toy_inputs(6)[0], torch.zeros(6)), r"batches of 1 to 5, found \[6\]"),
     "two batches": (lambda: (toy_inputs(2)[0], torch.zeros(3)), r"found \[2, 3\]"),

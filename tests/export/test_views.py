@@ -45,6 +45,23 @@ def test_what_becomes_of_views(
     assert np.array_equal(run_onnx(model, x)[0], -x.reshape((rows, *result[1:])))
 
 
+@pytest.mark.parametrize(("read", "expected"), [(2, ["Unsqueeze", "Split"]), (1, ["Split", "Unsqueeze"])])
+def test_parts_of_a_matrix_that_are_given_an_axis(read: int, expected: list[str]) -> None:
+    nodes = [
+        helper.make_node("Split", ["x"], ["left", "right"], axis=1, num_outputs=2),
+        helper.make_node("Unsqueeze", ["left", "one"], ["first"]),
+        helper.make_node("Unsqueeze", ["right", "one"], ["second"]),
+        helper.make_node("Neg", ["first"], ["y"]),
+        helper.make_node("Neg", ["second" if read == 2 else "right"], ["z"]),
+    ]
+    model = onnx_model(nodes, [("x", FLOAT, ["n", 6])], [("y", FLOAT, None), ("z", FLOAT, None)], **SHAPES)
+    tidy(model)
+    assert [node.op_type for node in model.graph if node.op_type not in ("Constant", "Neg")] == expected
+    x = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    first, second = run_onnx(model, x)
+    assert np.array_equal(first, -x[:, None, :3]) and np.array_equal(second.reshape(4, 3), -x[:, 3:])
+
+
 def test_a_view_that_others_read_stays() -> None:
     nodes = [
         helper.make_node("Reshape", ["x", "heads"], ["heads_of"]),

@@ -88,10 +88,12 @@ def _slice_matrix(model: Any, node: Any) -> None:
         return
     axis, start = picked
     root, seen = view.inputs[0], node.inputs[0].shape
-    if root.shape is None or len(root.shape) != 2 or seen is None or seen[0] != root.shape[0]:
+    if root.shape is None or len(root.shape) != 2 or seen is None or not axis:
         return
     sizes = list(seen)[1:]
-    if not all(isinstance(size, int) for size in sizes) or any(size != 1 for size in sizes[: axis - 1]) or not axis:
+    if not all(isinstance(size, int) for size in sizes) or math.prod(sizes) != root.shape[1]:
+        return
+    if any(size != 1 for size in sizes[: axis - 1]):
         return
     width = math.prod(sizes[axis:])
     numbers = [onnx_ir.node("Constant", [], {"value_ints": [n]}) for n in (start * width, (start + 1) * width, 1)]
