@@ -1,6 +1,7 @@
 """Graphs as ONNX files, their weights beside them."""
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -98,22 +99,37 @@ def save_onnx(models: Mapping[str, Any], folder: Path, external: bool) -> None:
 
 
 def _share_weights(models: Sequence[Any], folder: Path) -> None:
-    """Move weights into one file; parameters of several graphs are of one name and one memory."""
+    """Move weights into one file, each once; several graphs may hold one under other names, turned by each of them."""
+    import onnx_ir
     from onnx_ir import external_data
 
-    weights: dict[tuple[str, int], list[Any]] = {}
+    weights: dict[Any, list[Any]] = {}
     for model in models:
         for value in model.graph.initializers.values():
-            tensor = value.const_value
-            if tensor is not None and tensor.nbytes > _SMALL:
-                place = tensor.raw.data_ptr() if isinstance(tensor.raw, torch.Tensor) else id(tensor.raw)
-                weights.setdefault((value.name, place), []).append(value)
+            if value.const_value is not None and value.const_value.nbytes > _SMALL:
+                weights.setdefault(_content(value.const_value), []).append(value)
     first = [values[0].const_value for values in weights.values()]
     for values, tensor in zip(
         weights.values(), external_data.convert_tensors_to_external(first, folder, WEIGHTS), strict=True
     ):
         for value in values:
-            value.const_value = tensor
+            value.const_value = onnx_ir.ExternalTensor(
+                tensor.location,
+                tensor.offset,
+                tensor.length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=value.name,
+                base_dir=tensor.base_dir,
+            )
+
+
+def _content(tensor: Any) -> tuple[Any, ...]:
+    """Equal for equal tensors alone."""
+    import numpy
+
+    bits = numpy.ascontiguousarray(tensor.numpy()).reshape(-1).view(numpy.uint8)
+    return tensor.dtype, tuple(tensor.shape), hashlib.blake2b(memoryview(bits)).digest()
 
 
 @contextlib.contextmanager
