@@ -129,7 +129,7 @@ def _content(tensor: Any) -> tuple[Any, ...]:
     import numpy
 
     bits = numpy.ascontiguousarray(tensor.numpy()).reshape(-1).view(numpy.uint8)
-    return tensor.dtype, tuple(tensor.shape), hashlib.blake2b(memoryview(bits)).digest()
+    return tensor.dtype, tuple(tensor.shape), hashlib.blake2b(bits.data).digest()
 
 
 @contextlib.contextmanager
