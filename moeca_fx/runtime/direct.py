@@ -40,6 +40,7 @@ class DirectCall:
         self._own = {id(tensor) for tensor in chain(module.parameters(), module.buffers())}
         self._options = options
         self._code: Code | None = None
+        self._learns = True
         self._seen: tuple[tuple[Any, ...], Sequence[Any]] | None = None
         self._route: _Route | None = None
 
@@ -50,7 +51,8 @@ class DirectCall:
 
         def run(*arguments: Any) -> Sequence[Any]:
             results = code(*arguments)
-            self._seen = (arguments, results)
+            if self._learns:
+                self._seen = (arguments, results)
             return results
 
         self._code = code
@@ -58,7 +60,7 @@ class DirectCall:
 
     def learn(self, inputs: tuple[Any, ...], result: Any) -> None:
         """Find the way of a call through Dynamo; where there is none that always holds, calls go on through it."""
-        seen, self._seen = self._seen, None
+        seen, self._seen, self._learns = self._seen, None, False
         if seen is not None and isinstance(result, tuple):
             self._route = _route(inputs, *seen, result, self._own)
 

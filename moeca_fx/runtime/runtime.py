@@ -74,7 +74,7 @@ class Runtime:
         self.compile = compile
         self.programs: dict[tuple[Any, ...], Program] = {}
         self.fixed: dict[Signature, str] = {}
-        self._axes: dict[Any, Axes] = {}
+        self._axes: dict[tuple[Any, ...], Axes] = {}
         self._signatures = Signatures()
         self.trajectories: dict[Key, Trajectory] = {}
         self._active: ContextVar[str] = ContextVar("moeca_fx_context", default=DEFAULT_CONTEXT)

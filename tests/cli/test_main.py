@@ -17,6 +17,16 @@ from moeca_fx.cli import main
 main()
 """
 
+WITHOUT_NUMPY = """
+import sys
+for name in ("numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime"):  # what the extras beyond `cli` bring
+    sys.modules[name] = None
+import moeca_fx.export, moeca_fx.zoo
+from moeca_fx.cli import main
+sys.argv = ["moeca-fx", "--version"]
+main()
+"""
+
 
 def test_version(run):
     result = run("--version")
@@ -34,6 +44,11 @@ def test_unknown_commands_and_options_exit_with_2(run):
     assert run("fly").exit_code == 2
     assert run("inspect").exit_code == 2
     assert run("inspect", "digits", "--what").exit_code == 2
+
+
+def test_the_command_needs_no_other_extra_to_start():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_NUMPY], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"moeca-fx {moeca_fx.__version__}\n"), done.stderr
 
 
 def test_without_the_extra_the_command_names_it():

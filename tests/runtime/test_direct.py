@@ -1,5 +1,6 @@
 """Compiled code called without Dynamo: the same results, and only where one call tells how."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -64,6 +65,16 @@ def test_weights_that_move_are_followed() -> None:
 def test_one_tensor_as_two_inputs_tells_nothing() -> None:
     x = torch.randn(2, 3)
     assert not learned(Layer(), x, x).ready
+
+
+def test_calls_through_dynamo_keep_no_tensors() -> None:
+    layer, x = Layer(), torch.randn(2, 3)
+    direct = DirectCall(layer, {})
+    run = compiled(layer, direct)
+    with torch.no_grad():
+        direct.learn((x, x), run(x, x))
+        later = weakref.ref(run(torch.randn(2, 3), torch.zeros(2, 3))[3])
+    assert not direct.ready and later() is None
 
 
 def test_results_in_a_list_are_left_to_dynamo() -> None:

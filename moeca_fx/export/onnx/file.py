@@ -14,7 +14,6 @@ from moeca_fx.errors import ExportError, require
 from moeca_fx.export.graph import ExportGraph
 from moeca_fx.export.lengths import GivenList
 from moeca_fx.export.onnx.names import label, name_nodes
-from moeca_fx.export.onnx.tidy import tidy
 from moeca_fx.export.onnx.whole import Lengths, keep_whole
 from moeca_fx.export.trace import quiet, trace, untraceable
 from moeca_fx.graph.sites import Sites
@@ -55,6 +54,7 @@ def make_onnx(
             f"opset: expected {OLDEST_OPSET} to {NEWEST_OPSET}, found {opset}; {OPSET} suits TensorRT too"
         )
     from moeca_fx.export.onnx.given_lengths import lengths_as_input
+    from moeca_fx.export.onnx.tidy import tidy
     from moeca_fx.export.onnx.translations import translations
 
     program = trace(replace(graph, module=label(keep_whole(graph.module), sites)), most)
