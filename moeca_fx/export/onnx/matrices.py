@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from moeca_fx.export.onnx.edits import put
+from moeca_fx.export.onnx.edits import put, reshaped
 from moeca_fx.export.onnx.transposes import picked_entry
 
 _ENTRY_BY_ENTRY = ("Add", "Div", "Erf", "Gelu", "Mul", "Neg", "Relu", "Sigmoid", "Sub", "Tanh")
@@ -53,11 +53,11 @@ def _add_in_product(model: Any, node: Any) -> None:
     if not all(isinstance(size, int) for size in of_weight):
         return
     rows = onnx_ir.Shape([of_x[0], of_weight[0]]), onnx_ir.Shape([of_x[0], of_weight[1]])
-    flat = _reshaped(model, node, x, [-1, of_weight[0]], rows[0])
+    flat = reshaped(model, node, x, [-1, of_weight[0]], x.type, rows[0])
     gemm = onnx_ir.node("Gemm", [flat, weight, bias])
     put(model, node, (gemm,))
     gemm.outputs[0].type, gemm.outputs[0].shape = x.type, rows[1]
-    _stand_for(made, _reshaped(model, node, gemm.outputs[0], [-1, 1, of_weight[1]], made.shape))
+    _stand_for(made, reshaped(model, node, gemm.outputs[0], [-1, 1, of_weight[1]], x.type, made.shape))
 
 
 def _view_afterwards(model: Any, node: Any) -> None:
@@ -102,7 +102,7 @@ def _slice_matrix(model: Any, node: Any) -> None:
     part.outputs[0].type, part.outputs[0].shape = root.type, onnx_ir.Shape([root.shape[0], width])
     made = node.outputs[0]
     rest = [-1, *(size for size in list(made.shape)[1:])]
-    _stand_for(made, _reshaped(model, node, part.outputs[0], rest, made.shape))
+    _stand_for(made, reshaped(model, node, part.outputs[0], rest, root.type, made.shape))
 
 
 def _of_one_shape(values: Sequence[Any]) -> bool:
@@ -114,16 +114,6 @@ def _of_one_shape(values: Sequence[Any]) -> bool:
         and all(shape == first for shape in shapes)
         and all(isinstance(size, int) or size.value is not None for size in first)
     )
-
-
-def _reshaped(model: Any, before: Any, value: Any, sizes: list[int], shape: Any) -> Any:
-    import onnx_ir
-
-    wanted = onnx_ir.node("Constant", [], {"value_ints": sizes})
-    view = onnx_ir.node("Reshape", [value, wanted.outputs[0]])
-    put(model, before, (wanted, view))
-    view.outputs[0].type, view.outputs[0].shape = value.type, shape
-    return view.outputs[0]
 
 
 def _stand_for(old: Any, new: Any) -> None:

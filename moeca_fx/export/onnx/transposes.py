@@ -6,7 +6,7 @@ Slice(Transpose(x [M, 1, 3, 4, 32], (2, 0, 3, 1, 4)), 1, 2, 0)     -->  Reshape(
 
 from typing import Any
 
-from moeca_fx.export.onnx.edits import put
+from moeca_fx.export.onnx.edits import put, reshaped
 
 
 def drop_transposes(model: Any) -> None:
@@ -30,7 +30,6 @@ def _moves_nothing(order: list[int], shape: list[Any]) -> bool:
 
 
 def _drop(model: Any, node: Any) -> None:
-    import onnx_ir
     from onnx_ir.convenience import replace_all_uses_with
 
     order, given = _order(node), node.inputs[0]
@@ -41,11 +40,9 @@ def _drop(model: Any, node: Any) -> None:
     sizes = [] if given.shape is None else [size if isinstance(size, int) else -1 for size in given.shape]
     if not sizes or sizes.count(-1) > 1 or 0 in sizes or not _moves_nothing(order, sizes):
         return
-    wanted = onnx_ir.node("Constant", [], {"value_ints": [sizes[axis] for axis in order]})
-    view = onnx_ir.node("Reshape", [given, wanted.outputs[0]])
-    put(model, node, [wanted, view])
-    _same(view.outputs[0], node.outputs[0])
-    replace_all_uses_with(node.outputs[0], view.outputs[0])
+    made = node.outputs[0]
+    view = reshaped(model, node, given, [sizes[axis] for axis in order], made.type, made.shape)
+    replace_all_uses_with(made, view)
     model.graph.remove(node, safe=True)
 
 

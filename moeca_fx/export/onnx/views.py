@@ -8,7 +8,7 @@ Unsqueeze(each of Split(x [B, 768], 6), 1)            -->  Split(Unsqueeze(x, 1)
 from collections.abc import Sequence
 from typing import Any
 
-from moeca_fx.export.onnx.edits import put
+from moeca_fx.export.onnx.edits import put, reshaped
 
 _VIEWS = ("Reshape", "Squeeze", "Unsqueeze")
 
@@ -28,7 +28,6 @@ def merge_views(model: Any) -> None:
 
 def _merge(model: Any, node: Any) -> None:
     """Let a view be one of what its input is a view of."""
-    import onnx_ir
     from onnx_ir.convenience import replace_all_uses_with
 
     inner = node.inputs[0].producer()
@@ -39,11 +38,7 @@ def _merge(model: Any, node: Any) -> None:
         return
     if sizes is None or root is node.inputs[0] or sizes.count(-1) > 1 or 0 in sizes:
         return
-    wanted = onnx_ir.node("Constant", [], {"value_ints": sizes})
-    view = onnx_ir.node("Reshape", [root, wanted.outputs[0]])
-    put(model, node, (wanted, view))
-    view.outputs[0].type, view.outputs[0].shape = made.type, made.shape
-    replace_all_uses_with(made, view.outputs[0])
+    replace_all_uses_with(made, reshaped(model, node, root, sizes, made.type, made.shape))
 
 
 def _sizes(view: Any) -> list[int] | None:

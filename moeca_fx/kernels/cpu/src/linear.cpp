@@ -49,46 +49,6 @@ Weight part_of(const Weight& w, int64_t first, int64_t some) {
   return part;
 }
 
-// panel[width, lanes of count] = x[count, width].T, zeros beyond.
-void load_panel(const float* x, int64_t count, int64_t width, float* panel, Scratch&) {
-  to_panel(x, count, width, panel);
-}
-
-void load_panel(const uint16_t* x, int64_t count, int64_t width, float* panel, Scratch& scratch) {
-  float* wide = scratch.take(kRowsIn, count * width);
-  load_row(wide, x, count * width);
-  to_panel(wide, count, width, panel);
-}
-
-// y[count, some], `stride` apart, from panel[some, lanes].
-void store_panel(const float* panel, int64_t lanes, int64_t count, int64_t some, float* y, int64_t stride, Scratch&) {
-  transpose(panel, lanes, some, count, y, stride);
-}
-
-void store_panel(const float* panel, int64_t lanes, int64_t count, int64_t some, uint16_t* y, int64_t stride,
-                 Scratch& scratch) {
-  float* rows = scratch.take(kRowsOut, count * some);
-  from_panel(panel, lanes, count, some, rows);
-  for (int64_t r = 0; r < count; ++r) store_row(y + r * stride, rows + r * some, some);
-}
-
-// Few rows as they are: they take dot products.
-template <typename T>
-void run_few(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, int threads) {
-  const int64_t each = std::max(kStrip, (w.outputs / (2 * threads) + kStrip - 1) / kStrip * kStrip);
-  const int64_t strips = (w.outputs + each - 1) / each;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (rows * w.outputs * w.inputs > 1 << 16)
-  for (int64_t t = 0; t < strips; ++t) {
-    Scratch& scratch = scratch_of_thread();
-    const int64_t first = t * each, some = std::min(each, w.outputs - first);
-    float* wide = scratch.take(kRowsIn, rows * w.inputs);
-    load_row(wide, x, rows * w.inputs);
-    float* out = scratch.take(kRowsOut, rows * some);
-    multiply_dots(part_of<T>(w, first, some), bias == nullptr ? nullptr : bias + first, wide, rows, out, scratch);
-    for (int64_t r = 0; r < rows; ++r) store_row(y + r * w.outputs + first, out + r * some, some);
-  }
-}
-
 // Rows as they lie in fp32, widened otherwise.
 const float* wide_rows(const float* x, int64_t, Scratch&) { return x; }
 
@@ -109,6 +69,22 @@ void make_rows(uint16_t* y, int64_t stride, int64_t count, int64_t some, Scratch
   float* wide = scratch.take(kRowsOut, count * some);
   product(wide, some);
   for (int64_t r = 0; r < count; ++r) store_row(y + r * stride, wide + r * some, some);
+}
+
+// Few rows as they are: they take dot products.
+template <typename T>
+void run_few(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, int threads) {
+  const int64_t each = std::max(kStrip, (w.outputs / (2 * threads) + kStrip - 1) / kStrip * kStrip);
+  const int64_t strips = (w.outputs + each - 1) / each;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (rows * w.outputs * w.inputs > 1 << 16)
+  for (int64_t t = 0; t < strips; ++t) {
+    Scratch& scratch = scratch_of_thread();
+    const int64_t first = t * each, some = std::min(each, w.outputs - first);
+    const float* from = wide_rows(x, rows * w.inputs, scratch);
+    float* out = scratch.take(kRowsOut, rows * some);
+    multiply_dots(part_of<T>(w, first, some), bias == nullptr ? nullptr : bias + first, from, rows, out, scratch);
+    for (int64_t r = 0; r < rows; ++r) store_row(y + r * w.outputs + first, out + r * some, some);
+  }
 }
 
 // One output or a handful: dot products along the rows.
@@ -177,14 +153,15 @@ void linear(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, int 
     const int64_t row = tiles.first_row(t / tiles.strips);
     const int64_t count = std::min(rows, tiles.first_row(t / tiles.strips + 1)) - row, lanes = lanes_of(count);
     float* input = scratch.take(kInput, lanes * w.inputs);
-    load_panel(x + row * w.inputs, count, w.inputs, input, scratch);
+    to_panel(wide_rows(x + row * w.inputs, count * w.inputs, scratch), count, w.inputs, input);
     const int64_t begin = t % tiles.strips * tiles.outputs, end = std::min(w.outputs, begin + tiles.outputs);
     for (int64_t first = begin; first < end; first += kOutputs) {
       const int64_t some = std::min(kOutputs, end - first);
       float* product = scratch.take(kProduct, lanes * some);
       multiply_panel(part_of<T>(w, first, some), bias == nullptr ? nullptr : bias + first, input, lanes, product,
                      scratch);
-      store_panel(product, lanes, count, some, y + row * w.outputs + first, w.outputs, scratch);
+      make_rows(y + row * w.outputs + first, w.outputs, count, some, scratch,
+                [&](float* to, int64_t stride) { transpose(product, lanes, some, count, to, stride); });
     }
   }
 }
