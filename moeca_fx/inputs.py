@@ -50,9 +50,9 @@ def ordinary_mode() -> Iterator[None]:
         yield
 
 
-def no_modes() -> AbstractContextManager[None]:
-    """`ordinary_mode` without autocast; enters nothing where none of them is on, as in most sampling loops."""
-    if torch.is_inference_mode_enabled() or torch.is_grad_enabled() or Autocast.now() != OFF:
+def no_modes(autocast: Autocast) -> AbstractContextManager[None]:
+    """`ordinary_mode` without the `autocast` of now; enters nothing where no mode is on, as in most sampling loops."""
+    if torch.is_inference_mode_enabled() or torch.is_grad_enabled() or autocast != OFF:
         return _all_left()
     return nullcontext()
 

@@ -28,6 +28,7 @@ from moeca_fx.passes.normalize import normalize
 from moeca_fx.passes.pack_stream import pack_stream
 from moeca_fx.passes.pair_rotary import pair_rotary
 from moeca_fx.passes.patch_linear import patch_linear
+from moeca_fx.passes.sibling_linears import sibling_linears
 from moeca_fx.passes.store_caches import store_caches
 from moeca_fx.passes.vectorize_experts import vectorize_experts
 from moeca_fx.policies.policy import Policy
@@ -111,6 +112,7 @@ def _lower_linear(work: Compilation) -> Compilation:
         patch_linear(module)
         narrow_linear(module)
         lower_linear(module)
+        sibling_linears(module)
     return work
 
 

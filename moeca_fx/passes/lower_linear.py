@@ -3,6 +3,7 @@
     y = aten.linear(x, W, b)   -->   y = moeca_cpu.chosen_linear(x, W, b, 64, 128)     fp32: the own kernel up to 64
                                                                                        rows, oneDNN from 128 on
                                -->   y = aten.linear(x, W)                             fp32, else
+                               -->   y = mul(x, W.flatten()) + b                       fp32, of one input
                                -->   y = moeca_cpu.linear(x, W, b)                     bf16: fp32 products of widened
                                                                                        panels
 
@@ -42,13 +43,37 @@ def _linears(module: fx.GraphModule, dtype: torch.dtype) -> list[fx.Node]:
 def _lower_fp32(module: fx.GraphModule, linears: list[fx.Node], *, rows_vary: bool) -> int:
     """The fastest by the size of the weight and the number of rows, and biases apart."""
     split = _split_biases(module, [node for node in linears if rows_vary or example_value(node).dim() == 3])
+    single = [node for node in linears if _inputs(node) == 1]
+    for node in single:
+        _multiply(module.graph, node)
     chosen = {}
     for node in linears:
+        if node in single:
+            continue
         fastest = fastest_linear(_weight_values(module, node), rows_vary=rows_vary)
         if not fastest.never(_fewest_rows(node)):
             chosen[node] = (fastest.own_up_to, fastest.onednn_from)
     target = torch.ops.moeca_cpu.chosen_linear.default if chosen else None
-    return max(split, _retarget(module, target, chosen))
+    return max(split, _retarget(module, target, chosen) + len(single))
+
+
+def _inputs(node: fx.Node) -> int:
+    """Values of a row of a linear; 0 where nothing tells."""
+    assert isinstance(node.args[0], fx.Node), "a linear's rows are a node"
+    value = example_value(node.args[0])
+    return int(value.shape[-1]) if isinstance(value, torch.Tensor) else 0
+
+
+def _multiply(graph: fx.Graph, node: fx.Node) -> None:
+    """A linear of one input as the product that it is, which fuses with what follows."""
+    x, weight, *rest = node.args
+    with graph.inserting_before(node):
+        factor = call(graph, aten.reshape.default, weight, [-1], name=f"{node.name}_factor")
+        made = call(graph, aten.mul.Tensor, x, factor, name=f"{node.name}_product", like=node)
+        if rest and rest[0] is not None:
+            made = call(graph, aten.add.Tensor, made, rest[0], name=f"{node.name}_sum", like=node)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
 
 
 def _weight_values(module: fx.GraphModule, node: fx.Node) -> int:

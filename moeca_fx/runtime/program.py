@@ -108,12 +108,17 @@ class Program:
     def split(self, results: tuple[Any, ...]) -> tuple[Any, list[Tensor]]:
         """The model's own result and the flat rest; results in a cache's memory are copied: later steps write there."""
         rest = list(results[self.outputs :])
-        held = {tensor.untyped_storage().data_ptr() for tensor in rest}
+        held = {_memory(tensor) for tensor in rest}
         own = [
-            leaf.clone() if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() in held else leaf
+            leaf.clone() if isinstance(leaf, Tensor) and _memory(leaf) in held else leaf
             for leaf in results[: self.outputs]
         ]
         return pytree.tree_unflatten(own, self.out_spec), rest
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where the tensor's storage begins; asking the storage itself would make an object of it."""
+    return tensor.data_ptr() - int(tensor.storage_offset()) * tensor.element_size()
 
 
 @one_at_a_time

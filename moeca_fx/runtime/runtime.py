@@ -34,7 +34,7 @@ from moeca_fx.runtime.session import Ended, Session
 from moeca_fx.runtime.shortage import is_out_of_memory, out_of_memory
 from moeca_fx.runtime.signature import Signature, Signatures
 from moeca_fx.runtime.statistics import Statistics
-from moeca_fx.runtime.timestep import ANNOUNCED, Announced, timestep_value
+from moeca_fx.runtime.timestep import ANNOUNCED, Announced, Times, timestep_value
 from moeca_fx.runtime.trajectory import STOOD_STILL, Trajectory
 
 log = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ class Runtime:
         name = self._context_of(args, kwargs)
         signature, found, batch = self._signatures.of(args, kwargs)
         # Caches outlive the call, so they must not become inference tensors, which cannot be written to outside.
-        with no_modes():
+        with no_modes(_autocast_of(signature)):
             leaves = [ordinary_leaf(leaf) for leaf in found]
             program = self._program_of(model, signature, leaves, batch, self._first_chunk(batch))
             try:
@@ -325,7 +325,7 @@ class Runtime:
         # A probed value may be a view of the caller's tensors.
         return value.clone(), math.nan if trajectory.probed is None else float(change), prefix
 
-    def _choose(self, trajectory: Trajectory, timestep: Tensor | None, change: float) -> int:
+    def _choose(self, trajectory: Trajectory, timestep: Times | None, change: float) -> int:
         """`FULL` or the position of a rule."""
         assert self.policy is not None
         self.advice.other_length(trajectory.step, over=False)
@@ -353,7 +353,7 @@ class Runtime:
         program: Program,
         batch: int,
         call_batch: int,
-        timestep: Tensor | None,
+        timestep: Times | None,
         session: Session | None,
     ) -> Trajectory:
         current, reason = self.trajectories.get(key), ""

@@ -20,6 +20,8 @@ class Announced(Enum):
 
 
 ANNOUNCED: Final = Announced.ANNOUNCED
+Times = tuple[float, ...]
+"""Timesteps of a call as Python numbers: comparing a few costs less than an operation on tensors."""
 aten = torch.ops.aten
 _WAVES = (aten.sin.default, aten.cos.default)
 _COMMON_NAMES = ("t", "timestep", "timesteps", "time", "sigma", "sigmas")
@@ -107,16 +109,17 @@ def _leads_to_wave(placeholder: fx.Node) -> bool:
     return False
 
 
-def timestep_value(leaf: Tensor) -> Tensor:
-    """The timesteps of a call as fp64 on the host, [1] or [B]."""
-    return leaf.detach().to("cpu", torch.float64).flatten()
+def timestep_value(leaf: Tensor) -> Times:
+    """The timesteps of a call on the host, one or one a sample."""
+    return tuple(leaf.detach().flatten().tolist())
 
 
-def jumped_back(now: Tensor, before: Tensor, direction: int) -> bool:
+def jumped_back(now: Times, before: Times, direction: int) -> bool:
     """Whether any sample's timestep moved against the trajectory's `direction` (+1, -1; 0 is not known yet)."""
-    return bool(((now - before) * direction < 0).any())
+    return any((one - other) * direction < 0 for one, other in zip(now, before, strict=True))
 
 
-def direction_of(now: Tensor, before: Tensor) -> int:
+def direction_of(now: Times, before: Times) -> int:
     """+1 when timesteps grow, -1 when they fall, 0 when they stand still."""
-    return int(torch.sign((now - before).sum()).item())
+    moved = sum(now) - sum(before)
+    return (moved > 0) - (moved < 0)

@@ -3,12 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moeca_fx.graph.state import StateSpec
 from moeca_fx.runtime.program import Program
-from moeca_fx.runtime.timestep import direction_of, jumped_back
+from moeca_fx.runtime.timestep import Times, direction_of, jumped_back
 
 STOOD_STILL = "the timestep did not move between the first two calls"
 
@@ -43,13 +42,13 @@ class Trajectory:
     full_steps: list[int] = field(default_factory=list)
     memory: Any = None
     probed: Tensor | None = None
-    timestep: Tensor | None = None
+    timestep: Times | None = None
     direction: int = 0
     doubtful: bool = False
     announced: bool = False
     paired: bool = False
 
-    def why_over(self, program: Program, batch: int, timestep: Tensor | None) -> str | None:
+    def why_over(self, program: Program, batch: int, timestep: Times | None) -> str | None:
         """Why a call with these inputs, `batch` samples in all, begins a new trajectory; None when it does not.
 
         Without a timestep, in a session, the inputs' kinds alone decide.
@@ -61,15 +60,15 @@ class Trajectory:
         if timestep is None:
             return None
         assert self.timestep is not None, "a trajectory has made at least one call"
-        if timestep.shape != self.timestep.shape:
+        if len(timestep) != len(self.timestep):
             return "the shape of the timestep changed"
         if self.direction and jumped_back(timestep, self.timestep, self.direction):
             return "the timestep jumped back"
-        if self.step == 1 and torch.equal(timestep, self.timestep):
+        if self.step == 1 and timestep == self.timestep:
             return STOOD_STILL
         return None
 
-    def must_be_full(self, timestep: Tensor | None) -> bool:
+    def must_be_full(self, timestep: Times | None) -> bool:
         """Whether this call may belong to another trajectory that runs through the same context.
 
         After two calls at the first timestep, the next call is full; if its timestep comes twice too, all are. In a
@@ -79,11 +78,11 @@ class Trajectory:
             return False
         if self.doubtful and self.step >= 2 and not self.paired:
             assert self.timestep is not None, "a trajectory has made two calls"
-            self.paired = torch.equal(timestep, self.timestep)
+            self.paired = timestep == self.timestep
             self.doubtful = self.paired
         return self.doubtful
 
-    def advance(self, timestep: Tensor | None, states: list[Tensor]) -> None:
+    def advance(self, timestep: Times | None, states: list[Tensor]) -> None:
         """Record a finished call."""
         if timestep is not None and self.timestep is not None and not self.direction:
             self.direction = direction_of(timestep, self.timestep)

@@ -49,6 +49,48 @@ def test_many_rows(rows: int, outputs: int, inputs: int, threads: int) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("rows", [0, 1, 4, 6, 7, 33, 64, 65, 100])
+@pytest.mark.parametrize("outputs", [(5,), (48, 1, 200), (7, 96, 33, 12)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_siblings(rows: int, outputs: tuple[int, ...], dtype: torch.dtype, threads: int) -> None:
+    x = torch.randn(rows, 24, dtype=dtype)
+    layers = [(torch.randn(size, 24, dtype=dtype), torch.randn(size, dtype=dtype)) for size in outputs]
+    layers[0] = (layers[0][0].T.contiguous().T, None)  # of any strides, without a bias
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = torch.ops.moeca_cpu.sibling_linears(x, sys.maxsize, None, *(part for layer in layers for part in layer))
+    finally:
+        torch.set_num_threads(before)
+    expected = torch.cat(
+        [functional.linear(x.float(), w.float(), b if b is None else b.float()) for w, b in layers], -1
+    )
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
+    torch.testing.assert_close(found, expected.to(dtype), **close)
+
+
+@needs_kernels
+def test_siblings_beyond_the_own_kernel_and_their_flops() -> None:
+    x, weights = torch.randn(70, 6), [torch.randn(5, 6), torch.randn(9, 6)]
+    with FlopCounterMode(display=False) as counter:
+        found = torch.ops.moeca_cpu.sibling_linears(x, 8, ONEDNN, weights[0], None, weights[1], None)
+    torch.testing.assert_close(found, x @ torch.cat(weights).T)
+    assert counter.get_total_flops() == 2 * 70 * 6 * 14
+
+
+@needs_kernels
+def test_siblings_of_other_rows_are_refused() -> None:
+    weight = torch.randn(5, 6)
+    with pytest.raises(RuntimeError, match=r"expected a weight \[N, K\]"):
+        torch.ops.moeca_cpu.sibling_linears(torch.randn(3, 7), 8, None, weight, None)
+    with pytest.raises(RuntimeError, match="expected rows"):
+        torch.ops.moeca_cpu.sibling_linears(torch.randn(2, 3, 6), 8, None, weight, None)
+    with pytest.raises(RuntimeError, match="expected rows"):
+        torch.ops.moeca_cpu.sibling_linears(torch.randn(3, 6), 8, None)
+
+
+@needs_kernels
 @pytest.mark.parametrize("own_up_to", [0, 100])
 def test_tokens_of_a_batch_count_as_rows(own_up_to: int) -> None:
     x, weight = torch.randn(2, 20, 6), torch.randn(5, 6)

@@ -72,6 +72,20 @@ def test_tokens_are_always_too_many_for_the_own_kernel(measured: Measured) -> No
     assert kept.meta["val"].dim() == 3
 
 
+@needs_kernels
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_of_one_input_is_a_product(measured: Measured, bias: bool) -> None:
+    measured(Fastest(64))
+    weight, added = torch.randn(6, 1), torch.randn(6) if bias else None
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x[..., :1], weight, added) + functional.linear(x[:, :1, :1], weight, added)
+
+    with torch.no_grad():
+        graph = exported(Compute(compute), stream())
+        check_pass(graph, lower_linear, [(stream(seed=1),)], {dense: (2, 0), lowered: (0, 0)})
+
+
 def test_other_dtypes_are_left_and_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LOWER_LINEAR, "fastest_linear", lambda *_, **__: pytest.fail("must not be measured"))
     weight = torch.randn(4, 8, dtype=torch.float64)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import moeca_fx
+from moeca_fx.autocast import Autocast
 from moeca_fx.errors import UnsupportedModelError
 from moeca_fx.inputs import no_modes, ordinary, ordinary_mode
 from moeca_fx.runtime.module import TransformedModel
@@ -97,7 +98,7 @@ def test_inputs_that_are_not_contiguous(kind: Kind) -> None:
 def test_steps_run_without_the_modes_of_the_caller(outside: Callable[[], AbstractContextManager[Any]]) -> None:
     with outside():
         before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
-        with no_modes():
+        with no_modes(Autocast.now()):
             assert not torch.is_grad_enabled()
             assert not torch.is_inference_mode_enabled()
             assert not torch.is_autocast_enabled("cpu")

@@ -16,6 +16,7 @@ from moeca_fx.kernels.formulas import expert_flops, fake, register_flops, regist
 
 DTYPES = (torch.float32, torch.bfloat16)
 MOST_SLOTS = 128
+MOST_SIBLINGS = 28
 
 
 @functools.cache
@@ -74,6 +75,10 @@ def _register_shapes() -> None:
         def _(x: Tensor, weight: Tensor, *_: Any) -> Any:
             return x.new_empty(*x.shape[:-1], weight.shape[0])
 
+    @fake("moeca_cpu::sibling_linears")
+    def _(x: Tensor, own_up_to: int, onednn_from: int | None, *layers: Tensor | None) -> Any:
+        return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in layers[::2] if weight is not None))
+
     @fake("moeca_cpu::attention")
     def _(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Any:
         batch, heads, tokens = query.shape[:3]
@@ -105,3 +110,7 @@ def _register_flops() -> None:
     @register_flop_formula((ops.linear, ops.chosen_linear))
     def _(x: Any, weight: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
         return 2 * int(math.prod(x)) * int(weight[0])
+
+    @register_flop_formula(ops.sibling_linears)
+    def _(x: Any, own_up_to: int, onednn_from: Any, *layers: Any, out_shape: Any = None, **__: Any) -> int:
+        return 2 * int(math.prod(x)) * sum(int(weight[0]) for weight in layers[::2] if weight is not None)

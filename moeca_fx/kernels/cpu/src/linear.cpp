@@ -12,7 +12,7 @@
 namespace moeca {
 namespace {
 
-constexpr int64_t kPanel = 64;     // rows of one panel: as many as are held in registers at once
+constexpr int64_t kPanel = kSharedRows;  // rows of one panel: as many as are held in registers at once
 constexpr int64_t kOutputs = 192;  // of one product: it is still in cache when it is stored
 constexpr int64_t kStep = 12;      // outputs that panels take at once, or a multiple of them
 
@@ -71,20 +71,20 @@ void make_rows(uint16_t* y, int64_t stride, int64_t count, int64_t some, Scratch
   for (int64_t r = 0; r < count; ++r) store_row(y + r * stride, wide + r * some, some);
 }
 
-// Few rows as they are: they take dot products.
+// The layers in strips of outputs, about `wanted` in all; a strip is a layer of its own.
 template <typename T>
-void run_few(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, int threads) {
-  const int64_t each = std::max(kStrip, (w.outputs / (2 * threads) + kStrip - 1) / kStrip * kStrip);
-  const int64_t strips = (w.outputs + each - 1) / each;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (rows * w.outputs * w.inputs > 1 << 16)
-  for (int64_t t = 0; t < strips; ++t) {
-    Scratch& scratch = scratch_of_thread();
-    const int64_t first = t * each, some = std::min(each, w.outputs - first);
-    const float* from = wide_rows(x, rows * w.inputs, scratch);
-    float* out = scratch.take(kRowsOut, rows * some);
-    multiply_dots(part_of<T>(w, first, some), bias == nullptr ? nullptr : bias + first, from, rows, out, scratch);
-    for (int64_t r = 0; r < rows; ++r) store_row(y + r * w.outputs + first, out + r * some, some);
+std::vector<Layer<T>> strips_of(const std::vector<Layer<T>>& layers, int64_t wanted, int64_t step) {
+  int64_t outputs = 0;
+  for (const Layer<T>& layer : layers) outputs += layer.weight.outputs;
+  std::vector<Layer<T>> strips;
+  for (const Layer<T>& layer : layers) {
+    const int64_t own = layer.weight.outputs, parts = std::max<int64_t>(1, (own * wanted + outputs / 2) / outputs);
+    const int64_t each = (own + parts * step - 1) / (parts * step) * step;
+    for (int64_t first = 0; first < own; first += each)
+      strips.push_back({part_of<T>(layer.weight, first, std::min(each, own - first)),
+                        layer.bias == nullptr ? nullptr : layer.bias + first, layer.y + first});
   }
+  return strips;
 }
 
 // One output or a handful: dot products along the rows.
@@ -139,33 +139,76 @@ void run_packed(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, 
   }
 }
 
+// Outputs of a panel [inputs, lanes] of `count` rows.
+template <typename T>
+void run_panel(const Layer<T>& layer, const float* panel, int64_t lanes, int64_t count, int64_t stride,
+               Scratch& scratch) {
+  for (int64_t first = 0; first < layer.weight.outputs; first += kOutputs) {
+    const int64_t some = std::min(kOutputs, layer.weight.outputs - first);
+    float* product = scratch.take(kProduct, lanes * some);
+    multiply_panel(part_of<T>(layer.weight, first, some), layer.bias == nullptr ? nullptr : layer.bias + first, panel,
+                   lanes, product, scratch);
+    make_rows(layer.y + first, stride, count, some, scratch,
+              [&](float* to, int64_t apart) { transpose(product, lanes, some, count, to, apart); });
+  }
+}
+
 }  // namespace
 
 template <typename T>
-void linear(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, int threads) {
-  if (few_rows(rows, w)) return run_few(x, rows, w, bias, y, threads);
-  if (w.outputs <= kFewOutputs && w.input_stride == 1) return run_few_outputs(x, rows, w, bias, y, threads);
-  if (packs(rows, w)) return run_packed(x, rows, w, bias, y, threads);
-  const Tiles tiles = Tiles::of(rows, w.outputs, threads);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (rows * w.outputs * w.inputs > 1 << 16)
-  for (int64_t t = 0; t < tiles.panels * tiles.strips; ++t) {
+void linears(const T* x, int64_t rows, const std::vector<Layer<T>>& layers, int64_t stride, int threads) {
+  const int64_t inputs = layers.front().weight.inputs, lanes = lanes_of(rows);
+  bool dots = true;  // of few rows as they are
+  int64_t outputs = 0;
+  for (const Layer<T>& layer : layers) {
+    dots = dots && few_rows(rows, layer.weight);
+    outputs += layer.weight.outputs;
+  }
+  const std::vector<Layer<T>> strips = strips_of(layers, 2 * threads, dots ? kStrip : kStep);
+  const int64_t count = static_cast<int64_t>(strips.size());
+#pragma omp parallel num_threads(threads) if (rows * outputs * inputs > 1 << 16)
+  {
     Scratch& scratch = scratch_of_thread();
-    const int64_t row = tiles.first_row(t / tiles.strips);
-    const int64_t count = std::min(rows, tiles.first_row(t / tiles.strips + 1)) - row, lanes = lanes_of(count);
-    float* input = scratch.take(kInput, lanes * w.inputs);
-    to_panel(wide_rows(x + row * w.inputs, count * w.inputs, scratch), count, w.inputs, input);
-    const int64_t begin = t % tiles.strips * tiles.outputs, end = std::min(w.outputs, begin + tiles.outputs);
-    for (int64_t first = begin; first < end; first += kOutputs) {
-      const int64_t some = std::min(kOutputs, end - first);
-      float* product = scratch.take(kProduct, lanes * some);
-      multiply_panel(part_of<T>(w, first, some), bias == nullptr ? nullptr : bias + first, input, lanes, product,
-                     scratch);
-      make_rows(y + row * w.outputs + first, w.outputs, count, some, scratch,
-                [&](float* to, int64_t stride) { transpose(product, lanes, some, count, to, stride); });
+    const float* from = wide_rows(x, rows * inputs, scratch);
+    float* panel = dots ? nullptr : scratch.take(kInput, lanes * inputs);
+    if (!dots) to_panel(from, rows, inputs, panel);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < count; ++t) {
+      const Layer<T>& strip = strips[t];
+      if (!dots) {
+        run_panel(strip, panel, lanes, rows, stride, scratch);
+        continue;
+      }
+      const int64_t some = strip.weight.outputs;
+      float* out = scratch.take(kRowsOut, rows * some);
+      multiply_dots(strip.weight, strip.bias, from, rows, out, scratch);
+      for (int64_t r = 0; r < rows; ++r) store_row(strip.y + r * stride, out + r * some, some);
     }
   }
 }
 
+template <typename T>
+void linear(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, int threads) {
+  if (few_rows(rows, w)) return linears<T>(x, rows, {{w, bias, y}}, w.outputs, threads);
+  if (w.outputs <= kFewOutputs && w.input_stride == 1) return run_few_outputs(x, rows, w, bias, y, threads);
+  if (packs(rows, w)) return run_packed(x, rows, w, bias, y, threads);
+  if (rows <= kPanel) return linears<T>(x, rows, {{w, bias, y}}, w.outputs, threads);
+  const Tiles tiles = Tiles::of(rows, w.outputs, threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (rows * w.outputs * w.inputs > 1 << 16)
+  for (int64_t t = 0; t < tiles.panels * tiles.strips; ++t) {
+    Scratch& scratch = scratch_of_thread();
+    const int64_t row = tiles.first_row(t / tiles.strips), first = t % tiles.strips * tiles.outputs;
+    const int64_t count = std::min(rows, tiles.first_row(t / tiles.strips + 1)) - row, lanes = lanes_of(count);
+    float* panel = scratch.take(kInput, lanes * w.inputs);
+    to_panel(wide_rows(x + row * w.inputs, count * w.inputs, scratch), count, w.inputs, panel);
+    const Layer<T> strip{part_of<T>(w, first, std::min(tiles.outputs, w.outputs - first)),
+                         bias == nullptr ? nullptr : bias + first, y + row * w.outputs + first};
+    run_panel(strip, panel, lanes, count, w.outputs, scratch);
+  }
+}
+
+template void linears<float>(const float*, int64_t, const std::vector<Layer<float>>&, int64_t, int);
+template void linears<uint16_t>(const uint16_t*, int64_t, const std::vector<Layer<uint16_t>>&, int64_t, int);
 template void linear<float>(const float*, int64_t, const Weight&, const float*, float*, int);
 template void linear<uint16_t>(const uint16_t*, int64_t, const Weight&, const uint16_t*, uint16_t*, int);
 
