@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 help:
 	@echo "make demo    set up, then sample digits with the original, vectorised and cached model"
 	@echo "make results the demo, then the README's table and picture from it; on a quiet machine"
-	@echo "make bench   speed on this CPU: steps, layers, trajectories; 19 minutes at first; most of it compiles, once"
+	@echo "make bench   speed on this CPU: steps, layers, trajectories; 15 minutes at first; most of it compiles, once"
 	@echo "make test    set up, then run the fast test suite"
 	@echo "make slow    the slow tests"
 	@echo "make artefacts  what export writes, in every format; 2 minutes"

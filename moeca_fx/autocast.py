@@ -31,7 +31,7 @@ class Autocast:
     def now(cls) -> "Autocast":
         """The state of the running thread."""
         found = [(kind, torch.get_autocast_dtype(kind)) for kind in _DEVICES if torch.is_autocast_enabled(kind)]
-        return cls(tuple(found))
+        return cls(tuple(found)) if found else OFF
 
     def __str__(self) -> str:
         return ", ".join(f"{kind} {dtype}" for kind, dtype in self.dtypes) or "off"

@@ -1,6 +1,6 @@
 """The CPU benchmark, in one process: ratios of interleaved repeats, first a table, then all numbers as JSON.
 
-    python -m bench.cpu                        steps, layers, trajectories, transform; 19 minutes at first
+    python -m bench.cpu                        steps, layers, trajectories, transform; 15 minutes at first
     python -m bench.cpu --only export          exported steps; some 20 minutes, most of them exporting
     python -m bench.cpu --only steps           one section
     python -m bench.cpu --all                  every policy in the trajectories; half an hour

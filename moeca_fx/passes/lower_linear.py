@@ -69,6 +69,8 @@ def _multiply(graph: fx.Graph, node: fx.Node) -> None:
     x, weight, *rest = node.args
     with graph.inserting_before(node):
         factor = call(graph, aten.reshape.default, weight, [-1], name=f"{node.name}_factor")
+        if isinstance(weight, fx.Node) and isinstance(example_value(weight), torch.Tensor):
+            factor.meta["val"] = example_value(weight).reshape(-1)
         made = call(graph, aten.mul.Tensor, x, factor, name=f"{node.name}_product", like=node)
         if rest and rest[0] is not None:
             made = call(graph, aten.add.Tensor, made, rest[0], name=f"{node.name}_sum", like=node)

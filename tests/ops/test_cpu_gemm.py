@@ -50,44 +50,52 @@ def test_many_rows(rows: int, outputs: int, inputs: int, threads: int) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("rows", [0, 1, 4, 6, 7, 33, 64, 65, 100])
-@pytest.mark.parametrize("outputs", [(5,), (48, 1, 200), (7, 96, 33, 12)], ids=str)
+@pytest.mark.parametrize(("count", "outputs"), [(1, 5), (3, 200), (7, 48)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("strided", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_siblings(rows: int, outputs: tuple[int, ...], dtype: torch.dtype, threads: int) -> None:
+def test_siblings(rows: int, count: int, outputs: int, dtype: torch.dtype, strided: bool, threads: int) -> None:
     x = torch.randn(rows, 24, dtype=dtype)
-    layers = [(torch.randn(size, 24, dtype=dtype), torch.randn(size, dtype=dtype)) for size in outputs]
-    layers[0] = (layers[0][0].T.contiguous().T, None)  # of any strides, without a bias
+    layers = [(torch.randn(outputs, 24, dtype=dtype), torch.randn(outputs, 2, dtype=dtype)[:, 0]) for _ in range(count)]
+    if strided:
+        layers[0] = (layers[0][0].T.contiguous().T, layers[0][1])
+    layers[-1] = (layers[-1][0], None)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         found = torch.ops.moeca_cpu.sibling_linears(x, sys.maxsize, None, *(part for layer in layers for part in layer))
     finally:
         torch.set_num_threads(before)
-    expected = torch.cat(
-        [functional.linear(x.float(), w.float(), b if b is None else b.float()) for w, b in layers], -1
-    )
+    expected = [functional.linear(x.float(), w.float(), b if b is None else b.float()) for w, b in layers]
     close = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
-    torch.testing.assert_close(found, expected.to(dtype), **close)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, torch.stack(expected).to(dtype), **close)
 
 
 @needs_kernels
 def test_siblings_beyond_the_own_kernel_and_their_flops() -> None:
-    x, weights = torch.randn(70, 6), [torch.randn(5, 6), torch.randn(9, 6)]
+    x, weights = torch.randn(70, 6), [torch.randn(5, 6), torch.randn(5, 6)]
+    arguments = (x, 8, ONEDNN, weights[0], None, weights[1], torch.randn(5))
     with FlopCounterMode(display=False) as counter:
-        found = torch.ops.moeca_cpu.sibling_linears(x, 8, ONEDNN, weights[0], None, weights[1], None)
-    torch.testing.assert_close(found, x @ torch.cat(weights).T)
-    assert counter.get_total_flops() == 2 * 70 * 6 * 14
+        found = torch.ops.moeca_cpu.sibling_linears(*arguments)
+    torch.testing.assert_close(found, torch.stack([x @ weights[0].T, x @ weights[1].T + arguments[-1]]))
+    assert counter.get_total_flops() == 2 * 70 * 6 * 10
+    torch.library.opcheck(torch.ops.moeca_cpu.sibling_linears.default, arguments)
 
 
 @needs_kernels
-def test_siblings_of_other_rows_are_refused() -> None:
-    weight = torch.randn(5, 6)
+def test_what_siblings_are_not_is_refused() -> None:
+    op, weight = torch.ops.moeca_cpu.sibling_linears, torch.randn(5, 6)
     with pytest.raises(RuntimeError, match=r"expected a weight \[N, K\]"):
-        torch.ops.moeca_cpu.sibling_linears(torch.randn(3, 7), 8, None, weight, None)
+        op(torch.randn(3, 7), 8, None, weight, None)
     with pytest.raises(RuntimeError, match="expected rows"):
-        torch.ops.moeca_cpu.sibling_linears(torch.randn(2, 3, 6), 8, None, weight, None)
+        op(torch.randn(2, 3, 6), 8, None, weight, None)
     with pytest.raises(RuntimeError, match="expected rows"):
-        torch.ops.moeca_cpu.sibling_linears(torch.randn(3, 6), 8, None)
+        op(torch.randn(3, 6), 8, None)
+    with pytest.raises(RuntimeError, match="one size, found 5 and 4"):
+        op(torch.randn(3, 6), 8, None, weight, None, weight[:4], None)
+    with pytest.raises(RuntimeError, match="a bias without a weight"):
+        op(torch.randn(3, 6), 8, None, weight, None, None, torch.randn(5))
 
 
 @needs_kernels

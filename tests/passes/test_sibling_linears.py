@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from moeca_fx import MoECa
+from moeca_fx.graph.rewrite import example_value
 from moeca_fx.kernels.cpu import ops as kernels
 from moeca_fx.ops.cpu_gemm import Fastest
 from moeca_fx.passes.lower_linear import lower_linear
@@ -19,80 +20,138 @@ from tests.helpers.transformed import zoo_pair
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="there is no C++ compiler to build the CPU kernels")
 single = torch.ops.moeca_cpu.chosen_linear.default if kernels.available() else None
+widened = torch.ops.moeca_cpu.linear.default if kernels.available() else None
 joined = torch.ops.moeca_cpu.sibling_linears.default if kernels.available() else None
 LOWER_LINEAR = import_module("moeca_fx.passes.lower_linear")  # the package has a function of that name
+OUTPUTS = 6
+Layer = tuple[Tensor, Tensor | None]
+Compute_ = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
-@pytest.fixture(autouse=True)
-def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Own kernels for up to three rows."""
-    monkeypatch.setattr(LOWER_LINEAR, "fastest_linear", lambda *_, **__: Fastest(3))
+def _lowered(
+    monkeypatch: pytest.MonkeyPatch,
+    compute: Compute_,
+    count: int,
+    fastest: Fastest = Fastest(3),  # noqa: B008  # frozen
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> fx.GraphModule:
+    """The graph of `compute(x, *layers)` after `lower_linear`."""
+    monkeypatch.setattr(LOWER_LINEAR, "fastest_linear", lambda *_, **__: fastest)
+    monkeypatch.setattr(LOWER_LINEAR, "widening_is_faster", lambda: True)
+    weights = {f"w{i}": torch.randn(OUTPUTS, WIDTH, dtype=dtype) for i in range(count)}
+    biases = {f"b{i}": torch.randn(OUTPUTS, dtype=dtype) for i in range(count)} if bias else {}
 
+    def run(x: Tensor, **given: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return compute(x, *((given[f"w{i}"], given.get(f"b{i}")) for i in range(count)))
 
-def _graph(compute: Callable[..., Tensor], count: int, bias: bool = True, width: int = WIDTH) -> fx.GraphModule:
-    """A graph over some layers of 3, 4, .. outputs, lowered."""
-    weights = {f"w{i}": torch.randn(3 + i, width) for i in range(count)}
-    biases = {f"b{i}": torch.randn(3 + i) for i in range(count)} if bias else {}
-
-    def run(x: Tensor, **given: Tensor) -> Tensor:
-        layers = [(given[f"w{i}"], given.get(f"b{i}")) for i in range(count)]
-        return compute(x, *layers)
-
-    graph = exported(Compute(run, **weights, **biases), stream())
+    graph = exported(Compute(run, **weights, **biases), stream().to(dtype))
     lower_linear(graph)
     return graph
 
 
-def _check(graph: fx.GraphModule, before: int, left: int, calls: int) -> fx.GraphModule:
-    examples = [(stream(2, seed=1),), (stream(5, seed=2),)]  # within the own kernel's rows, and beyond
+def _check(graph: fx.GraphModule, left: int, calls: int, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
+    """Run the pass within the own kernel's rows and beyond them."""
+    examples = [(stream(2, seed=1).to(dtype),), (stream(5, seed=2).to(dtype),)]
+    target = single if dtype is torch.float32 else widened
     with torch.no_grad():
-        return check_pass(graph, sibling_linears, examples, {single: (before, left), joined: (0, calls)}, 1e-5)
+        ops = {target: (count_ops(graph, target), left), joined: (0, calls)}
+        return check_pass(graph, sibling_linears, examples, ops, 1e-5 if dtype is torch.float32 else 2e-2)
 
 
-def _of_activations(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> Tensor:
+def _of_activations(x: Tensor, *layers: Layer) -> Tensor:
     condition = x[:, 0]  # [B, H]
     return torch.cat([functional.linear(functional.silu(condition), *layer) for layer in layers], -1)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_layers_of_one_condition(bias: bool) -> None:
-    after = _check(_graph(_of_activations, 3, bias), 3, 0, 1)
+def test_layers_of_one_condition(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+    after = _check(_lowered(monkeypatch, _of_activations, 3, bias=bias), 0, 1)
     assert count_ops(after, torch.ops.aten.silu.default) == 1, "the activation is computed once"
 
 
-def test_layers_with_and_without_a_bias_are_one_call() -> None:
-    def compute(x: Tensor, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+def test_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    _check(_lowered(monkeypatch, _of_activations, 3, dtype=torch.bfloat16), 0, 1, torch.bfloat16)
+
+
+def test_an_activation_that_something_else_reads_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(x: Tensor, one: Layer, other: Layer) -> Tensor:
+        first, second = functional.silu(x[:, 0]), functional.silu(x[:, 0])
+        return functional.linear(first, *one).sum(-1) + functional.linear(first, *other).sum(-1) + second.sum(-1)
+
+    _check(_lowered(monkeypatch, compute, 2), 0, 1)
+
+
+def test_layers_with_and_without_a_bias_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(x: Tensor, one: Layer, other: Layer) -> Tensor:
         condition = x[:, 0]
         return functional.linear(condition, *one).sum(-1) + functional.linear(condition, other[0]).sum(-1)
 
-    _check(_graph(compute, 2), 2, 0, 1)
+    _check(_lowered(monkeypatch, compute, 2), 0, 1)
 
 
-def test_more_layers_than_an_operator_takes() -> None:
-    count = kernels.MOST_SIBLINGS + 1
-    _check(_graph(_of_activations, count), count, 1, 1)
+def test_readers_that_merge_samples_find_contiguous_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute(x: Tensor, *layers: Layer) -> Tensor:
+        condition = x[:, 0]
+        heads = [functional.linear(condition, *layer).reshape(-1, 3) for layer in layers]
+        return functional.normalize(torch.cat(heads), dim=-1)
+
+    _check(_lowered(monkeypatch, compute, 2), 0, 1)
 
 
-def test_what_is_no_sibling_stays() -> None:
-    def compute(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> Tensor:
-        first, second, third, fourth = layers
-        tokens = functional.linear(x, *first).sum((1, 2)) + functional.linear(x, *second).sum((1, 2))  # [B, T, H]
-        rows = x.reshape(-1, WIDTH)  # as many as tokens
-        of_rows = functional.linear(rows, *third).sum() + functional.linear(rows, *fourth).sum()
-        unlike = functional.linear(x[:, 0], *first).sum(-1) + functional.linear(x[:, 1], *second).sum(-1)
-        return tokens + of_rows + unlike
-
-    graph = _graph(compute, 4)
-    count = count_ops(graph, single)
-    assert count >= 4
-    _check(graph, count, count, 0)
+def test_more_layers_than_an_operator_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    _check(_lowered(monkeypatch, _of_activations, kernels.most_siblings() + 1), 1, 1)
 
 
-def test_one_call_for_all_modulations_of_a_model() -> None:
+def _tokens(x: Tensor, *layers: Layer) -> Tensor:
+    return torch.cat([functional.linear(x, *layer) for layer in layers], -1)  # [B, T, H]
+
+
+def _flat_tokens(x: Tensor, *layers: Layer) -> Tensor:
+    rows = x.reshape(-1, WIDTH)
+    return torch.cat([functional.linear(rows, *layer) for layer in layers], -1)
+
+
+def _unlike_rows(x: Tensor, *layers: Layer) -> Tensor:
+    return torch.cat([functional.linear(x[:, number], *layer) for number, layer in enumerate(layers)], -1)
+
+
+def _unlike_sizes(x: Tensor, one: Layer, other: Layer) -> Tensor:
+    condition = x[:, 0]
+    return torch.cat([functional.linear(condition, *one), functional.linear(condition, other[0][:4])], -1)
+
+
+def _one_after_the_other(x: Tensor, one: Layer, other: Layer) -> Tensor:
+    """A weight that the first layer's result is part of."""
+    condition = x[:, 0]
+    first = functional.linear(condition, *one)
+    return functional.linear(condition, other[0] * first.mean())
+
+
+def _results(x: Tensor, *layers: Layer) -> tuple[Tensor, ...]:
+    condition = x[:, 0]
+    return tuple(functional.linear(condition, *layer) for layer in layers)
+
+
+@pytest.mark.parametrize(
+    "compute", [_tokens, _flat_tokens, _unlike_rows, _unlike_sizes, _one_after_the_other, _results]
+)
+def test_what_is_no_sibling_stays(monkeypatch: pytest.MonkeyPatch, compute: Compute_) -> None:
+    graph = _lowered(monkeypatch, compute, 2, Fastest(64))
+    assert count_ops(graph, single) == 2
+    _check(graph, 2, 0)
+
+
+def test_layers_that_never_run_through_the_own_kernel_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = _lowered(monkeypatch, _of_activations, 2, Fastest(0, 128))
+    assert count_ops(graph, single) == 2
+    _check(graph, 2, 0)
+
+
+def test_one_call_for_all_modulations_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LOWER_LINEAR, "fastest_linear", lambda *_, **__: Fastest(64))
     _, fast = zoo_pair("dsmoe-tiny", MoECa(interval=3))
     (program,) = fast._moeca.programs.values()
     assert program.graphs is not None
-    for module in program.graphs.modules().values():
-        (call,) = module.graph.find_nodes(op="call_function", target=joined)
-        blocks = len(program.sites.attention)
-        assert sum(value is not None for value in call.args[3::2]) >= blocks
+    calls = program.graphs.full.graph.find_nodes(op="call_function", target=joined)
+    assert [example_value(call).shape[0] for call in calls] == [len(program.sites.attention)], "a modulation a block"

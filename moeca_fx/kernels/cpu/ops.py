@@ -16,7 +16,6 @@ from moeca_fx.kernels.formulas import expert_flops, fake, register_flops, regist
 
 DTYPES = (torch.float32, torch.bfloat16)
 MOST_SLOTS = 128
-MOST_SIBLINGS = 28
 
 
 @functools.cache
@@ -27,6 +26,11 @@ def available() -> bool:
     _register_shapes()
     _register_flops()
     return True
+
+
+def most_siblings() -> int:
+    """How many layers one call of ``sibling_linears`` takes."""
+    return len(torch.ops.moeca_cpu.sibling_linears.default._schema.arguments[3:]) // 2
 
 
 def recompute_branches(feature: Tensor, norm: Tensor | None, *operands: Any) -> tuple[Tensor, Tensor | None]:
@@ -77,7 +81,8 @@ def _register_shapes() -> None:
 
     @fake("moeca_cpu::sibling_linears")
     def _(x: Tensor, own_up_to: int, onednn_from: int | None, *layers: Tensor | None) -> Any:
-        return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in layers[::2] if weight is not None))
+        weights = [weight for weight in layers[::2] if weight is not None]
+        return x.new_empty(len(weights), x.shape[0], weights[0].shape[0])
 
     @fake("moeca_cpu::attention")
     def _(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Any:

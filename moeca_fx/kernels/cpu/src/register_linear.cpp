@@ -50,9 +50,9 @@ void run(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<
   T* y = static_cast<T*>(out.data_ptr());
   for (size_t i = 0; i < weights.size(); ++i) {
     layers.push_back(layer_of(weights[i], biases[i], y));
-    y += weights[i].size(0);
+    y += out.stride(0);
   }
-  moeca::linears(static_cast<const T*>(x.data_ptr()), x.size(0), layers, out.size(1), at::get_num_threads());
+  moeca::linears(static_cast<const T*>(x.data_ptr()), x.size(0), layers, out.size(2), at::get_num_threads());
 }
 
 Tensor own_linear(const Tensor& x_, const Tensor& weight, const MaybeTensor& bias_) {
@@ -88,22 +88,21 @@ Tensor chosen_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& b
   return at::linear(x, weight, bias);
 }
 
-// Rows [R, K] through layers that share them -> their outputs side by side [R, N1 + N2 + ..].
+// Rows [R, K] through layers [N, K] that share them -> [layers, R, N].
 Tensor sibling_linears(const Tensor& x_, const std::vector<Tensor>& weights, const std::vector<MaybeTensor>& biases,
                        int64_t own_up_to, c10::optional<int64_t> onednn_from) {
   TORCH_CHECK(x_.dim() == 2 && !weights.empty(), "moeca_cpu: expected rows [R, K] and a weight");
   const Tensor x = x_.contiguous();
-  int64_t width = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     check(x, weights[i], biases[i]);
-    width += weights[i].size(0);
+    TORCH_CHECK(weights[i].size(0) == weights[0].size(0), "moeca_cpu: expected siblings of one size, found ",
+                weights[0].size(0), " and ", weights[i].size(0), " outputs");
   }
-  Tensor out = at::empty({x.size(0), width}, x.options());
+  Tensor out = at::empty({static_cast<int64_t>(weights.size()), x.size(0), weights[0].size(0)}, x.options());
   if (out.numel() == 0) return out;
   if (x.size(0) > std::min(own_up_to, moeca::kSharedRows)) {
-    int64_t first = 0;
-    for (size_t i = 0; i < weights.size(); first += weights[i++].size(0))
-      out.narrow(1, first, weights[i].size(0)).copy_(chosen_linear(x, weights[i], biases[i], own_up_to, onednn_from));
+    for (size_t i = 0; i < weights.size(); ++i)
+      out.select(0, i).copy_(chosen_linear(x, weights[i], biases[i], own_up_to, onednn_from));
   } else if (x.scalar_type() == at::kBFloat16) {
     run<uint16_t>(x, weights, biases, out);
   } else {
@@ -112,7 +111,7 @@ Tensor sibling_linears(const Tensor& x_, const std::vector<Tensor>& weights, con
   return out;
 }
 
-constexpr size_t kMostSiblings = 28;  // an operator takes at most 64 arguments
+constexpr size_t kMostSiblings = 30;  // an operator takes at most 64 arguments, three of them are others
 
 // Weights and biases in turn and not as lists, for which Inductor's C++ wrapper would compile twice as long.
 std::string siblings_schema() {
@@ -127,7 +126,11 @@ void sibling_linears_of_stack(const c10::OperatorHandle&, torch::jit::Stack* sta
   const auto argument = [&](size_t i) -> const c10::IValue& { return (*stack)[first + i]; };
   std::vector<Tensor> weights;
   std::vector<MaybeTensor> biases;
-  for (size_t i = 3; i < 3 + 2 * kMostSiblings && !argument(i).isNone(); i += 2) {
+  for (size_t i = 3; i < 3 + 2 * kMostSiblings; i += 2) {
+    if (argument(i).isNone()) {
+      TORCH_CHECK(argument(i + 1).isNone(), "moeca_cpu: a bias without a weight");
+      continue;
+    }
     weights.push_back(argument(i).toTensor());
     const auto bias = argument(i + 1).toOptional<Tensor>();
     biases.push_back(bias.has_value() ? MaybeTensor(bias->contiguous()) : std::nullopt);
