@@ -42,19 +42,25 @@ def clone_nodes(
 
 
 def sort_stably(graph: fx.Graph) -> None:
-    """Order nodes so that inputs come first, otherwise as they are; the output node stays last."""
+    """Order nodes so that inputs come first, otherwise as they are; the output node stays last.
+
+    Raises:
+        PassError: a node reads what is made of itself.
+    """
     seen: set[fx.Node] = set()
     ordered: list[fx.Node] = []
 
     def place(root: fx.Node) -> None:
-        stack = [(root, iter(root.all_input_nodes))]
+        stack = {root: iter(root.all_input_nodes)}
         while stack:
-            node, inputs = stack[-1]
+            node, inputs = next(reversed(stack.items()))
             pending = next((i for i in inputs if i not in seen), None)
+            if pending in stack:
+                raise PassError(f"{node}: expected inputs that come before it, found {pending}, which is made of it")
             if pending is not None:
-                stack.append((pending, iter(pending.all_input_nodes)))
+                stack[pending] = iter(pending.all_input_nodes)
                 continue
-            stack.pop()
+            stack.popitem()
             if node not in seen:
                 seen.add(node)
                 ordered.append(node)

@@ -9,6 +9,7 @@ as many outputs, read the same rows, or the same pointwise function of the same 
 alike; each result is as contiguous as before. Rows that are tokens stay apart: they pay for a call of their own.
 """
 
+import math
 import sys
 from typing import Any
 
@@ -34,9 +35,10 @@ def sibling_linears(module: fx.GraphModule) -> int:
             families.setdefault(key, []).append(node)
     count = 0
     for family in families.values():
-        most = most_siblings()
-        for first in range(0, len(family), most):
-            count += _join(module.graph, family[first : first + most])
+        calls = math.ceil(len(family) / most_siblings())
+        each = math.ceil(len(family) / calls)  # so that none is left alone
+        for first in range(0, len(family), each):
+            count += _join(module.graph, family[first : first + each])
     if count:
         sort_stably(module.graph)
         module.graph.lint()

@@ -58,6 +58,17 @@ def test_unrelated_nodes_keep_their_order() -> None:
     assert [node.name for node in graph.nodes] == ["x", "late", "left", "right", "output"]
 
 
+def test_a_circle_is_refused() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    first = graph.call_function(operator.neg, (x,))
+    second = graph.call_function(operator.neg, (first,))
+    first.args = (second,)
+    graph.output(second)
+    with pytest.raises(PassError, match="neg_1: expected inputs that come before it, found neg, which"):
+        rewrite.sort_stably(graph)
+
+
 def test_finish_drops_dead_nodes_and_the_attributes_they_read() -> None:
     root = nn.Module()
     root.inner = nn.Module()
