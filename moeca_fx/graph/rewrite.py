@@ -61,9 +61,8 @@ def sort_stably(graph: fx.Graph) -> None:
                 stack[pending] = iter(pending.all_input_nodes)
                 continue
             stack.popitem()
-            if node not in seen:
-                seen.add(node)
-                ordered.append(node)
+            seen.add(node)
+            ordered.append(node)
 
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node in [*placeholders, *(n for n in graph.nodes if n.op not in ("placeholder", "output"))]:

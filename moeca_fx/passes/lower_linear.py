@@ -43,18 +43,17 @@ def _linears(module: fx.GraphModule, dtype: torch.dtype) -> list[fx.Node]:
 def _lower_fp32(module: fx.GraphModule, linears: list[fx.Node], *, rows_vary: bool) -> int:
     """The fastest by the size of the weight and the number of rows, and biases apart."""
     split = _split_biases(module, [node for node in linears if rows_vary or example_value(node).dim() == 3])
-    single = [node for node in linears if _inputs(node) == 1]
-    for node in single:
-        _multiply(module.graph, node)
-    chosen = {}
+    chosen, products = {}, 0
     for node in linears:
-        if node in single:
+        if _inputs(node) == 1:
+            _multiply(module.graph, node)
+            products += 1
             continue
         fastest = fastest_linear(_weight_values(module, node), rows_vary=rows_vary)
         if not fastest.never(_fewest_rows(node)):
             chosen[node] = (fastest.own_up_to, fastest.onednn_from)
     target = torch.ops.moeca_cpu.chosen_linear.default if chosen else None
-    return max(split, _retarget(module, target, chosen) + len(single))
+    return max(split, _retarget(module, target, chosen) + products)
 
 
 def _inputs(node: fx.Node) -> int:

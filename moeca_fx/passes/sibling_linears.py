@@ -17,11 +17,12 @@ import torch
 from torch import fx
 
 from moeca_fx.graph.rewrite import call, example_value, sort_stably
+from moeca_fx.graph.slicing import RESHAPES
 from moeca_fx.kernels.cpu.ops import most_siblings
 
 aten = torch.ops.aten
 _MOST_ROWS = 64  # that the kernel takes at once
-_PIECES = (aten.slice.Tensor, aten.view.default, aten.reshape.default)
+_PIECES = (aten.slice.Tensor, *RESHAPES)
 
 
 def sibling_linears(module: fx.GraphModule) -> int:
@@ -34,11 +35,11 @@ def sibling_linears(module: fx.GraphModule) -> int:
             key = (_origin(_operand(node)), limits, example_value(node).shape[1])
             families.setdefault(key, []).append(node)
     count = 0
-    for family in families.values():
+    for (_, limits, _), family in families.items():
         calls = math.ceil(len(family) / most_siblings())
         each = math.ceil(len(family) / calls)  # so that none is left alone
         for first in range(0, len(family), each):
-            count += _join(module.graph, family[first : first + each])
+            count += _join(module.graph, family[first : first + each], limits)
     if count:
         sort_stably(module.graph)
         module.graph.lint()
@@ -97,7 +98,7 @@ def _origin(x: fx.Node) -> Any:
     return x
 
 
-def _join(graph: fx.Graph, family: list[fx.Node]) -> int:
+def _join(graph: fx.Graph, family: list[fx.Node], limits: tuple[Any, ...]) -> int:
     """Put one call in the place of several layers; returns of how many, and leaves a single one alone."""
     if len(family) == 1:
         return 0
@@ -105,8 +106,7 @@ def _join(graph: fx.Graph, family: list[fx.Node]) -> int:
     layers = [value for node in family for value in node.args[1:3]]
     with graph.inserting_before(first):
         target = torch.ops.moeca_cpu.sibling_linears.default
-        arguments = (_operand(first), *(_limits(first) or ()), *layers)
-        made = call(graph, target, *arguments, name=f"{first.name}_siblings", like=first)
+        made = call(graph, target, _operand(first), *limits, *layers, name=f"{first.name}_siblings", like=first)
         made.meta["val"] = example_value(first).new_empty(len(family), *example_value(first).shape)
     for number, node in enumerate(family):
         with graph.inserting_before(node):
