@@ -40,12 +40,14 @@ struct Tiles {
   int64_t first_row(int64_t panel) const { return vectors * panel / panels * kLanes; }
 };
 
-// `some` outputs of a weight, from `first` on.
+// `some` outputs of a layer, from `first` on.
 template <typename T>
-Weight part_of(const Weight& w, int64_t first, int64_t some) {
-  Weight part = w;
-  part.data = static_cast<const T*>(w.data) + first * w.output_stride;
-  part.outputs = some;
+Layer<T> part_of(const Layer<T>& layer, int64_t first, int64_t some) {
+  Layer<T> part = layer;
+  part.weight.data = static_cast<const T*>(layer.weight.data) + first * layer.weight.output_stride;
+  part.weight.outputs = some;
+  if (layer.bias != nullptr) part.bias += first;
+  part.y += first;
   return part;
 }
 
@@ -81,8 +83,7 @@ std::vector<Layer<T>> strips_of(const std::vector<Layer<T>>& layers, int64_t wan
     const int64_t own = layer.weight.outputs, parts = std::max<int64_t>(1, (own * wanted + outputs / 2) / outputs);
     const int64_t each = (own + parts * step - 1) / (parts * step) * step;
     for (int64_t first = 0; first < own; first += each)
-      strips.push_back({part_of<T>(layer.weight, first, std::min(each, own - first)),
-                        layer.bias == nullptr ? nullptr : layer.bias + first, layer.y + first});
+      strips.push_back(part_of(layer, first, std::min(each, own - first)));
   }
   return strips;
 }
@@ -145,10 +146,10 @@ void run_panel(const Layer<T>& layer, const float* panel, int64_t lanes, int64_t
                Scratch& scratch) {
   for (int64_t first = 0; first < layer.weight.outputs; first += kOutputs) {
     const int64_t some = std::min(kOutputs, layer.weight.outputs - first);
+    const Layer<T> part = part_of(layer, first, some);
     float* product = scratch.take(kProduct, lanes * some);
-    multiply_panel(part_of<T>(layer.weight, first, some), layer.bias == nullptr ? nullptr : layer.bias + first, panel,
-                   lanes, product, scratch);
-    make_rows(layer.y + first, stride, count, some, scratch,
+    multiply_panel(part.weight, part.bias, panel, lanes, product, scratch);
+    make_rows(part.y, stride, count, some, scratch,
               [&](float* to, int64_t apart) { transpose(product, lanes, some, count, to, apart); });
   }
 }
@@ -201,9 +202,9 @@ void linear(const T* x, int64_t rows, const Weight& w, const T* bias, T* y, int 
     const int64_t count = std::min(rows, tiles.first_row(t / tiles.strips + 1)) - row, lanes = lanes_of(count);
     float* panel = scratch.take(kInput, lanes * w.inputs);
     to_panel(wide_rows(x + row * w.inputs, count * w.inputs, scratch), count, w.inputs, panel);
-    const Layer<T> strip{part_of<T>(w, first, std::min(tiles.outputs, w.outputs - first)),
-                         bias == nullptr ? nullptr : bias + first, y + row * w.outputs + first};
-    run_panel(strip, panel, lanes, count, w.outputs, scratch);
+    const Layer<T> rows_of_panel{w, bias, y + row * w.outputs};
+    run_panel(part_of(rows_of_panel, first, std::min(tiles.outputs, w.outputs - first)), panel, lanes, count,
+              w.outputs, scratch);
   }
 }
 
