@@ -74,8 +74,17 @@ def most_efficient(row: dict[str, Any], step_ms: float, read_gbytes: float) -> f
 
 def trajectories(found: dict[str, Any]) -> str:
     """Efficiency of every policy."""
+    return _efficiencies(found, "trajectories")
+
+
+def storage(found: dict[str, Any]) -> str:
+    """The same with caches in the model's dtype and in bf16."""
+    return _efficiencies(found, "storage")
+
+
+def _efficiencies(found: dict[str, Any], section: str) -> str:
     parts = []
-    for name, numbers in found["trajectories"].items():
+    for name, numbers in found[section].items():
         step_ms = numbers["policies"]["vectorised"]["ms"] / numbers["steps"]
         rows = [
             [
@@ -169,7 +178,7 @@ def packaged(found: dict[str, Any]) -> str:
     return table("step | compiled, ms | package, ms | package over compiled", rows)
 
 
-PARTS = (machine, uncached, cached, trajectories, layers, linearity, transforming, memory)
+PARTS = (machine, uncached, cached, trajectories, storage, layers, linearity, transforming, memory)
 EXPORT_PARTS = (export_machine, exported, packaged)
 
 

@@ -2,6 +2,7 @@
 
     python -m bench.cpu                        steps, layers, trajectories, transform; 15 minutes at first
     python -m bench.cpu --only export          exported steps; some 20 minutes, most of them exporting
+    python -m bench.cpu --only storage         trajectories with caches in the model's dtype and in bf16; 10 minutes
     python -m bench.cpu --only steps           one section
     python -m bench.cpu --all                  every policy in the trajectories; half an hour
     python -m bench.cpu --out FILE.json        where the numbers go (default out/bench-cpu.json)
@@ -30,6 +31,7 @@ from bench.cpu.transforming import bench_transform
 MODEL, BATCH, LARGE = "dsmoe-s-e48", 4, "dsmoe-l-e48"
 USUAL = ("moeca", "fora", "toca", "taylorseer", "forecast", "best-4x", "branch-4x")
 ON_GLYPHS = ("moeca", "best-4x", "branch-4x")
+OF_BRANCHES = ("moeca", "branch-4x")
 OUT = Path("out/bench-cpu.json")
 Section = Callable[[argparse.Namespace], Iterator[tuple[str, Any]]]
 
@@ -54,6 +56,12 @@ def trajectories(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     yield "glyphs", bench_trajectories("glyphs", 8, options.rounds, () if options.all else ON_GLYPHS)
 
 
+def storage(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """What caches in bf16 do to the time of policies that hold branches."""
+    for name, batch in (("digits", 32), ("glyphs", 8)):
+        yield name, bench_trajectories(name, batch, options.rounds, OF_BRANCHES, stored="bf16")
+
+
 def transform(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """Time and memory of `transform` on a large model."""
     yield LARGE, bench_transform(LARGE)
@@ -73,6 +81,7 @@ SECTIONS: dict[str, Section] = {
     "layers": layers,
     "trajectories": trajectories,
     "transform": transform,
+    "storage": storage,
     "export": export,
 }
 USUALLY = ("steps", "layers", "trajectories", "transform")
@@ -108,7 +117,7 @@ def main() -> None:
 def _table(section: str, numbers: Any) -> str:
     if section == "steps":
         return _steps_table(numbers)
-    if section == "trajectories":
+    if section in ("trajectories", "storage"):
         rows = [f"{'policy':<20}{'time':>9}{'FLOPs':>9}{'efficiency':>12}{'over original':>15}"]
         for name, row in numbers["policies"].items():
             rows.append(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import moeca_fx
 from bench.cpu.timing import interleave, milliseconds, ratio
 from moeca_fx import policies
+from moeca_fx.graph.storage import CacheDtype
 from moeca_fx.runtime.module import TransformedModel
 from moeca_fx.zoo.catalog import TRAINED
 from moeca_fx.zoo.sampling import sample
@@ -32,8 +33,14 @@ def methods(name: str) -> dict[str, Any]:
     return found | {path.stem: path for path in sorted(beside.glob("*.yaml"))}
 
 
-def bench_trajectories(name: str, batch: int, rounds: int, only: tuple[str, ...] = ()) -> Any:
-    """Times and FLOPs of every policy on one trained model, Euler steps."""
+def bench_trajectories(
+    name: str, batch: int, rounds: int, only: tuple[str, ...] = (), stored: CacheDtype | None = None
+) -> Any:
+    """Times and FLOPs of every policy, or of `only` some, on one trained model, Euler steps.
+
+    Args:
+        stored: a `cache_dtype`, with which every policy runs a second time.
+    """
     model = moeca_fx.zoo.build(name)
     example = moeca_fx.zoo.example_inputs(name, batch)
     noise = torch.randn(example[0].shape, generator=torch.Generator().manual_seed(90_210))
@@ -41,9 +48,12 @@ def bench_trajectories(name: str, batch: int, rounds: int, only: tuple[str, ...]
     labels = torch.arange(batch) % config.num_classes
     vectorised = moeca_fx.transform(model, example, policy=None)
     models: dict[str, nn.Module] = {"original": model, "vectorised": vectorised}
+    narrow = moeca_fx.transform(model, example, policy=None, cache_dtype=stored) if stored else None
     for label, method in methods(name).items():
         if not only or label in only:
             models[label] = vectorised.with_policy(method)
+            if narrow is not None:
+                models[f"{label}, {stored}"] = narrow.with_policy(method)
     runs: dict[str, Callable[[], Any]] = {key: partial(_draw, own, noise, labels) for key, own in models.items()}
     with torch.no_grad():
         for own in models.values():

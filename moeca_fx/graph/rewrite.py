@@ -29,6 +29,13 @@ def copy_meta(source: fx.Node, target: fx.Node) -> None:
             target.meta[key] = source.meta[key]
 
 
+def likened(node: fx.Node, other: fx.Node) -> fx.Node:
+    """The node, of whose value is known what is known of the value that it stands for."""
+    if "val" in other.meta:
+        node.meta["val"] = other.meta["val"]
+    return node
+
+
 def clone_nodes(
     graph: fx.Graph, nodes: Iterable[fx.Node], replace: Mapping[fx.Node, fx.Node], prefix: str
 ) -> dict[fx.Node, fx.Node]:

@@ -37,8 +37,8 @@ def read_rows(code: Tensor, scale: Tensor | None, row: Tensor, dtype: torch.dtyp
     return decode_rows(picked, None if scale is None else scale.flatten().index_select(0, row), dtype)
 
 
-def decode_written(code: Tensor, scale: Tensor | None, row: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """All values after rows were written; the rows themselves [M, rest] as they were before they were stored."""
+def decode_written(code: Tensor, scale: Tensor, row: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """All values after rows were written in fp8; the rows themselves [M, rest] as they were before they were stored."""
     dense = decode_rows(code, scale, dtype)
     dense.view(-1, *values.shape[1:]).index_copy_(0, row, values.to(dtype))
     return dense

@@ -8,9 +8,11 @@
                                                        y       = combine_slots(decode_written(new, scale, branch, h), …)
                                                        return y, new, scale
 
-A step computes with the values of this step as they are; only what it reuses was rounded. Writes and corrections of
-rows encode those rows alone, and a forecast of rows decodes those alone. Run on the graphs that `insert_cache` made,
-while they are functional.
+That is fp8: a step computes with the values of this step as they are; only what it reuses was rounded. In bf16, where
+rounding is fine, it reads rows back as it stored them, `decode_rows(new)`: a cast that generated code fuses with what
+reads it, and that kernels do without (`passes/kernels`), for they read and write bf16 where it lies. Writes and
+corrections of rows encode those rows alone, and a forecast of rows decodes those alone. Run on the graphs that
+`insert_cache` made, while they are functional.
 """
 
 import operator
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeca_fx.graph.rewrite import call, finish
+from moeca_fx.graph.rewrite import call, finish, likened
 from moeca_fx.graph.state import StateSpec
 from moeca_fx.graph.storage import Storage, stored, stored_states
 from moeca_fx.ops import forecast, rows, storage
@@ -130,7 +132,9 @@ class _Rewriter:
                     continue
                 if code not in self.dense:
                     arguments = (code, cache.scale, cache.dtype)
-                    self.dense[code] = self._call(storage.decode_rows, *arguments, name=f"{code.name}_dense")
+                    dense = self._call(storage.decode_rows, *arguments, name=f"{code.name}_dense")
+                    self.dense[code] = likened(dense, code)
+                    code.meta.pop("val", None)  # which was the value's
                 user.replace_input_with(code, self.dense[code])
 
     def _call(self, target: Any, *args: Any, name: str) -> fx.Node:
@@ -167,9 +171,11 @@ class _Rewriter:
         parts = [self._call(put, code, row, fresh, name=name)]
         for scale in fresh_scale:
             parts.append(self._call(rows.write_rows, cache.scale, row, scale, name=f"{name}_scale"))
-        new_scale = parts[1] if fresh_scale else None
-        arguments = (parts[0], new_scale, row, values, cache.dtype)
-        write.replace_all_uses_with(self._call(storage.decode_written, *arguments, name=f"{name}_dense"))
+        if self.kept.scaled:
+            whole = (storage.decode_written, *parts, row, values, cache.dtype)
+        else:
+            whole = (storage.decode_rows, parts[0], None, cache.dtype)
+        write.replace_all_uses_with(likened(self._call(*whole, name=f"{name}_dense"), write))
         self.graph.erase_node(write)
         return tuple(parts)
 

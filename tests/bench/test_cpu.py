@@ -7,7 +7,7 @@ import torch
 
 import moeca_fx
 from bench.cpu import __main__ as command
-from bench.cpu import steps
+from bench.cpu import steps, trajectories
 from bench.cpu.timing import interleave, ratio
 from bench.cpu.trajectories import methods
 from moeca_fx.kernels.cpu import ops as kernels
@@ -57,6 +57,17 @@ def test_a_layer() -> None:
 def test_every_policy_has_its_turn() -> None:
     found = methods("digits")
     assert set(moeca_fx.policies.names()) - {"calibrated"} <= set(found) and {"best-4x", "branch-4x"} <= set(found)
+
+
+@pytest.mark.filterwarnings("ignore::moeca_fx.NothingReusedWarning")
+def test_a_policy_runs_with_both_kinds_of_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trajectories, "STEPS", 4)
+    found = trajectories.bench_trajectories("digits", 1, 1, ("moeca",), stored="bf16")
+    assert list(found["policies"]) == ["vectorised", "moeca", "moeca, bf16"]
+    exact, narrow = found["policies"]["moeca"], found["policies"]["moeca, bf16"]
+    assert narrow["cache_bytes"] < 0.6 * exact["cache_bytes"]
+    assert narrow["flops_speedup"] == pytest.approx(exact["flops_speedup"], rel=0.05)
+    assert "moeca, bf16" in command._table("storage", found)
 
 
 @pytest.mark.artefact

@@ -121,3 +121,20 @@ def test_few_rows_of_every_sample(dtype: torch.dtype, tokens: int, heads_first: 
     expected = attention_rows(query.double(), key.double(), value.double(), row, None)
     found = ops.attention_rows(query, key, value, row, None)
     torch.testing.assert_close(found.double(), expected, rtol=_tolerance(dtype), atol=_tolerance(dtype))
+
+
+@pytest.mark.parametrize(("tokens", "value_width"), [(64, 32), (37, 48), (3, 16), (40, 13)])
+@pytest.mark.usefixtures("some_threads")
+def test_keys_and_values_in_bf16_beside_queries_in_fp32(tokens: int, value_width: int) -> None:
+    counts = [min(count, tokens) for count in range(12)]  # of a sample: none, those of every kernel, and more
+    row = torch.cat([torch.arange(count) + sample * tokens for sample, count in enumerate(counts)])
+    query = torch.randn(len(row), 2, 20)
+    key, value = torch.randn(12, tokens, 2, 20).bfloat16(), torch.randn(12, tokens, 2, value_width).bfloat16()
+    found = ops.attention_rows(query, key, value, row, None)
+    assert found.dtype == torch.float32
+    expected = ops.attention_rows(query, key.float(), value.float(), row, None)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    with pytest.raises(RuntimeError, match="do not fit each other"):
+        ops.attention_rows(query.bfloat16(), key.float(), value.float(), row, None)
+    with pytest.raises(RuntimeError, match="do not fit each other"):
+        ops.attention_rows(query, key, value.float(), row, None)

@@ -137,6 +137,19 @@ def test_norms(dtype: torch.dtype, width: int) -> None:
     torch.testing.assert_close(alone.double(), normed(x.double()), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("width", [128, 115, 3])
+def test_a_gated_norm_of_what_a_cache_holds_in_bf16(width: int) -> None:
+    x, held = torch.randn(3, 50, width), torch.randn(3, 50, width).bfloat16()
+    gate, factor, shift = (part.unsqueeze(1) for part in torch.randn(3, 3 * width).chunk(3, dim=1))
+    found = ops.gated_norm(x, gate, held, factor, shift, 1e-6)
+    expected = ops.gated_norm(x, gate, held.float(), factor, shift, 1e-6)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
+    with pytest.raises(RuntimeError, match="what is added to them alike, or stored in bfloat16"):
+        ops.gated_norm(x, gate, held.half(), factor, shift, 1e-6)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(3, 50, 24), (1, 700), (0, 8)])
 def test_linear_in_bf16(shape: tuple[int, ...], bias: bool) -> None:

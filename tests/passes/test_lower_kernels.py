@@ -10,18 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import moeca_fx
 from moeca_fx import MoECa, policies
 from moeca_fx.graph.gated_form import ACTIVATIONS, GatedForm, gated_form
+from moeca_fx.graph.storage import find_storage
 from moeca_fx.kernels.cpu import ops as kernels
-from moeca_fx.ops import dispatch
+from moeca_fx.kernels.families import CPU, GPU
+from moeca_fx.ops import dispatch, rows, storage
 from moeca_fx.passes.kernels import attention
+from moeca_fx.passes.kernels.edits import as_stored
 from moeca_fx.passes.lower_kernels import lower_kernels
+from moeca_fx.passes.store_caches import store_caches
 from moeca_fx.runtime.module import TransformedModel
 from tests.helpers import zoo_models
 from tests.helpers.compiled import vectorized
 from tests.helpers.graphs import Compute, exported, stream
 from tests.helpers.grids import slow, spread
-from tests.helpers.passes import check_pass
+from tests.helpers.passes import check_pass, count_ops
 from tests.helpers.toys import WIDTH, Blend, Quarry, Toy, Wedge, toy, toy_inputs
 from tests.helpers.transformed import zoo_pair
 
@@ -31,6 +36,7 @@ ops = torch.ops.moeca_cpu
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 SOME = MoECa(tau0=0.6)
+BF16 = find_storage("bf16")
 
 
 def test_a_vectorised_model() -> None:
@@ -95,6 +101,42 @@ def test_refreshed_rows_are_routed_by_the_kernel_too() -> None:
     programs = [child for child in graphs.cached.children() if isinstance(child, torch.fx.GraphModule)]
     targets = [node.target for program in programs for node in program.graph.nodes]
     assert ops.top_k.default in targets and aten.topk.default not in targets
+
+
+@pytest.mark.parametrize("method", METHODS[:3], ids=lambda value: value.method)
+def test_a_cache_in_bf16_is_read_and_written_where_it_lies(
+    method: policies.Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = moeca_fx.transform(zoo_models.tiny_dsmoe(), zoo_models.inputs(), policy=None, cache_dtype="bf16")
+    fused = stored.with_policy(method)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "available", lambda: False)
+        plain = stored.with_policy(method)
+    # A sum in another order may round to the next of its 8 bits.
+    for found, expected in zip(_steps(fused), _steps(plain), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    assert fused.stats().recomputed_branches == plain.stats().recomputed_branches > 0
+
+
+def test_which_kernels_read_a_cache_in_bf16() -> None:
+    graphs = store_caches(vectorized(zoo_models.tiny_dsmoe(depth=4), zoo_models.inputs()).graphs(SOME), BF16)
+    result = lower_kernels(graphs.cached)
+    assert result.count["recompute"] == 2
+    assert count_ops(graphs.cached, dispatch.feature_norm) == 0
+    calls = list(graphs.cached.graph.nodes)
+    (one, two) = [node for node in calls if node.target is kernels.recompute_branches]
+    assert all(node.args[0].op == "placeholder" for node in (one, two))
+    attended = [node for node in calls if node.target is ops.attention_rows.default]
+    assert attended and all(part.target is rows.write_rows for node in attended for part in node.args[1:3])
+    normed = [node for node in calls if node.target is ops.gated_norm.default]
+    assert sum(node.args[2].op == "placeholder" for node in normed) == 2  # the provisional routings'
+
+
+def test_a_triton_kernel_reads_values_in_one_dtype() -> None:
+    graphs = store_caches(vectorized(zoo_models.tiny_dsmoe(depth=4), zoo_models.inputs()).graphs(SOME), BF16)
+    decoded = next(node for node in graphs.cached.graph.nodes if node.target is storage.decode_rows)
+    assert as_stored(decoded, CPU) is decoded.args[0]
+    assert as_stored(decoded, GPU) is decoded
 
 
 def _attention(**options: Any) -> torch.fx.GraphModule:

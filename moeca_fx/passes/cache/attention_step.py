@@ -52,7 +52,7 @@ def rewrite_attention(
         output = step.reused(state)
     else:
         _, _, output = refresh_attention(step, site, tokens_to_refresh(step, plan, state), programs)
-    step.nodes[site.output].replace_all_uses_with(output)
+    step.replace(step.nodes[site.output], output)
 
 
 def tokens_to_refresh(step: StepBuilder, plan: SitePlan, state: str) -> fx.Node:

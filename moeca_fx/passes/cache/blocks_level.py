@@ -51,7 +51,7 @@ class BlocksLevel(Level):
         end, forecast = step.nodes[self.end], step.reused(self.name)
         if self.rule.residual:
             forecast = step.emit(torch.add, step.nodes[self.start], forecast, name=f"skipped_{SITE}")
-        end.replace_all_uses_with(forecast)
+        step.replace(end, forecast)
         step.keep(self.name)
 
     def follow(self, step: StepBuilder) -> None:

@@ -110,7 +110,7 @@ def _rewrite_dense_ffn(step: StepBuilder, site: DenseFFNSite, plan: SitePlan, pr
         output = step.reused(state)
     else:
         output = refresh_dense_ffn(step, site, state, tokens_to_refresh(step, plan, state), program)
-    step.nodes[site.output].replace_all_uses_with(output)
+    step.replace(step.nodes[site.output], output)
 
 
 def refresh_dense_ffn(step: StepBuilder, site: DenseFFNSite, state: str, mask: fx.Node, program: RowProgram) -> fx.Node:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from moeca_fx.graph.rewrite import call
+from moeca_fx.graph.rewrite import call, likened
 from moeca_fx.graph.row_program import RowProgram
 from moeca_fx.graph.state import SCALES_WITH, Counter, older
 from moeca_fx.ops import forecast as forecasts
@@ -51,6 +51,10 @@ class StepBuilder:
     def emit(self, target: Any, *args: Any, name: str) -> fx.Node:
         """Append a function call."""
         return call(self.graph, target, *args, name=name)
+
+    def replace(self, node: fx.Node, value: fx.Node) -> None:
+        """Let `value` stand for what a node of the model computes."""
+        node.replace_all_uses_with(likened(value, node))
 
     def unpack(self, value: fx.Node, *names: str) -> tuple[fx.Node, ...]:
         """One node for each item of a tuple result."""

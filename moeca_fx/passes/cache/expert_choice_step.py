@@ -55,7 +55,7 @@ def rewrite_chosen(
     combined = step.emit(chosen.combine_chosen_slots, *arguments, name=f"{base}_combined")
     axes = programs.x_axes
     result = step.emit(rows.tokens_back, combined, axes.batch, axes.token, name=f"{base}_routed")
-    step.nodes[site.experts].replace_all_uses_with(result)
+    step.replace(step.nodes[site.experts], result)
     if programs.shared is not None:
         run_shared(step, site, rule, x, mask, programs)
     step.count(site.path, "matched", slots.count_matched, decision.code, decision.code)

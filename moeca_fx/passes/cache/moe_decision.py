@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from moeca_fx.graph.rewrite import clone_nodes
+from moeca_fx.graph.rewrite import clone_nodes, likened
 from moeca_fx.graph.row_program import RowProgram
 from moeca_fx.graph.sites import AttentionSite, MoESite
 from moeca_fx.graph.slicing import between
@@ -114,7 +114,7 @@ def decide_synchronized(
     slot, slot_expert, _, code = _decide(step, site, rule, f"{base}_provisional", expert, weight, held, criterion)
     mask = step.refreshed[site.path] = step.emit(slots.token_mask, code, name=f"{base}_refresh")
     row, fresh, attended = refresh_attention(step, attention, mask, attention_programs)
-    output.replace_all_uses_with(attended)
+    step.replace(output, attended)
 
     names = tuple(f"{base}_{part}_rows" for part in ("expert", "weight", "x"))
     counter = Counter(attention.path, "attention_rows")
@@ -177,7 +177,7 @@ def _by_slot_shape(step: StepBuilder, site: MoESite, node: fx.Node) -> fx.Node:
 def _provisional_routing(step: StepBuilder, site: MoESite, attention: AttentionSite) -> tuple[fx.Node, fx.Node]:
     """Router on the token state that the reused attention gives: a copy of the nodes in between."""
     output, expert, weight = (step.nodes[name] for name in (attention.output, site.expert, site.weight))
-    replace = {output: step.reused(f"{attention.path}.attn")}
+    replace = {output: likened(step.reused(f"{attention.path}.attn"), output)}
     copies = clone_nodes(step.graph, between([output], [expert, weight]), replace, "provisional")
     return _by_slot_shape(step, site, copies[expert]), _by_slot_shape(step, site, copies[weight])
 

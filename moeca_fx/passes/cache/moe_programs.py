@@ -79,4 +79,4 @@ def run_shared(
         step.count(site.path, "shared_rows", slots.count_rows, row)
     axes = programs.shared_axes
     dense = step.emit(rows.tokens_back, output, axes.batch, axes.token, name=f"{base}_shared")
-    step.nodes[site.shared or ""].replace_all_uses_with(dense)
+    step.replace(step.nodes[site.shared or ""], dense)

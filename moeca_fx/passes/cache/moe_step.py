@@ -72,7 +72,7 @@ def _run_experts(step: StepBuilder, site: MoESite, decision: Decision, programs:
         combined = step.emit(forecast.combine_history, step.clock, decision.weight, *features, name=f"{base}_combined")
     axes = programs.x_axes
     result = step.emit(rows.tokens_back, combined, axes.batch, axes.token, name=f"{base}_routed")
-    step.nodes[site.experts].replace_all_uses_with(result)
+    step.replace(step.nodes[site.experts], result)
 
 
 def _shared_mask(step: StepBuilder, site: MoESite, rule: BranchRule, code: fx.Node) -> fx.Node:

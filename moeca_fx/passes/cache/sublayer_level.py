@@ -133,7 +133,7 @@ class SublayerLevel(Level):
                 output = step.reused(sublayer.state)
             else:
                 output = self._refresh(step, sublayer, programs[site.path])
-            step.nodes[site.output].replace_all_uses_with(output)
+            step.replace(step.nodes[site.output], output)
 
     def _program(self, step: StepBuilder, sublayer: _Sublayer) -> RowProgram | MoERowPrograms:
         site = sublayer.site

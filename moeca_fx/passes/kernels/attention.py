@@ -9,7 +9,7 @@ from moeca_fx.graph.rewrite import example_value
 from moeca_fx.graph.state import SCALES_WITH, Counter
 from moeca_fx.kernels.families import Family
 from moeca_fx.ops.cpu_attention import own_attention_up_to
-from moeca_fx.passes.kernels.edits import replace_call
+from moeca_fx.passes.kernels.edits import as_stored, replace_call
 
 
 def lower_attention(module: fx.GraphModule, node: fx.Node, family: Family) -> str | None:
@@ -35,8 +35,11 @@ def lower_attention(module: fx.GraphModule, node: fx.Node, family: Family) -> st
 
 def lower_attention_rows(module: fx.GraphModule, node: fx.Node, family: Family) -> str | None:
     """Attention of a few rows, without padding."""
+    query, key, value, *rest = node.args
+    assert isinstance(key, fx.Node) and isinstance(value, fx.Node)
     counter = node.meta.get(SCALES_WITH)
-    made = replace_call(module, node, family.op("attention_rows"), *node.args)
+    operands = (query, as_stored(key, family), as_stored(value, family), *rest)
+    made = replace_call(module, node, family.op("attention_rows"), *operands)
     if counter is not None:  # the kernel pads nothing
         made.meta[SCALES_WITH] = Counter(counter.site, "attention_rows")
     return None

@@ -6,6 +6,17 @@ from torch import fx
 
 from moeca_fx.graph.rewrite import call
 from moeca_fx.graph.state import SCALES_WITH
+from moeca_fx.kernels.families import Family
+from moeca_fx.ops import storage
+
+
+def as_stored(node: fx.Node, family: Family) -> fx.Node:
+    """What a kernel reads in the place of a value: a cache in bfloat16 where it lies, if the kernels widen it."""
+    if family.reads_stored and node.target is storage.decode_rows:
+        code, scale, _ = node.args
+        if scale is None and isinstance(code, fx.Node):
+            return code
+    return node
 
 
 def replace_call(module: fx.GraphModule, node: fx.Node, target: Any, *args: Any) -> fx.Node:

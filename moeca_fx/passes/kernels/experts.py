@@ -9,7 +9,7 @@ from moeca_fx.graph.gated_form import GatedForm, gated_form
 from moeca_fx.graph.rewrite import call
 from moeca_fx.graph.state import SCALES_WITH
 from moeca_fx.kernels.families import Family
-from moeca_fx.ops import dispatch, rows, slots
+from moeca_fx.ops import dispatch, rows, slots, storage
 from moeca_fx.passes.kernels.edits import replace_call
 from moeca_fx.passes.lower_inplace import may_write_in_place
 
@@ -79,9 +79,12 @@ def lower_recompute(module: fx.GraphModule, plan: fx.Node, family: Family) -> st
     hidden = next((user for take in taken for user in take.users if is_experts(user)), None)
     if hidden is None:
         return "no experts read the plan"
-    writes = [user for user in hidden.users if user.target is rows.write_rows]
     norms = [user for user in hidden.users if user.target is dispatch.feature_norm]
-    if len(writes) != 1 or len(writes) + len(norms) != len(hidden.users):
+    others = [user for user in hidden.users if user not in norms]
+    if [user.target for user in others] == [storage.narrow_rows]:  # the kernel narrows what it writes
+        others = list(others[0].users)
+    writes = [user for user in others if user.target is rows.write_rows]
+    if len(writes) != 1 or writes != others:
         return "features are not only written into a cache: kept values are corrected"
     norm_writes = [user for norm in norms for user in norm.users]
     targets = [*writes, *norm_writes]

@@ -15,7 +15,7 @@ from torch import fx
 from moeca_fx.graph.rewrite import call, example_value
 from moeca_fx.graph.slicing import addends, ancestors
 from moeca_fx.kernels.families import Family
-from moeca_fx.passes.kernels.edits import replace_call
+from moeca_fx.passes.kernels.edits import as_stored, replace_call
 
 aten = torch.ops.aten
 
@@ -44,7 +44,8 @@ def lower_norm(module: fx.GraphModule, norm: fx.Node, family: Family) -> str | N
     x, gate, y = residual
     with module.graph.inserting_before(shifted):
         target = family.op("gated_norm")
-        both = call(module.graph, target, x, gate, y, factor, shift, eps, name=f"{shifted.name}_fused")
+        operands = (x, gate, as_stored(y, family), factor, shift, eps)
+        both = call(module.graph, target, *operands, name=f"{shifted.name}_fused")
         new = [
             call(module.graph, operator.getitem, both, i, name=f"{n.name}_fused", like=n)
             for i, n in enumerate((stream, shifted))

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kFewQueries = 8;  // up to here they do not fill the lanes of a vector
 
 
-enum Slot { kWidened, kRows, kQuery, kScores, kResult, kKeys, kValues };
+enum Slot { kWidened, kRows, kQuery, kScores, kResult };
 
 void load_rows(float* to, const Strip& from, int64_t first, int64_t count, int64_t width) {
   for (int64_t r = 0; r < count; ++r) {
@@ -80,19 +80,6 @@ void attend_many(const Head& h, Scratch& scratch) {
 
 // -- few queries: tokens in the lanes for the scores, values for the result -----------------------------------------
 
-// fp32 rows as they lie, or widened.
-struct Wide {
-  const float* data;
-  int64_t stride;
-};
-
-Wide widened_rows(const Strip& rows, int64_t count, int64_t width, Slot slot, Scratch& scratch) {
-  if (!rows.bfloat16) return {static_cast<const float*>(rows.data), rows.stride};
-  float* wide = scratch.take(slot, count * width);
-  load_rows(wide, rows, 0, count, width);
-  return {wide, width};
-}
-
 // A vector of scores of every query, `tokens` apart; `keys` holds those tokens' keys transposed, [width, kLanes].
 template <int Q>
 void score(const float* query, int64_t width, const float* keys, float* scores, int64_t tokens, Ahead& ahead) {
@@ -136,9 +123,9 @@ void softmax_row(float* scores, int64_t tokens, float scale) {
 }
 
 // result[q, V vectors] = scores[q, tokens] @ value[tokens, V vectors]
-template <int Q, int V>
-void mix(const float* scores, int64_t room, int64_t tokens, const Wide& value, float* result, int64_t width,
-         Ahead& ahead) {
+template <int Q, int V, typename T>
+void mix(const float* scores, int64_t room, int64_t tokens, const T* value, int64_t stride, float* result,
+         int64_t width, Ahead& ahead) {
   Ahead own = ahead;
   Lanes sums[Q][V];
   UNROLLED for (int q = 0; q < Q; ++q)
@@ -146,7 +133,7 @@ void mix(const float* scores, int64_t room, int64_t tokens, const Wide& value, f
   for (int64_t t = 0; t < tokens; ++t) {
     UNROLLED for (int v = 0; v < V; ++v) own.fetch();
     Lanes row[V];
-    UNROLLED for (int v = 0; v < V; ++v) row[v] = load(value.data + t * value.stride + v * kLanes);
+    UNROLLED for (int v = 0; v < V; ++v) row[v] = load(value + t * stride + v * kLanes);
     UNROLLED for (int q = 0; q < Q; ++q)
       UNROLLED for (int v = 0; v < V; ++v) sums[q][v] += scores[q * room + t] * row[v];
   }
@@ -155,44 +142,52 @@ void mix(const float* scores, int64_t room, int64_t tokens, const Wide& value, f
   ahead = own;
 }
 
-template <int Q>
+// T holds keys and values in memory: float, or uint16_t, which stands for bf16.
+template <int Q, typename T>
 void attend_few(const Head& h, Ahead& ahead, Scratch& scratch) {
   constexpr int kVectors = kLanes == 16 ? 2 : 1;  // sums of eight queries fit into the registers
   float* query = scratch.take(kQuery, Q * h.width);
   load_rows(query, h.query, 0, Q, h.width);
-  const Wide key = widened_rows(h.key, h.tokens, h.width, kKeys, scratch);
-  const Wide value = widened_rows(h.value, h.tokens, h.value_width, kValues, scratch);
+  const T *key = static_cast<const T*>(h.key.data), *value = static_cast<const T*>(h.value.data);
   const int64_t room = lanes_of(h.tokens);
   float* scores = scratch.take(kScores, Q * room);
   float* keys = scratch.take(kRows, kLanes * h.width);
   for (int64_t t = 0; t < h.tokens; t += kLanes) {
-    transpose(key.data + t * key.stride, key.stride, std::min(kLanes, h.tokens - t), h.width, keys, kLanes);
+    transpose(key + t * h.key.stride, h.key.stride, std::min(kLanes, h.tokens - t), h.width, keys, kLanes);
     score<Q>(query, h.width, keys, scores + t, room, ahead);
   }
   float* result = scratch.take(kResult, Q * h.value_width);
   for (int q = 0; q < Q; ++q) softmax_row(scores + q * room, h.tokens, h.scale);
   int64_t i = 0;
   for (; i + kVectors * kLanes <= h.value_width; i += kVectors * kLanes)
-    mix<Q, kVectors>(scores, room, h.tokens, {value.data + i, value.stride}, result + i, h.value_width, ahead);
+    mix<Q, kVectors>(scores, room, h.tokens, value + i, h.value.stride, result + i, h.value_width, ahead);
   for (; i < h.value_width; i += kLanes)
-    mix<Q, 1>(scores, room, h.tokens, {value.data + i, value.stride}, result + i, h.value_width, ahead);
+    mix<Q, 1>(scores, room, h.tokens, value + i, h.value.stride, result + i, h.value_width, ahead);
   for (int q = 0; q < Q; ++q) store_result(h, q, result + q * h.value_width);
+}
+
+template <typename T>
+void attend_few(const Head& h, Ahead& ahead, Scratch& scratch) {
+  switch (h.queries) {
+    case 1: return attend_few<1, T>(h, ahead, scratch);
+    case 2: return attend_few<2, T>(h, ahead, scratch);
+    case 3: return attend_few<3, T>(h, ahead, scratch);
+    case 4: return attend_few<4, T>(h, ahead, scratch);
+    case 5: return attend_few<5, T>(h, ahead, scratch);
+    case 6: return attend_few<6, T>(h, ahead, scratch);
+    case 7: return attend_few<7, T>(h, ahead, scratch);
+    default: return attend_few<8, T>(h, ahead, scratch);
+  }
 }
 
 }  // namespace
 
 void attend(const Head& h, Ahead& ahead, Scratch& scratch) {
   if (h.queries > kFewQueries || h.value_width % kLanes != 0) return attend_many(h, scratch);
-  switch (h.queries) {
-    case 1: return attend_few<1>(h, ahead, scratch);
-    case 2: return attend_few<2>(h, ahead, scratch);
-    case 3: return attend_few<3>(h, ahead, scratch);
-    case 4: return attend_few<4>(h, ahead, scratch);
-    case 5: return attend_few<5>(h, ahead, scratch);
-    case 6: return attend_few<6>(h, ahead, scratch);
-    case 7: return attend_few<7>(h, ahead, scratch);
-    default: return attend_few<8>(h, ahead, scratch);
-  }
+  if (h.key.bfloat16)
+    attend_few<uint16_t>(h, ahead, scratch);
+  else
+    attend_few<float>(h, ahead, scratch);
 }
 
 }  // namespace moeca

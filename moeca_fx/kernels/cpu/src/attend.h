@@ -19,7 +19,7 @@ struct Head {
   int64_t queries, tokens, width, value_width;
   Strip query, key, value;  // [queries, width], [tokens, width], [tokens, value_width]
   float scale;
-  void* out;  // [queries, value_width] in the dtype of the others
+  void* out;  // [queries, value_width] in the dtype of the queries
   int64_t out_stride;
 };
 

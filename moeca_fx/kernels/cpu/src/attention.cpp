@@ -10,19 +10,19 @@
 namespace moeca {
 namespace {
 
-const void* at(const void* data, int64_t place, bool bfloat16) {
-  return static_cast<const char*>(data) + place * (bfloat16 ? 2 : 4);
-}
+int64_t bytes_of(const Heads& t) { return t.bfloat16 ? 2 : 4; }
+
+const void* at(const Heads& t, int64_t place) { return static_cast<const char*>(t.data) + place * bytes_of(t); }
 
 // Some queries of one sample, one head, from `query` on; the first of them is row `begin` of `out`.
 void run(const Attention& a, int64_t sample, int64_t head, const void* query, int64_t begin, int64_t queries,
          Ahead& ahead) {
   const int64_t kv = head / (a.heads / a.kv_heads), out_row = a.heads * a.value_width;
   auto of_sample = [&](const Heads& t) {
-    return Strip{at(t.data, sample * t.sample + kv * t.head, a.bfloat16), t.token, a.bfloat16};
+    return Strip{at(t, sample * t.sample + kv * t.head), t.token, t.bfloat16};
   };
-  void* out = const_cast<void*>(at(a.out, begin * out_row + head * a.value_width, a.bfloat16));
-  attend({queries, a.tokens, a.width, a.value_width, {query, a.query.token, a.bfloat16}, of_sample(a.key),
+  void* out = static_cast<char*>(a.out) + (begin * out_row + head * a.value_width) * bytes_of(a.query);
+  attend({queries, a.tokens, a.width, a.value_width, {query, a.query.token, a.query.bfloat16}, of_sample(a.key),
           of_sample(a.value), a.scale, out, out_row},
          ahead, scratch_of_thread());
 }
@@ -31,10 +31,10 @@ void run(const Attention& a, int64_t sample, int64_t head, const void* query, in
 Ahead sample_of(const Attention& a, int64_t sample) {
   auto bytes = [&](const Heads& t, int64_t width) {
     const int64_t values = a.tokens * a.kv_heads * width;
-    return t.sample == values ? values * (a.bfloat16 ? 2 : 4) : 0;
+    return t.sample == values ? values * bytes_of(t) : 0;
   };
-  return {at(a.key.data, sample * a.key.sample, a.bfloat16), bytes(a.key, a.width),
-          at(a.value.data, sample * a.value.sample, a.bfloat16), bytes(a.value, a.value_width)};
+  return {at(a.key, sample * a.key.sample), bytes(a.key, a.width), at(a.value, sample * a.value.sample),
+          bytes(a.value, a.value_width)};
 }
 
 }  // namespace
@@ -46,7 +46,7 @@ void attention(const Attention& a, int threads) {
     const int64_t sample = t / each, head = t % each / blocks, first = t % blocks * kMostQueries;
     Ahead nothing;
     const int64_t place = sample * a.query.sample + head * a.query.head + first * a.query.token;
-    run(a, sample, head, at(a.query.data, place, a.bfloat16), sample * a.queries + first,
+    run(a, sample, head, at(a.query, place), sample * a.queries + first,
         std::min(kMostQueries, a.queries - first), nothing);
   }
 }
@@ -70,7 +70,7 @@ void attention_rows(const Attention& a, const int64_t* row, int64_t rows, int th
         const int64_t next = block + threads;  // most likely this thread's
         ahead = next < blocks ? sample_of(a, row[starts[next]] / a.tokens) : Ahead();
       }
-      const void* query = at(a.query.data, begin * a.query.token + head * a.query.head, a.bfloat16);
+      const void* query = at(a.query, begin * a.query.token + head * a.query.head);
       run(a, row[begin] / a.tokens, head, query, begin, end - begin, ahead);
     }
   }

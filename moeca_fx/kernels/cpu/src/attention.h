@@ -9,14 +9,14 @@ namespace moeca {
 struct Heads {
   const void* data;
   int64_t sample, head, token;
+  bool bfloat16;
 };
 
 struct Attention {
   int64_t samples, queries, tokens, heads, kv_heads, width, value_width;
-  Heads query, key, value;
-  bool bfloat16;
+  Heads query, key, value;  // keys and values in one dtype
   float scale;
-  void* out;  // [samples, queries, heads, value_width]
+  void* out;  // [samples, queries, heads, value_width] in the dtype of the queries
 };
 
 void attention(const Attention& a, int threads);

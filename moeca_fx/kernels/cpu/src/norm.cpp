@@ -46,10 +46,17 @@ void for_vectors(int64_t width, const Each& each) {
   if (i < width) each(i, width - i);
 }
 
+Vector some_of(const float* row, int64_t n) { return Vector::loadu(row, n); }
+
+Vector some_of(const uint16_t* row, int64_t n) {
+  return vector_of(n == kStep ? load(row) : load_some(row, n));
+}
+
 // to = x + gate * y
-void add_gated(const float* x, const float* gate, const float* y, int64_t width, float* to) {
+template <typename Y>
+void add_gated(const float* x, const float* gate, const Y* y, int64_t width, float* to) {
   for_vectors(width, [&](int64_t i, int64_t n) {
-    const Vector sum = at::vec::fmadd(Vector::loadu(gate + i, n), Vector::loadu(y + i, n), Vector::loadu(x + i, n));
+    const Vector sum = at::vec::fmadd(Vector::loadu(gate + i, n), some_of(y + i, n), Vector::loadu(x + i, n));
     sum.store(to + i, static_cast<int>(n));
   });
 }
@@ -71,13 +78,13 @@ void normalize(const float* row, const float* factor, const float* shift, double
   });
 }
 
-template <typename T>
+template <typename T, typename Y>
 void one_row(const AdaNorm& a, int64_t sample, int64_t token, const Room& room) {
   constexpr bool wide = sizeof(T) == sizeof(float);  // rows are read and written where they lie
   const int64_t width = a.width, place = (sample * a.tokens + token) * width;
   const float* row = row_of(static_cast<const T*>(a.x), place, width, room.stream);
   if (a.y != nullptr) {
-    const float* y = row_of(static_cast<const T*>(a.y), place, width, room.other);
+    const Y* y = static_cast<const Y*>(a.y) + place;
     T* stream = static_cast<T*>(a.stream) + place;
     float* sum = room.stream;
     if constexpr (wide) sum = stream;
@@ -93,14 +100,14 @@ void one_row(const AdaNorm& a, int64_t sample, int64_t token, const Room& room) 
   if constexpr (!wide) store_row(out, result, width);
 }
 
-template <typename T>
+template <typename T, typename Y>
 void all_rows(const AdaNorm& a, int threads) {
   const int64_t rows = a.samples * a.tokens;
 #pragma omp parallel num_threads(threads) if (rows * a.width > 32768)
   {
     const Room room(a.width);
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; ++r) one_row<T>(a, r / a.tokens, r % a.tokens, room);
+    for (int64_t r = 0; r < rows; ++r) one_row<T, Y>(a, r / a.tokens, r % a.tokens, room);
   }
 }
 
@@ -108,9 +115,11 @@ void all_rows(const AdaNorm& a, int threads) {
 
 void ada_norm(const AdaNorm& a, int threads) {
   if (a.bfloat16)
-    all_rows<uint16_t>(a, threads);
+    all_rows<uint16_t, uint16_t>(a, threads);
+  else if (a.y_bfloat16)
+    all_rows<float, uint16_t>(a, threads);
   else
-    all_rows<float>(a, threads);
+    all_rows<float, float>(a, threads);
 }
 
 }  // namespace moeca

@@ -14,10 +14,10 @@ struct Modulation {
 struct AdaNorm {
   int64_t samples, tokens, width;
   const void* x;  // [samples, tokens, width]
-  const void* y;  // likewise, or null: no residual
+  const void* y;  // likewise, in its own dtype, or null: no residual
   Modulation gate, factor, shift;
   double eps;
-  bool bfloat16;
+  bool bfloat16, y_bfloat16;
   void *stream, *out;  // x + gate * y, and norm(stream) * factor + shift
 };
 

@@ -26,6 +26,11 @@ bool is_bfloat16(const Tensor& t) {
   return t.scalar_type() == at::kBFloat16;
 }
 
+// Whether values have the dtype of those that they meet, or are read from a cache in bfloat16.
+bool is_alike_or_stored(const Tensor& t, const Tensor& other) {
+  return t.scalar_type() == other.scalar_type() || t.scalar_type() == at::kBFloat16;
+}
+
 template <typename T>
 T* data_or_null(MaybeTensor t) {
   return t.has_value() ? t->data_ptr<T>() : nullptr;
@@ -224,7 +229,7 @@ Tensor with_unit_width(const Tensor& t) { return t.stride(-1) == 1 ? t : t.conti
 // What queries [.., heads, .., width] ask of keys and values, whose axes are where `token` and `head` say.
 moeca::Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& value, optional<double> scale,
                               int64_t token, int64_t head) {
-  TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type() &&
+  TORCH_CHECK(is_alike_or_stored(key, query) && value.scalar_type() == key.scalar_type() &&
                   key.size(3) == query.size(-1) && query.size(1) % key.size(head) == 0 &&
                   value.size(head) == key.size(head) && value.size(token) == key.size(token) &&
                   value.size(0) == key.size(0),
@@ -236,9 +241,8 @@ moeca::Attention attention_of(const Tensor& query, const Tensor& key, const Tens
   a.kv_heads = key.size(head);
   a.width = key.size(3);
   a.value_width = value.size(3);
-  a.key = {key.data_ptr(), key.stride(0), key.stride(head), key.stride(token)};
-  a.value = {value.data_ptr(), value.stride(0), value.stride(head), value.stride(token)};
-  a.bfloat16 = is_bfloat16(query);
+  a.key = {key.data_ptr(), key.stride(0), key.stride(head), key.stride(token), is_bfloat16(key)};
+  a.value = {value.data_ptr(), value.stride(0), value.stride(head), value.stride(token), is_bfloat16(value)};
   a.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(a.width))));
   return a;
 }
@@ -249,7 +253,7 @@ Tensor attention(const Tensor& query_, const Tensor& key_, const Tensor& value_,
   moeca::Attention a = attention_of(query, key, value, scale, 2, 1);
   Tensor out = at::empty({a.samples, query.size(2), a.heads, a.value_width}, query.options());
   a.queries = query.size(2);
-  a.query = {query.data_ptr(), query.stride(0), query.stride(1), query.stride(2)};
+  a.query = {query.data_ptr(), query.stride(0), query.stride(1), query.stride(2), is_bfloat16(query)};
   a.out = out.data_ptr();
   if (out.numel() > 0) moeca::attention(a, threads());
   return out.transpose(1, 2);
@@ -265,7 +269,7 @@ Tensor attention_rows(const Tensor& query_, const Tensor& key_, const Tensor& va
   for (int64_t i = 0; i < row.numel(); ++i)
     TORCH_CHECK_INDEX(tokens[i] >= 0 && tokens[i] < a.samples * a.tokens, "moeca_cpu: no token row ", tokens[i]);
   Tensor out = at::empty({query.size(0), a.heads, a.value_width}, query.options());
-  a.query = {query.data_ptr(), 0, query.stride(1), query.stride(0)};
+  a.query = {query.data_ptr(), 0, query.stride(1), query.stride(0), is_bfloat16(query)};
   a.out = out.data_ptr();
   if (row.numel() > 0) moeca::attention_rows(a, tokens, row.numel(), threads());
   return out;
@@ -286,8 +290,8 @@ moeca::Modulation modulation_of(MaybeTensor t, const Tensor& x) {
 
 Tensor run_norm(const Tensor& x, const optional<Tensor>& y, MaybeTensor gate, const Tensor& factor,
                 const Tensor& shift, double eps, void* stream) {
-  TORCH_CHECK(x.dim() == 3 && (!y.has_value() || (y->sizes() == x.sizes() && y->scalar_type() == x.scalar_type())),
-              "moeca_cpu: expected tokens [B, T, H] and what is added to them alike");
+  TORCH_CHECK(x.dim() == 3 && (!y.has_value() || (y->sizes() == x.sizes() && is_alike_or_stored(*y, x))),
+              "moeca_cpu: expected tokens [B, T, H] and what is added to them alike, or stored in bfloat16");
   Tensor out = at::empty(x.sizes(), x.options());
   moeca::AdaNorm a{};
   a.samples = x.size(0);
@@ -300,6 +304,7 @@ Tensor run_norm(const Tensor& x, const optional<Tensor>& y, MaybeTensor gate, co
   a.shift = modulation_of(shift, x);
   a.eps = eps;
   a.bfloat16 = is_bfloat16(x);
+  a.y_bfloat16 = y.has_value() && is_bfloat16(*y);
   a.stream = stream;
   a.out = out.data_ptr();
   moeca::ada_norm(a, threads());

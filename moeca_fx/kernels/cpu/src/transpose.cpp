@@ -6,18 +6,13 @@
 namespace moeca {
 namespace {
 
-Lanes load_some(const float* from, int64_t count) {
-  alignas(64) float all[kLanes] = {};
-  std::memcpy(all, from, count * sizeof(float));
-  return load(all);
-}
-
 // A square of which `rows` rows and `columns` columns are there; `wide` of their values are written, zeros beyond.
-void square_of_some(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+template <typename T>
+void square_of_some(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
                     int64_t to_stride, int64_t wide) {
   Lanes square[kLanes];
   UNROLLED for (int r = 0; r < kLanes; ++r) {
-    const float* row = from + r * from_stride;
+    const T* row = from + r * from_stride;
     square[r] = r >= rows ? Lanes{} : columns == kLanes ? load(row) : load_some(row, columns);
   }
   transpose_square(square);
@@ -30,7 +25,8 @@ void square_of_some(const float* from, int64_t from_stride, int64_t rows, int64_
     }
 }
 
-void whole_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+template <typename T>
+void whole_square(const T* from, int64_t from_stride, float* to, int64_t to_stride) {
   Lanes square[kLanes];
   UNROLLED for (int r = 0; r < kLanes; ++r) {
     // As many streams as rows are too many for the processor to foresee: what is read, and written, soon.
@@ -43,11 +39,11 @@ void whole_square(const float* from, int64_t from_stride, float* to, int64_t to_
 }
 
 // All squares; of the last rows' either what is there or, with `Padded`, whole vectors.
-template <bool Padded>
-void squares(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+template <bool Padded, typename T>
+void squares(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
   for (int64_t r = 0; r < rows; r += kLanes)
     for (int64_t c = 0; c < columns; c += kLanes) {
-      const float* source = from + r * from_stride + c;
+      const T* source = from + r * from_stride + c;
       float* target = to + c * to_stride + r;
       const int64_t m = std::min(kLanes, rows - r), n = std::min(kLanes, columns - c);
       if (m == kLanes && n == kLanes)
@@ -59,9 +55,13 @@ void squares(const float* from, int64_t from_stride, int64_t rows, int64_t colum
 
 }  // namespace
 
-void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+template <typename T>
+void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
   squares<false>(from, from_stride, rows, columns, to, to_stride);
 }
+
+template void transpose<float>(const float*, int64_t, int64_t, int64_t, float*, int64_t);
+template void transpose<uint16_t>(const uint16_t*, int64_t, int64_t, int64_t, float*, int64_t);
 
 void transpose_padded(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
                       int64_t to_stride) {

@@ -50,8 +50,9 @@ inline void add_lanes(const Lanes* sums, float* out) {
   }
 }
 
-// to[columns, rows] = from[rows, columns].T, a stride apart each.
-void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
+// to[columns, rows] = from[rows, columns].T, a stride apart each; T is float or uint16_t, which stands for bf16.
+template <typename T>
+void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
 
 // The same, each row of `to` filled up to whole vectors with zeros.
 void transpose_padded(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
