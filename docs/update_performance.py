@@ -2,12 +2,12 @@
 
     python docs/update_performance.py out/bench-cpu.json
 
-The numbers are copied to docs/bench-cpu.json, or, if they are those of `--only export`, to docs/bench-export.json; the
-text around the markers stays.
+The numbers go to docs/bench-cpu.json, or, if they are those of `--only export`, to docs/bench-export.json; the text
+around the markers stays. Sections that a run leaves out stay too, in both, and with a run that leaves out the steps the
+machine that heads the page; `machines` says which section comes from where.
 """
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ def storage(found: dict[str, Any]) -> str:
 
 def _efficiencies(found: dict[str, Any], section: str) -> str:
     parts = []
+    read_gbytes = found.get("machines", {}).get(section, found["machine"])["read_gbytes"]
     for name, numbers in found[section].items():
         step_ms = numbers["policies"]["vectorised"]["ms"] / numbers["steps"]
         rows = [
@@ -93,7 +94,7 @@ def _efficiencies(found: dict[str, Any], section: str) -> str:
                 f"{row['speedup']:.2f}x",
                 f"{row['flops_speedup']:.2f}x",
                 f"{row['efficiency']:.2f}",
-                f"{most_efficient(row, step_ms, found['machine']['read_gbytes']):.2f}",
+                f"{most_efficient(row, step_ms, read_gbytes):.2f}",
             ]
             for policy, row in numbers["policies"].items()
         ]
@@ -182,9 +183,28 @@ PARTS = (machine, uncached, cached, trajectories, storage, layers, linearity, tr
 EXPORT_PARTS = (export_machine, exported, packaged)
 
 
+SECTIONS = {
+    **dict.fromkeys((machine, uncached, cached, memory), "steps"),
+    linearity: "layers",
+    transforming: "transform",
+}
+"""The section of the numbers that a part is of, where it has another name."""
+
+
+def merged(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The numbers so far with the sections of a run in their place."""
+    heading = ("date", "machine", "minutes")
+    sections = {key: value for key, value in found.items() if key not in heading}
+    machines = before.get("machines", {}) | dict.fromkeys(sections, found["machine"])
+    head = {key: found[key] for key in heading} if "steps" in found or "export" in found else {}
+    return before | head | sections | {"machines": machines}
+
+
 def render(page: str, found: dict[str, Any]) -> str:
     """The page with every part that the numbers are of renewed."""
     for part in EXPORT_PARTS if "export" in found else PARTS:
+        if part not in EXPORT_PARTS and SECTIONS.get(part, part.__name__) not in found:
+            continue  # the run left it out
         begin, end = f"<!-- {part.__name__}:begin -->\n", f"<!-- {part.__name__}:end -->"
         before, _, rest = page.partition(begin)
         _, _, after = rest.partition(end)
@@ -193,13 +213,14 @@ def render(page: str, found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Copy the numbers and renew the page."""
+    """Renew the page and the numbers beside it."""
     source = Path(sys.argv[1]) if len(sys.argv) > 1 else NUMBERS
     found = json.loads(source.read_text())
     kept = EXPORT if "export" in found else NUMBERS
+    page = render(PAGE.read_text(), found)
+    PAGE.write_text(page)
     if source != kept:
-        shutil.copyfile(source, kept)
-    PAGE.write_text(render(PAGE.read_text(), found))
+        kept.write_text(json.dumps(merged(json.loads(kept.read_text()), found), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Family:
         namespace: of its operations in `torch.ops`.
         dtypes: of weights and values.
         recompute: writes recomputed branches into the caches and returns these; see `kernels.cpu.ops`.
-        reads_stored: whether they read keys, values and reused outputs in bfloat16 beside values in fp32.
+        takes_stored: whether they read and write caches in bfloat16 beside values in fp32.
         any_strides: whether experts' weights may lie in memory in any way, or need a unit stride.
         missing: rules of `lower_kernels` without a kernel here, with what serves instead.
         available: whether the kernels can run; says at its first call why not.
@@ -40,7 +40,7 @@ class Family:
     namespace: str
     dtypes: tuple[torch.dtype, ...]
     recompute: Callable[..., tuple[Tensor, Tensor | None]]
-    reads_stored: bool
+    takes_stored: bool
     any_strides: bool
     missing: Mapping[str, str]
     available: Callable[[], bool]
@@ -87,7 +87,7 @@ CPU = Family(
     namespace="moeca_cpu",
     dtypes=cpu.DTYPES,
     recompute=cpu.recompute_branches,
-    reads_stored=True,
+    takes_stored=True,
     any_strides=False,
     missing={},
     available=lambda: cpu.available(),
@@ -99,7 +99,7 @@ GPU = Family(
     namespace="moeca_gpu",
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     recompute=recompute_branches_gpu,
-    reads_stored=False,
+    takes_stored=False,
     any_strides=True,
     missing={
         "mixture": _FUSED,

@@ -16,8 +16,8 @@ On a CPU (`kernels/cpu`, fp32 and bf16) decisions, thresholds, the router's top-
 call each, and attention of all tokens where it is measured to be faster than torch's (`ops/cpu_attention`). Kernels
 take experts of the form in `graph/gated_form.py`; what they do not take stays, and the result says why.
 
-A cache in bf16 beside a model in fp32 is read and written where it lies: by `recompute`, by row attention (keys and
-values) and by a gated norm (what it adds).
+There a cache in bf16 beside a model in fp32 is read and written where it lies: by `recompute`, by row attention (keys
+and values) and by a gated norm (what it adds).
 
 On a GPU (`kernels/triton_gpu`, also fp16) there are `branches`, `recompute`, `grouped`, `decide` by score and
 `attention_rows`; Inductor does the rest. The weighted sum then follows `moeca_gpu.branches` as it is, for Inductor

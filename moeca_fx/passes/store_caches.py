@@ -9,8 +9,8 @@
                                                        return y, new, scale
 
 That is fp8: a step computes with the values of this step as they are; only what it reuses was rounded. In bf16, where
-rounding is fine, it reads rows back as it stored them, `decode_rows(new)`: a cast that generated code fuses with what
-reads it, and that kernels do without (`passes/kernels`), for they read and write bf16 where it lies. Writes and
+rounding is fine, it reads back the rows that it wrote as it stored them, `decode_rows(new)`: a cast that generated code
+fuses with what reads it, and that kernels for a CPU do without, for they read and write bf16 where it lies. Writes and
 corrections of rows encode those rows alone, and a forecast of rows decodes those alone. Run on the graphs that
 `insert_cache` made, while they are functional.
 """
@@ -159,7 +159,7 @@ class _Rewriter:
         node.args = (clock, *(self._read_rows(code, row) for code in codes))
 
     def _write(self, write: fx.Node) -> tuple[fx.Node, ...]:
-        """A write or a correction of rows; what reads the result reads this step's rows as they were computed."""
+        """A write or a correction of rows; what reads the result reads this step's as computed, in bf16 as stored."""
         code, row, *operands = map(_node, write.args)
         cache, name, values = self.caches[code], write.name, operands[0]
         write._rename(f"{name}_before")

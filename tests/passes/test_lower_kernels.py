@@ -19,6 +19,7 @@ from moeca_fx.kernels.families import CPU, GPU
 from moeca_fx.ops import dispatch, rows, storage
 from moeca_fx.passes.kernels import attention
 from moeca_fx.passes.kernels.edits import as_stored
+from moeca_fx.passes.lower_inplace import lower_inplace
 from moeca_fx.passes.lower_kernels import lower_kernels
 from moeca_fx.passes.store_caches import store_caches
 from moeca_fx.runtime.module import TransformedModel
@@ -104,7 +105,7 @@ def test_refreshed_rows_are_routed_by_the_kernel_too() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS[:3], ids=lambda value: value.method)
-def test_a_cache_in_bf16_is_read_and_written_where_it_lies(
+def test_trajectories_with_and_without_on_a_cache_in_bf16(
     method: policies.Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = moeca_fx.transform(zoo_models.tiny_dsmoe(), zoo_models.inputs(), policy=None, cache_dtype="bf16")
@@ -130,6 +131,14 @@ def test_which_kernels_read_a_cache_in_bf16() -> None:
     assert attended and all(part.target is rows.write_rows for node in attended for part in node.args[1:3])
     normed = [node for node in calls if node.target is ops.gated_norm.default]
     assert sum(node.args[2].op == "placeholder" for node in normed) == 2  # the provisional routings'
+
+
+def test_what_kernels_read_is_written_in_place() -> None:
+    graphs = store_caches(vectorized(zoo_models.tiny_dsmoe(depth=4), zoo_models.inputs()).graphs(SOME), BF16)
+    lower_kernels(graphs.cached)
+    lower_inplace(graphs.cached)
+    narrow = [n for n in graphs.cached.graph.nodes if n.op == "call_function" and "narrow" in str(n.args[2:])]
+    assert len(narrow) == 12 and {node.target for node in narrow} == {rows.write_rows_}
 
 
 def test_a_triton_kernel_reads_values_in_one_dtype() -> None:

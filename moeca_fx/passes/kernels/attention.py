@@ -38,8 +38,10 @@ def lower_attention_rows(module: fx.GraphModule, node: fx.Node, family: Family) 
     query, key, value, *rest = node.args
     assert isinstance(key, fx.Node) and isinstance(value, fx.Node)
     counter = node.meta.get(SCALES_WITH)
-    operands = (query, as_stored(key, family), as_stored(value, family), *rest)
-    made = replace_call(module, node, family.op("attention_rows"), *operands)
+    held = (as_stored(key, family), as_stored(value, family))
+    if held[0] is not key and held[1] is not value:  # the kernel takes both in one dtype
+        key, value = held
+    made = replace_call(module, node, family.op("attention_rows"), query, key, value, *rest)
     if counter is not None:  # the kernel pads nothing
         made.meta[SCALES_WITH] = Counter(counter.site, "attention_rows")
     return None

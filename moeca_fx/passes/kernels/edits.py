@@ -1,7 +1,8 @@
-"""The edit that every rule of `lower_kernels` makes."""
+"""Edits and operands that the rules of `lower_kernels` share."""
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from moeca_fx.graph.rewrite import call
@@ -12,9 +13,9 @@ from moeca_fx.ops import storage
 
 def as_stored(node: fx.Node, family: Family) -> fx.Node:
     """What a kernel reads in the place of a value: a cache in bfloat16 where it lies, if the kernels widen it."""
-    if family.reads_stored and node.target is storage.decode_rows:
-        code, scale, _ = node.args
-        if scale is None and isinstance(code, fx.Node):
+    if family.takes_stored and node.target is storage.decode_rows:
+        code, scale, dtype = node.args
+        if scale is None and dtype == torch.float32 and isinstance(code, fx.Node):
             return code
     return node
 

@@ -81,7 +81,7 @@ def lower_recompute(module: fx.GraphModule, plan: fx.Node, family: Family) -> st
         return "no experts read the plan"
     norms = [user for user in hidden.users if user.target is dispatch.feature_norm]
     others = [user for user in hidden.users if user not in norms]
-    if [user.target for user in others] == [storage.narrow_rows]:  # the kernel narrows what it writes
+    if family.takes_stored and [user.target for user in others] == [storage.narrow_rows]:  # the kernel narrows
         others = list(others[0].users)
     writes = [user for user in others if user.target is rows.write_rows]
     if len(writes) != 1 or writes != others:

@@ -11,18 +11,18 @@
 namespace moeca {
 namespace {
 
-enum Slot { kWidened, kStream, kOther, kGate, kFactor, kShift };
+enum Slot { kWidened, kStream, kResult, kGate, kFactor, kShift };
 
 constexpr int64_t kStep = Vector::size();
 
-// What a thread keeps rows in: fp32 ones that must be widened, and a stream that is not stored.
+// What a thread keeps rows in: fp32 ones that must be widened, and a stream and a result that are narrowed.
 struct Room {
-  float *stream, *other, *gate, *factor, *shift;
+  float *stream, *result, *gate, *factor, *shift;
 
   explicit Room(int64_t width) {
     Scratch& scratch = scratch_of_thread();
     auto take = [&](Slot slot) { return scratch.take(slot, width); };
-    stream = take(kStream), other = take(kOther), gate = take(kGate), factor = take(kFactor), shift = take(kShift);
+    stream = take(kStream), result = take(kResult), gate = take(kGate), factor = take(kFactor), shift = take(kShift);
   }
 };
 
@@ -93,7 +93,7 @@ void one_row(const AdaNorm& a, int64_t sample, int64_t token, const Room& room) 
     row = sum;
   }
   T* out = static_cast<T*>(a.out) + place;
-  float* result = room.other;
+  float* result = room.result;
   if constexpr (wide) result = out;
   normalize(row, modulation_of<T>(a.factor, sample, token, width, room.factor),
             modulation_of<T>(a.shift, sample, token, width, room.shift), a.eps, width, result);
