@@ -179,16 +179,15 @@ def packaged(found: dict[str, Any]) -> str:
     return table("step | compiled, ms | package, ms | package over compiled", rows)
 
 
-PARTS = (machine, uncached, cached, trajectories, storage, layers, linearity, transforming, memory)
-EXPORT_PARTS = (export_machine, exported, packaged)
-
-
-SECTIONS = {
+PARTS = {
     **dict.fromkeys((machine, uncached, cached, memory), "steps"),
-    linearity: "layers",
+    **dict.fromkeys((layers, linearity), "layers"),
+    **dict.fromkeys((export_machine, exported, packaged), "export"),
+    trajectories: "trajectories",
+    storage: "storage",
     transforming: "transform",
 }
-"""The section of the numbers that a part is of, where it has another name."""
+"""The parts of the page, each with the section of the numbers that it shows."""
 
 
 def merged(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
@@ -201,10 +200,8 @@ def merged(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
 
 
 def render(page: str, found: dict[str, Any]) -> str:
-    """The page with every part that the numbers are of renewed."""
-    for part in EXPORT_PARTS if "export" in found else PARTS:
-        if part not in EXPORT_PARTS and SECTIONS.get(part, part.__name__) not in found:
-            continue  # the run left it out
+    """The page with every part renewed whose section is in the numbers."""
+    for part in (part for part, section in PARTS.items() if section in found):
         begin, end = f"<!-- {part.__name__}:begin -->\n", f"<!-- {part.__name__}:end -->"
         before, _, rest = page.partition(begin)
         _, _, after = rest.partition(end)

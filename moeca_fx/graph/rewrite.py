@@ -30,7 +30,7 @@ def copy_meta(source: fx.Node, target: fx.Node) -> None:
 
 
 def likened(node: fx.Node, other: fx.Node) -> fx.Node:
-    """The node, of whose value is known what is known of the value that it stands for."""
+    """Record for a node the value of the other, whose place it takes; returns the node."""
     if "val" in other.meta:
         node.meta["val"] = other.meta["val"]
     return node

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from moeca_fx.kernels.cpu import ops as kernels
 from moeca_fx.ops import attention_rows
+from moeca_fx.timing import pinned_threads
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="there is no C++ compiler to build the CPU kernels")
 ops = torch.ops.moeca_cpu
@@ -101,10 +102,8 @@ def test_attention_of_no_rows() -> None:
 @pytest.fixture(params=[1, 2, 5])
 def some_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """With few threads there are samples enough for one to take all heads of a row."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+    with pinned_threads(request.param):
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,19 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from moeca_fx.kernels.cpu import ops as kernels
 from moeca_fx.ops import cpu_gemm
 from moeca_fx.ops.cpu_gemm import Fastest
+from moeca_fx.timing import pinned_threads
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="there is no C++ compiler to build the CPU kernels")
 ONEDNN = 32 if cpu_gemm.has_onednn() else None
-
-
-@contextmanager
-def on_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, own_up_to: int, onednn_from: int | None) -> Tensor:
@@ -50,7 +40,7 @@ def test_equals_torch_on_all_sides_of_the_limits(rows: int, bias: bool) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_many_rows(rows: int, outputs: int, inputs: int, threads: int) -> None:
     x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
-    with on_threads(threads):
+    with pinned_threads(threads):
         found = linear(x, weight, bias, 1000, None)
     torch.testing.assert_close(found, functional.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
 
@@ -67,7 +57,7 @@ def test_siblings(rows: int, count: int, outputs: int, dtype: torch.dtype, strid
     if strided:
         layers[0] = (layers[0][0].T.contiguous().T, layers[0][1])
     layers[-1] = (layers[-1][0], None)
-    with on_threads(threads):
+    with pinned_threads(threads):
         found = torch.ops.moeca_cpu.sibling_linears(x, sys.maxsize, None, *(part for layer in layers for part in layer))
     expected = [functional.linear(x.float(), w.float(), b if b is None else b.float()) for w, b in layers]
     close = {"rtol": 1e-4, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
